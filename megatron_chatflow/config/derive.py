@@ -1,0 +1,255 @@
+"""What follows from the settings: defaults that depend on others, lengths in samples, and the checks that need no corpus and no process group."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+from megatron_chatflow.config.parse import UsageError
+from megatron_chatflow.config.settings import Config, OptimizerSettings
+
+
+def resolve(config: Config, world_size: int) -> Config:
+    """A copy with every dependent default filled in, checked against `world_size` processes.
+
+    Raises UsageError for a missing setting and for two settings that contradict each other, naming both and the cure.
+    """
+    config = copy.deepcopy(config)
+    for section, name in (
+        (config.model, "num_layers"),
+        (config.model, "hidden_size"),
+        (config.model, "num_attention_heads"),
+        (config.data, "seq_length"),
+    ):
+        _positive(section, name)
+    for section in (getattr(config, f.name) for f in dataclasses.fields(config)):
+        for f in dataclasses.fields(section):
+            value = getattr(section, f.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+                raise UsageError(f"{f.name} is {value}; give {_flag(f.name)} a number that is not negative")
+    _resolve_model(config)
+    dp = _check_layout(config, world_size)
+    _check_batches(config, dp)
+    _check_optimizer(config)
+    return config
+
+
+def resolve_data(config: Config) -> Config:
+    """What reading the blend needs, without a model or a layout: batches, length and seq_length filled in and checked."""
+    config = copy.deepcopy(config)
+    _positive(config.data, "seq_length")
+    _check_batches(config, 1)
+    return config
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _positive(section: object, name: str) -> None:
+    if getattr(section, name) <= 0:
+        raise UsageError(f"{name} is {getattr(section, name) or 'missing'}; give {_flag(name)} a positive number")
+
+
+def _resolve_model(config: Config) -> None:
+    m = config.model
+    if m.hidden_size % m.num_attention_heads and not m.kv_channels:
+        raise UsageError(
+            f"hidden_size {m.hidden_size} is not a multiple of num_attention_heads {m.num_attention_heads}; change one of them or give --kv-channels"
+        )
+    m.kv_channels = m.kv_channels or m.hidden_size // m.num_attention_heads
+    if m.ffn_hidden_size is None:
+        m.ffn_hidden_size = int(4 * m.hidden_size * 2 / 3) // 64 * 64 if m.swiglu else 4 * m.hidden_size
+    if m.ffn_hidden_size <= 0:
+        raise UsageError(f"ffn_hidden_size is {m.ffn_hidden_size} for hidden_size {m.hidden_size}; give --ffn-hidden-size a positive number")
+    if m.num_query_groups and not m.group_query_attention:
+        raise UsageError(
+            f"num_query_groups {m.num_query_groups} has no effect without group_query_attention; add "
+            "--group-query-attention or drop --num-query-groups"
+        )
+    if m.group_query_attention and not m.num_query_groups:
+        raise UsageError("group_query_attention needs num_query_groups; add --num-query-groups N")
+    groups = m.num_query_groups or m.num_attention_heads
+    if m.num_attention_heads % groups:
+        raise UsageError(f"num_attention_heads {m.num_attention_heads} is not a multiple of num_query_groups {groups}; change one of them")
+    m.max_position_embeddings = m.max_position_embeddings or config.data.seq_length
+    if config.data.seq_length > m.max_position_embeddings:
+        raise UsageError(
+            f"seq_length {config.data.seq_length} is larger than max_position_embeddings {m.max_position_embeddings}; "
+            "raise --max-position-embeddings or lower --seq-length"
+        )
+    for name in ("attention_dropout", "hidden_dropout"):
+        if not 0 <= getattr(m, name) < 1:
+            raise UsageError(f"{name} is {getattr(m, name)}; give {_flag(name)} a number from 0 up to, not including, 1")
+    if m.make_vocab_size_divisible_by < 1:
+        raise UsageError("make_vocab_size_divisible_by is 0; give --make-vocab-size-divisible-by a positive number")
+
+
+def _check_layout(config: Config, world_size: int) -> int:
+    m, p = config.model, config.parallel
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes"):
+        _positive(p, name)
+    for name, value in (
+        ("num_attention_heads", m.num_attention_heads),
+        ("num_query_groups", m.num_query_groups or tp),
+        ("ffn_hidden_size", m.ffn_hidden_size),
+    ):
+        if value % tp:
+            raise UsageError(f"{name} {value} is not a multiple of tensor_model_parallel_size {tp}; change one of them")
+    if p.sequence_parallel and tp == 1:
+        raise UsageError(
+            "sequence_parallel has no effect with tensor_model_parallel_size 1; drop --sequence-parallel or raise --tensor-model-parallel-size"
+        )
+    if p.sequence_parallel and config.data.seq_length % tp:
+        raise UsageError(
+            f"seq_length {config.data.seq_length} is not a multiple of tensor_model_parallel_size {tp}, "
+            "which sequence_parallel needs; change one of them"
+        )
+    if m.num_layers % pp:
+        raise UsageError(f"num_layers {m.num_layers} is not a multiple of pipeline_model_parallel_size {pp}; change one of them")
+    chunk = p.num_layers_per_virtual_pipeline_stage
+    if chunk is not None:
+        if pp == 1:
+            raise UsageError(
+                "num_layers_per_virtual_pipeline_stage has no effect with pipeline_model_parallel_size 1; "
+                "drop it or raise --pipeline-model-parallel-size"
+            )
+        if chunk < 1 or (m.num_layers // pp) % chunk:
+            raise UsageError(
+                f"{m.num_layers // pp} layers a pipeline stage are not a multiple of num_layers_per_virtual_pipeline_stage "
+                f"{chunk}; change one of them"
+            )
+    if p.overlap_param_gather and not (p.use_distributed_optimizer and p.overlap_grad_reduce):
+        raise UsageError(
+            "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; add --use-distributed-optimizer --overlap-grad-reduce"
+        )
+    if world_size % (tp * pp):
+        raise UsageError(
+            f"{world_size} process{'es are' if world_size > 1 else ' is'} not a multiple of tensor_model_parallel_size "
+            f"{tp} x pipeline_model_parallel_size {pp}; "
+            f"start {tp * pp} processes (torchrun --nproc-per-node {tp * pp}) or change the two"
+        )
+    return world_size // (tp * pp)
+
+
+def _check_batches(config: Config, dp: int) -> None:
+    t, p = config.training, config.parallel
+    _positive(t, "micro_batch_size")
+    step = t.micro_batch_size * dp
+    t.global_batch_size = t.global_batch_size or step
+    if t.global_batch_size % step:
+        raise UsageError(
+            f"global_batch_size {t.global_batch_size} is not a multiple of micro_batch_size {t.micro_batch_size} "
+            f"x data-parallel size {dp}; change one of them"
+        )
+    if t.train_iters is None and t.train_samples is None:
+        raise UsageError("the run has no length; give --train-iters or --train-samples")
+    if t.train_iters is not None and t.train_samples is not None:
+        raise UsageError("train_iters and train_samples are both given; drop one of them")
+    if not (t.train_iters or t.train_samples):
+        raise UsageError("the run is 0 long; give --train-iters or --train-samples a positive number")
+    sizes = [t.global_batch_size]
+    if t.rampup_batch_size is not None:
+        if t.train_iters is not None:
+            raise UsageError("rampup_batch_size needs the run's length in samples; give --train-samples instead of --train-iters")
+        if len(t.rampup_batch_size) != 3:
+            raise UsageError(f"rampup_batch_size has {len(t.rampup_batch_size)} numbers; write --rampup-batch-size START INCREMENT SAMPLES")
+        start, increment, samples = t.rampup_batch_size
+        if start < 1 or increment < 1 or samples < 1 or start >= t.global_batch_size or (t.global_batch_size - start) % increment:
+            raise UsageError(
+                f"rampup_batch_size {start} {increment} {samples} does not lead to global_batch_size {t.global_batch_size}; START "
+                "must be smaller and the difference a multiple of INCREMENT"
+            )
+        for name, value in (("START", start), ("INCREMENT", increment)):
+            if value % step:
+                raise UsageError(
+                    f"rampup_batch_size {name} {value} is not a multiple of micro_batch_size {t.micro_batch_size} "
+                    f"x data-parallel size {dp}; change one of them"
+                )
+        sizes = [start, t.global_batch_size]
+    if p.num_layers_per_virtual_pipeline_stage:
+        for size in sizes:
+            if (size // step) % p.pipeline_model_parallel_size:
+                raise UsageError(
+                    f"global_batch_size {size} makes {size // step} micro-batches a rank, not a multiple of pipeline_model_parallel_size "
+                    f"{p.pipeline_model_parallel_size}, which the interleaved schedule needs; change --global-batch-size or --micro-batch-size"
+                )
+    for name in ("save_interval", "eval_interval", "log_interval", "tensorboard_log_interval", "exit_interval"):
+        section = next(s for s in (config.checkpoint, config.validation, config.logging, t) if hasattr(s, name))
+        if getattr(section, name) is not None and getattr(section, name) < 1:
+            raise UsageError(f"{name} is {getattr(section, name)}; give {_flag(name)} a positive number or leave it out")
+
+
+def _check_optimizer(config: Config) -> None:
+    o = config.optimizer
+    if o.lr is None:
+        raise UsageError("lr is missing; give --lr, e.g. --lr 1e-4")
+    if o.min_lr > o.lr:
+        raise UsageError(f"min_lr {o.min_lr} is larger than lr {o.lr}; lower --min-lr")
+    if o.lr_warmup_init > o.lr:
+        raise UsageError(f"lr_warmup_init {o.lr_warmup_init} is larger than lr {o.lr}; lower --lr-warmup-init")
+    for a, b in (("lr_decay_iters", "lr_decay_samples"), ("lr_warmup_iters", "lr_warmup_samples"), ("lr_warmup_fraction", "lr_warmup_iters"),
+                 ("lr_warmup_fraction", "lr_warmup_samples"), ("lr_wsd_decay_iters", "lr_wsd_decay_samples")):  # fmt: skip
+        if getattr(o, a) and getattr(o, b):
+            raise UsageError(f"{a} and {b} are both given; drop one of them")
+    if o.weight_decay_incr_style != "constant":
+        if o.start_weight_decay is None or o.end_weight_decay is None:
+            raise UsageError(f"weight_decay_incr_style {o.weight_decay_incr_style} needs start_weight_decay and end_weight_decay; give both")
+        if o.start_weight_decay > o.end_weight_decay:
+            raise UsageError(f"start_weight_decay {o.start_weight_decay} is larger than end_weight_decay {o.end_weight_decay}; swap them")
+    elif o.start_weight_decay is not None or o.end_weight_decay is not None:
+        raise UsageError("start_weight_decay and end_weight_decay have no effect with weight_decay_incr_style constant; give --weight-decay instead")
+    if o.override_opt_param_scheduler and o.use_checkpoint_opt_param_scheduler:
+        raise UsageError("override_opt_param_scheduler and use_checkpoint_opt_param_scheduler contradict each other; drop one of them")
+    schedule = Schedule.of(config)
+    if schedule.warmup >= schedule.decay:
+        raise UsageError(
+            f"the warm-up of {schedule.warmup} samples is not shorter than the decay of {schedule.decay}; "
+            "lower --lr-warmup-iters, -samples or -fraction"
+        )
+    if o.lr_decay_style == "WSD":
+        if schedule.wsd is None:
+            raise UsageError("lr_decay_style WSD needs the length of its last phase; give --lr-wsd-decay-iters or --lr-wsd-decay-samples")
+        if schedule.wsd > schedule.decay - schedule.warmup:
+            raise UsageError(
+                f"the last phase of WSD ({schedule.wsd} samples) is longer than what the warm-up leaves "
+                f"({schedule.decay - schedule.warmup}); shorten it"
+            )
+
+
+def total_samples(config: Config) -> int:
+    """Length of the run in samples: whole iterations."""
+    t = config.training
+    return t.train_samples if t.train_samples is not None else t.train_iters * t.global_batch_size
+
+
+def padded_vocab_size(config: Config, vocab_size: int) -> int:
+    """The vocabulary padded to a multiple of make_vocab_size_divisible_by and the tensor-parallel size."""
+    multiple = math.lcm(config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Lengths of the learning-rate schedule in samples, as megatron-core's OptimizerParamScheduler wants them."""
+
+    warmup: int
+    decay: int
+    wsd: int | None
+    total: int
+
+    @classmethod
+    def of(cls, config: Config) -> Schedule:
+        """Megatron's rules: iterations count as iterations x global_batch_size; the decay spans the run unless told otherwise."""
+        o: OptimizerSettings = config.optimizer
+        batch, total = config.training.global_batch_size, total_samples(config)
+        decay = o.lr_decay_samples or (o.lr_decay_iters or 0) * batch or total
+        warmup = o.lr_warmup_samples or o.lr_warmup_iters * batch
+        if o.lr_warmup_fraction is not None:
+            if not 0 <= o.lr_warmup_fraction < 1:
+                raise UsageError(f"lr_warmup_fraction is {o.lr_warmup_fraction}; give a number from 0 up to, not including, 1")
+            warmup = int(o.lr_warmup_fraction * decay)
+        wsd = o.lr_wsd_decay_samples or (o.lr_wsd_decay_iters or 0) * batch or None
+        return cls(warmup, decay, wsd, total)
