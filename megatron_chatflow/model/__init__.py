@@ -1,0 +1,1 @@
+"""The GPT: settings to megatron-core model chunks."""

@@ -1,0 +1,59 @@
+"""Portable attention: megatron-core's core_attention over torch's scaled_dot_product_attention, with packed segments."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class PortableAttention(MegatronModule):
+    """Causal attention of grouped queries; the constructor's contract is megatron-core's `core_attention`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        packed_seq_params: None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """query [s, b, heads, d]; key, value [t, b, groups, d]; attention_mask None (causal) or bool [b, 1, s, t], True where attention is forbidden.
+
+        Returns [s, b, heads x d]. One query against t > 1 keys (generation with a cache) sees all of them.
+        """
+        assert packed_seq_params is None, "packed windows reach the portable attention as a mask (model/segments.py)"
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        mask = None if attention_mask is None else ~attention_mask
+        dropout = self.config.attention_dropout if self.training else 0.0
+        fork = get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else contextlib.nullcontext()
+        with fork:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None and q.shape[2] > 1,
+                scale=self.softmax_scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -1,0 +1,105 @@
+"""One micro-batch through the model: the forward step that megatron-core's schedules call, and the sums it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_chatflow.model.segments import attention_arguments
+
+SUMS = 3
+"""Columns of the sums of a domain: loss in nats, trained-on tokens, UTF-8 bytes that those tokens stand for."""
+
+
+def to_tensors(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """The arrays of a micro-batch as tensors on the device of this rank."""
+    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in batch.items()}
+
+
+def domain_sums(losses: torch.Tensor, batch: Mapping[str, torch.Tensor], num_domains: int, token_bytes: torch.Tensor) -> torch.Tensor:
+    """Float64 [num_domains, SUMS]: per domain the summed loss, the tokens it was summed over and their UTF-8 bytes.
+
+    Args:
+        losses: [b, s], nats of each position.
+        batch: labels [b, s], loss_mask [b, s] and domain [b].
+        num_domains: rows of the result.
+        token_bytes: int64 [vocabulary], bytes of each token; all 0 where no tokenizer is known.
+    """
+    mask = batch["loss_mask"].double()
+    sums = torch.stack([(losses.double() * mask).sum(1), mask.sum(1), (token_bytes[batch["labels"]] * mask).sum(1)], dim=1)
+    return torch.zeros(num_domains, SUMS, dtype=torch.float64, device=sums.device).index_add_(0, batch["domain"], sums)
+
+
+def make_forward_step(num_domains: int, token_bytes: torch.Tensor, transformer_engine: bool) -> Callable[[Iterator[Any], MegatronModule], Any]:
+    """The function that megatron-core's forward_backward_func calls for each micro-batch.
+
+    It returns the loss as (sum over tokens, number of tokens, {"sums": `domain_sums`}); megatron-core divides the gradients
+    by the tokens of the global batch (calculate_per_token_loss), so neither micro-batching nor data parallelism changes the loss.
+    """
+
+    def forward_step(iterator: Iterator[dict[str, torch.Tensor]], model: MegatronModule) -> Any:
+        batch = next(iterator)
+        extra = attention_arguments(batch["segment_ids"], transformer_engine)
+        tokens, positions, labels = batch["tokens"], batch["position_ids"], batch["labels"]
+        if transformer_engine:  # packed sequences come as one row
+            tokens, positions, labels = (t.reshape(1, -1) for t in (tokens, positions, labels))
+        output = model(tokens, positions, extra["attention_mask"], labels=labels, packed_seq_params=extra["packed_seq_params"])
+
+        def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            losses = losses.float().reshape(batch["loss_mask"].shape)
+            total = (losses * batch["loss_mask"]).sum()
+            count = batch["loss_mask"].sum().to(torch.int)
+            return total, count, {"sums": domain_sums(losses.detach(), batch, num_domains, token_bytes)}
+
+        return output, loss_func
+
+    return forward_step
+
+
+def schedule_shape(seq_length: int, micro_batch_size: int, transformer_engine: bool) -> dict[str, int]:
+    """seq_length and micro_batch_size as the pipeline schedule must know them: packed sequences travel as one long row."""
+    if transformer_engine:
+        return {"seq_length": seq_length * micro_batch_size, "micro_batch_size": 1}
+    return {"seq_length": seq_length, "micro_batch_size": micro_batch_size}
+
+
+def run_schedule(
+    forward_step: Callable[..., Any],
+    model: list[MegatronModule],
+    micro_batches: Iterable[Mapping[str, np.ndarray]],
+    num_microbatches: int,
+    shape: Mapping[str, int],
+    device: torch.device,
+    *,
+    forward_only: bool,
+) -> list[dict[str, torch.Tensor]]:
+    """megatron-core's pipeline schedule over the micro-batches of this rank; what the last stage's loss function returned."""
+    if len(model) == 1:
+        data: Any = (to_tensors(batch, device) for batch in micro_batches)
+    else:  # every model chunk reads all micro-batches
+        batches = [to_tensors(batch, device) for batch in micro_batches]
+        data = [iter(batches) for _ in model]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=data,
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=num_microbatches,
+        forward_only=forward_only,
+        **shape,
+    )
+
+
+def reduce_sums(store: list[dict[str, torch.Tensor]], num_domains: int, device: torch.device) -> np.ndarray:
+    """Float64 [num_domains, SUMS] over all micro-batches and data-parallel ranks, the same on every rank of the job."""
+    total = torch.zeros(num_domains, SUMS, dtype=torch.float64, device=device)
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and parallel_state.get_tensor_model_parallel_rank() == 0:
+        for entry in store:
+            total += entry["sums"]
+    torch.distributed.all_reduce(total)
+    return total.cpu().numpy()

@@ -1,0 +1,51 @@
+"""Initial weights that are the same for every layout.
+
+megatron-core draws each rank's weights from that rank's own random stream, so another TP or PP starts elsewhere. Here a
+parameter is a function of (seed, its global name): the whole tensor is drawn and each rank keeps its part. Which part that
+is, megatron-core itself tells by the sharded state dict, the same description by which checkpoints are resharded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+
+@torch.no_grad()
+def initialize_weights(model: GPTModel, seed: int, std: float) -> None:
+    """Fill every parameter of `model` in place: matrices normal with `std`, norms 1, biases 0.
+
+    The projections back into the residual stream (``linear_proj``, ``linear_fc2``) get std / sqrt(2 x layers), as GPT-2 does
+    and Megatron after it.
+    """
+    shards = []
+    for entry in model.sharded_state_dict().values():
+        if isinstance(entry, ShardedTensorFactory):
+            built = entry.build()
+            shards += built if isinstance(built, Sequence) else built.values()
+        elif isinstance(entry, ShardedTensor):
+            shards.append(entry)
+    for shard in shards:
+        _fill(shard, seed, std, model.config.num_layers)
+
+
+def _fill(shard: ShardedTensor, seed: int, std: float, num_layers: int) -> None:
+    key, lead = shard.key, shard.prepend_axis_num
+    if key.endswith("norm.weight") or key.endswith("norm_weight"):
+        shard.data.fill_(1.0)
+        return
+    if key.endswith("bias"):
+        shard.data.zero_()
+        return
+    if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= math.sqrt(2 * num_layers)
+    name = f"{seed}/{key}/{shard.global_offset[:lead]}"
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1)
+    whole = torch.empty(shard.global_shape[lead:]).normal_(0.0, std, generator=generator)
+    part = tuple(slice(start, start + length) for start, length in zip(shard.global_offset[lead:], shard.local_shape, strict=True))
+    shard.data.copy_(whole[part])
