@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The main job on a plain machine with two cores: text to .bin/.idx, a curriculum, a small GPT trained on two CPU processes (TP=2).
+#
+#     bash examples/quickstart/run.sh            # from any folder, again and again
+#
+# Everything it makes is in out/ beside this script and made anew each time. Flags after run.sh go to the training, e.g. --train-iters 300.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+# shellcheck source-path=SCRIPTDIR source=../../tools/venv.sh
+. "$root/tools/venv.sh"
+use_environment "$root" requirements.txt
+
+out="$here/out"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two processes share the machine
+rm -rf "$out"
+mkdir -p "$out/data"
+cd "$here"
+
+step() { printf '\n== %s\n' "$*"; }
+
+preprocess() { # name of the jsonl file, name of the corpus, further flags
+    python "$root/tools/preprocess_data.py" --input "data/$1.jsonl" --output-prefix "$out/data/$2" \
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --workers 2 "${@:3}"
+}
+
+step "1. Text to Megatron's .bin/.idx"
+preprocess en en --append-eod
+preprocess zh zh --append-eod
+preprocess en-zh enzh --append-eod --kind parallel --template $'{en}\n{zh}'
+preprocess instruct instruct --kind instruct
+
+step "2. What the curriculum means for these corpora"
+python -m megatron_chatflow plan --config run.yaml --curriculum curriculum.yaml --plot "$out/plan.png" "$@"
+
+step "3. Training on two processes"
+torchrun --standalone --nproc-per-node 2 -m megatron_chatflow train --config run.yaml --curriculum curriculum.yaml --save "$out/run" "$@"
+
+step "4. What the model read in iteration 57"
+python -m megatron_chatflow locate --iteration 57 --checkpoint "$out/run"
+
+step "Done"
+echo "checkpoint:  $out/run (iteration $(cat "$out/run/latest_checkpointed_iteration.txt"))"
+echo "TensorBoard: $out/run/tensorboard   (tensorboard --logdir \"$out/run/tensorboard\")"
+echo "metrics:     $out/run/metrics.jsonl"
+echo "plot:        $out/plan.png"

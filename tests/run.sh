@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Sets up an environment (see tools/venv.sh), then runs ruff and the tests.
+#
+#     bash tests/run.sh                      # everything but the tests marked slow
+#     bash tests/run.sh --slow               # everything
+#     bash tests/run.sh tests/data -k packs  # what follows goes to pytest
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source-path=SCRIPTDIR source=../tools/venv.sh
+. "$root/tools/venv.sh"
+use_environment "$root" requirements-dev.txt
+
+marks=(-m "not slow")
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --slow ]; then marks=(); else arguments+=("$argument"); fi
+done
+
+cd "$root"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the tests start several processes a core
+echo "[tests] ruff check"
+python -m ruff check .
+echo "[tests] pytest"
+exec python -m pytest "${marks[@]}" "${arguments[@]}"
