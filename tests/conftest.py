@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.pool import Pool
+from tests.sample import build, train
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +17,18 @@ def pool() -> Iterator[Pool]:
     ranks = Pool()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the sample corpora preprocessed, curriculum.yaml and run.yaml."""
+    return build(tmp_path_factory.mktemp("sample"))
+
+
+@pytest.fixture(scope="session")
+def reference(pool: Pool, sample: Path) -> Path:
+    """The run directory of 20 iterations on one process, validated every 10, saved every 10."""
+    run = sample / "reference"
+    (done,) = pool.run(1, train, sample, "--save", str(run), "--save-interval", "10", "--eval-interval", "10")
+    assert done[0] == 0, done
+    return run

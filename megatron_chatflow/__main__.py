@@ -1,0 +1,61 @@
+"""The command line: ``python -m megatron_chatflow <command>``, installed also as ``chatflow``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_chatflow import __version__
+
+COMMANDS = {
+    "train": "train a model, or go on training it",
+    "plan": "the curriculum as a table: shares, samples, tokens, epochs; and as a plot",
+    "locate": "which documents a sample or an iteration holds, and their text",
+    "evaluate": "a checkpoint's held-out loss and bits per byte on each domain",
+    "generate": "text from a checkpoint",
+    "doctor": "what this machine can run, with the reason for each answer",
+}
+
+EXIT_USAGE = 2
+"""Exit code where what the user wrote cannot be used."""
+
+
+def usage() -> str:
+    """The text of ``chatflow --help``."""
+    rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    return f"""usage: chatflow <command> [flags]     (or: python -m megatron_chatflow <command> [flags])
+
+{rows}
+
+`chatflow <command> --help` tells a command's flags. A first run: bash examples/quickstart/run.sh
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 1 failed, 2 what was written cannot be used."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0 if words else EXIT_USAGE
+    if words[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    from megatron_chatflow.config import UsageError, nearest
+
+    try:
+        if words[0] not in COMMANDS:
+            raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS) or '; the commands are ' + ', '.join(COMMANDS)}")
+        return importlib.import_module(f"megatron_chatflow.commands.{words[0]}").main(words[1:])
+    except UsageError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"chatflow {words[0]}: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except BrokenPipeError:  # the reader of a pipe has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

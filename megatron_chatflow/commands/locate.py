@@ -1,0 +1,70 @@
+"""``chatflow locate``: which documents a sample holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_chatflow.commands.common import run_values, usage_errors
+from megatron_chatflow.config import UsageError, make_parser, parse, resolve_data
+from megatron_chatflow.report import console
+
+EPILOG = """examples:
+  chatflow locate --checkpoint runs/zh --iteration 57
+  chatflow locate --checkpoint runs/zh --sample 912
+  chatflow locate --config run.yaml --curriculum curriculum.yaml --iteration 57
+"""
+_EXCERPT = 160
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print domain, ordinal, epoch and documents of every asked sample, with their text."""
+    parser = make_parser("chatflow locate", "Show which documents of which domain a sample or an iteration holds, and their text.", EPILOG)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--iteration", type=int, metavar="N", help="every sample of this iteration (counted from 1); the beginning of each document")
+    which.add_argument("--sample", type=int, metavar="N", help="this sample (counted from 0); its whole text")
+    parser.add_argument("--checkpoint", metavar="RUN", help="a run directory: its config.yaml and its plan.json, amendments included")
+    with usage_errors():
+        _, args = parse(parser, argv)
+        config, _ = parse(parser, argv, run_values(args.checkpoint) if args.checkpoint else None)
+        config = resolve_data(config)
+        from megatron_chatflow.curriculum import BlendPlan
+        from megatron_chatflow.data import Blend
+        from megatron_chatflow.training.inputs import make_plan, open_inputs
+        from megatron_chatflow.training.length import count_iterations, samples_of_iteration
+
+        inputs = open_inputs(config)
+        if args.checkpoint:
+            plan = BlendPlan.from_json((Path(args.checkpoint) / "plan.json").read_text(encoding="utf-8"))
+        else:
+            plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
+        if args.iteration is not None:
+            last = count_iterations(config, plan.num_samples)
+            if not 1 <= args.iteration <= last:
+                raise UsageError(f"iteration {args.iteration} is not in the run; give --iteration a number from 1 to {last}")
+            start, stop = samples_of_iteration(config, args.iteration)
+        else:
+            if not 0 <= args.sample < plan.num_samples:
+                raise UsageError(f"sample {args.sample} is not in the run; give --sample a number from 0 to {plan.num_samples - 1}")
+            start, stop = args.sample, args.sample + 1
+        blend = Blend(plan, inputs.domains)
+    domains, ordinals = plan.locate(start, stop)
+    if args.iteration is not None:
+        console.say(f"iteration {args.iteration}: samples {start} to {stop - 1}, stage {plan.stage_at(start)}")
+    for n, number, ordinal in zip(range(start, stop), domains, ordinals, strict=True):
+        origin = blend.provenance(n)
+        name = plan.domain_names[number]
+        console.say(f"sample {n}: domain {name}, ordinal {ordinal}, epoch {origin['epoch']}")
+        for document, first, last in origin["documents"]:
+            console.say(
+                f"  document {document}, tokens {first} to {last - 1}: "
+                f"{_text(inputs, name, document, first, last, None if args.sample is not None else _EXCERPT)}"
+            )
+    return 0
+
+
+def _text(inputs: object, name: str, document: int, first: int, last: int, most: int | None) -> str:
+    if inputs.tokenizer is None:
+        return "(no text: give --tokenizer-type and --tokenizer-model)"
+    text = inputs.tokenizer.decode(inputs.domains[name].dataset.document(document)[first:last].tolist())
+    return repr(text if most is None or len(text) <= most else text[:most] + "...")

@@ -1,0 +1,59 @@
+"""``chatflow train``: the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from megatron_chatflow.commands.common import usage_errors
+from megatron_chatflow.config import make_parser, parse, resolve
+from megatron_chatflow.engine.launch import read_launch
+from megatron_chatflow.report import console
+
+EPILOG = """examples:
+  chatflow train --config run.yaml --curriculum curriculum.yaml --save runs/zh --load runs/zh
+  torchrun --nproc-per-node 2 -m megatron_chatflow train --config run.yaml --tensor-model-parallel-size 2
+  srun --ntasks-per-node 8 chatflow train --config run.yaml        (inside a SLURM job: one task a GPU)
+  chatflow train --config run.yaml --load runs/zh --save runs/zh --curriculum edited.yaml --amend-curriculum
+
+exit codes: 0 finished, 1 failed, 2 the configuration cannot be used (nothing was written)
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check everything, then train."""
+    parser = make_parser("chatflow train", "Train a model on a blend that a curriculum moves, or go on training it.", EPILOG)
+    with usage_errors():
+        config, _ = parse(parser, argv)
+        launch = read_launch()
+        config = resolve(config, launch.world_size)
+        from megatron_chatflow.training.inputs import open_inputs
+        from megatron_chatflow.training.setup import assemble, find_start
+
+        begin = time.perf_counter()
+        inputs = open_inputs(config)
+        start = find_start(config, inputs)
+
+    def say(text: str) -> None:
+        if launch.rank == 0:
+            console.say(text)
+
+    for note in (*inputs.notes, *start.notes):
+        say(note)
+    say(f"{len(inputs.domains)} domains, {start.total:,} samples of {config.data.seq_length} tokens, opened in {time.perf_counter() - begin:.2f} s")
+    from megatron_chatflow.engine.distributed import shut_down
+
+    try:
+        run = assemble(config, launch, inputs, start, say)
+        from megatron_chatflow.training.loop import train
+        from megatron_chatflow.training.step import NonFiniteError
+
+        try:
+            train(run)
+        except NonFiniteError as error:
+            if launch.rank == 0:
+                console.complain(f"chatflow train: stopped: {error}")
+            return 1
+    finally:
+        shut_down()
+    return 0

@@ -1,0 +1,92 @@
+"""An instruction domain: whole conversations packed into windows, trained on the answers alone."""
+
+import numpy as np
+
+from megatron_chatflow.data.domain import Batch, WindowDomain, ranges, segments
+from megatron_chatflow.data.indexed import IndexedDataset
+from megatron_chatflow.data.packing import pack, positions
+from megatron_chatflow.data.verify import sequence_fault
+
+
+class InstructDomain(WindowDomain):
+    """The conversations of a corpus with sequence modes, packed into windows of S positions.
+
+    A conversation of L tokens t takes L - 1 positions: tokens t[0] .. t[L-2], labels t[1] .. t[L-1]. loss_mask is 1 where the label lies
+    in a sequence of mode 0 (an answer). Each conversation is a segment of its own, its position_ids start at 0, and no label belongs
+    to another conversation than its token. What is longer than S + 1 tokens is cut there. What is left of a window is padded with
+    token 0, loss_mask 0, and a segment of its own.
+
+    The packing is a function of the lengths and S alone, the same in every epoch; the windows are shuffled as a text domain's are.
+
+    Args:
+        name, dataset, seq_length, seed, documents: as in `WindowDomain`.
+
+    Attributes:
+        packing: which conversations each window holds; conversations are numbered from `documents[0]`.
+
+    Raises:
+        ValueError: the corpus has no sequence modes, or its sequences are not stored in order.
+    """
+
+    def __init__(self, name: str, dataset: IndexedDataset, *, seq_length: int, seed: int, documents: tuple[int, int]) -> None:
+        super().__init__(name, dataset, seq_length=seq_length, seed=seed, documents=documents)
+        if dataset.sequence_modes is None:
+            raise ValueError(f"corpus {dataset.prefix}: it has no sequence modes, so prompts and answers cannot be told apart")
+        fault = sequence_fault(dataset)
+        if fault:
+            raise ValueError(f"corpus {dataset.prefix}: {fault}: preprocess it again")
+        bounds = dataset.document_starts(np.arange(documents[0], documents[1] + 1))
+        self.packing = pack(np.diff(bounds), seq_length)
+        self.num_samples = self.packing.num_windows
+
+    @property
+    def num_cut(self) -> int:
+        """Conversations longer than a window, of which only the first S + 1 tokens are read."""
+        return self.packing.num_cut
+
+    def fill_chunk(self, batch: Batch, rows: np.ndarray, windows: np.ndarray) -> None:
+        """See `WindowDomain.fill_chunk`."""
+        document, which = self._conversations(windows)
+        start = self.dataset.document_starts(document)
+        size = positions(self.dataset.document_starts(document + 1) - start, self.seq_length)
+        shape = len(windows), self.seq_length
+
+        # The windows, one after the other, are a row of pieces: the conversations of a window, and its padding, which may be empty.
+        used = np.bincount(which, size, len(windows)).astype(np.int64)
+        last = np.cumsum(np.bincount(which, minlength=len(windows)))
+        sizes = np.insert(size, last, self.seq_length - used)
+        segment_ids, position_ids = segments((np.cumsum(sizes) - sizes)[sizes > 0], *shape)
+        source = np.repeat(np.insert(start, last, 0), sizes) + position_ids.reshape(-1)
+        answer = np.zeros(len(source), bool)
+        answer[np.repeat(np.insert(np.ones(len(size), bool), last, False), sizes)] = self._answers(document, size)
+
+        batch["tokens"][rows] = self.dataset.tokens.take(source, mode="clip").reshape(shape)
+        batch["labels"][rows] = self.dataset.tokens.take(source + 1, mode="clip").reshape(shape)
+        batch["loss_mask"][rows] = answer.reshape(shape)
+        batch["position_ids"][rows] = position_ids
+        batch["segment_ids"][rows] = segment_ids
+        for window in np.flatnonzero(used < self.seq_length):
+            batch["tokens"][rows[window], used[window] :] = 0
+            batch["labels"][rows[window], used[window] :] = 0
+
+    def window_documents(self, window: int) -> list[tuple[int, int, int]]:
+        """See `WindowDomain.window_documents`: the conversations of a window, each from its first token."""
+        document, _ = self._conversations(np.array([window]))
+        lengths = self.dataset.document_starts(document + 1) - self.dataset.document_starts(document)
+        return [(d, 0, min(n, self.seq_length + 1)) for d, n in zip(document.tolist(), lengths.tolist(), strict=True)]
+
+    def _conversations(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the documents of the windows, and for each which of the windows it lies in, int64 [conversations] each."""
+        begin = self.packing.starts[windows]
+        which, within = ranges(self.packing.starts[windows + 1] - begin)
+        return self.packing.order[begin[which] + within].astype(np.int64) + self.documents[0], which
+
+    def _answers(self, document: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Returns for the labels t[1] .. t[size] of each document whether they lie in an answer, bool [sum(size)]."""
+        begin = self.dataset.document_indices[document]
+        which, within = ranges(self.dataset.document_indices[document + 1] - begin)
+        sequence = begin[which] + within
+        first = self.dataset.sequence_pointers[sequence] // self.dataset.dtype.itemsize - self.dataset.document_starts(document)[which]
+        last = first + self.dataset.sequence_lengths[sequence]
+        labels = np.minimum(last, size[which] + 1) - np.clip(first, 1, size[which] + 1)
+        return np.repeat(self.dataset.sequence_modes[sequence] == 0, np.maximum(labels, 0))

@@ -1,0 +1,176 @@
+"""The command line of `tools/preprocess_data.py`."""
+
+import argparse
+import difflib
+import signal
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from megatron_chatflow.data.encode import KINDS
+from megatron_chatflow.data.formats import FORMATS
+from megatron_chatflow.data.preprocess import MalformedInput, PreprocessSettings, Progress, Summary, preprocess
+from megatron_chatflow.data.workers import WorkerDied
+from megatron_chatflow.tokenizer import TOKENIZER_TYPES
+
+_EXAMPLES = """
+examples:
+  # a language, on two processes
+  python tools/preprocess_data.py --input zh.jsonl.gz --output-prefix data/zh --tokenizer-type SentencePieceTokenizer --tokenizer-model spm.model \\
+      --append-eod --workers 2                                   -> data/zh_text_document.{bin,idx,json}
+  # many files, from a folder of a Hugging Face model
+  python tools/preprocess_data.py --input 'crawl/*.jsonl.gz' --output-prefix data/en --tokenizer-type HuggingFaceTokenizer \\
+      --tokenizer-model SmolLM2-135M --append-eod --workers 8
+  # parallel text: {"en": ..., "zh": ...}
+  python tools/preprocess_data.py --input pairs.jsonl --kind parallel --template '{en}\\n{zh}' --output-prefix data/enzh ...
+                                                                 -> data/enzh_text_document.{bin,idx,json}
+  # conversations: {"messages": [...]} or {"instruction", "input", "output"}
+  python tools/preprocess_data.py --input chat.jsonl --kind instruct --output-prefix data/instruct ...
+                                                                 -> data/instruct_document.{bin,idx,json}
+  # standard input
+  zstd -dc big.jsonl.zst | python tools/preprocess_data.py --input - --output-prefix data/big ...
+
+exit codes: 0 written, 1 nothing written because of what the input holds, a worker that died or a disk that is full, 2 a setting or a file is wrong,
+130 and 143 interrupted.
+"""
+
+_ORDER = "documents always keep the order of the input; drop the flag"
+_TUNING = "the pipeline keeps every process busy by itself; drop the flag and give --workers the number of cores"
+_REFUSED = {
+    "--split-sentences": "documents are not split into sentences here; drop the flag",
+    "--keep-newlines": "it belongs to --split-sentences, and documents are kept as they are; drop the flag",
+    "--partitions": "one run uses all --workers on all files, zipped ones included; drop the flag",
+    "--keep-sequential-samples": _ORDER,
+    "--find-optimal-num-workers": _TUNING,
+    "--workers-to-check": _TUNING,
+    "--max-documents": _TUNING,
+    "--use-gigatoken": "the tokenizer's own library is used; drop the flag",
+    "--dataset-impl": "there is one format, Megatron's .bin/.idx; drop the flag",
+    "--make-vocab-size-divisible-by": "the vocabulary is padded when the model is built; drop the flag",
+    "--tensor-model-parallel-size": "the vocabulary is padded when the model is built; drop the flag",
+    "--vocab-extra-ids": "extend the tokenizer itself; drop the flag",
+    "--tiktoken-pattern": "a list of tokens is split by Megatron's pattern v2, a tekken.json by its own; drop the flag",
+    "--tiktoken-num-special-tokens": "a list of tokens has 1000 special ones, a tekken.json says it; drop the flag",
+    "--tokenizer-special-tokens": "the tokenizer's files say which tokens are special; drop the flag",
+    "--trust-remote-code": "tokenizers are read from files and never run code; drop the flag",
+    "--rank": "it had no meaning in Megatron either; drop the flag",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = isinstance(action.default, str | int) and action.default is not False and not action.required
+        return super()._get_help_string(action) if shown else action.help
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line; the flags are Megatron's, and those of `PreprocessSettings`."""
+    description = "Text to Megatron's .bin/.idx, with a manifest beside it."
+    parser = _Parser(prog="preprocess_data.py", description=description, epilog=_EXAMPLES, formatter_class=_Help, allow_abbrev=False)
+    data = parser.add_argument_group("input")
+    data.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, patterns in quotes, - for standard input; gzip is unpacked")
+    data.add_argument("--input-format", choices=FORMATS, help="JSON lines, or a document a line (by default only .txt and .txt.gz are text)")
+    data.add_argument("--kind", choices=KINDS, default="text", help="text under --json-keys, parallel text, or conversations")
+    data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that become a corpus each (--kind text; default: text)")
+    data.add_argument("--template", help="'{en}\\n{zh}' (--kind parallel); chatflow, alpaca or chatml (--kind instruct, by default chatflow)")
+    data.add_argument("--skip-malformed", action="store_true", help="leave malformed lines out and count them; without it they stop the run")
+    data.add_argument("--lang", help="language of the text, noted in the manifest")
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer-type", required=True, metavar="TYPE", help=", ".join(TOKENIZER_TYPES))
+    tokenizer.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece model, tokenizer.json or its folder, or tiktoken JSON")
+    tokenizer.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT2BPETokenizer")
+    tokenizer.add_argument("--merge-file", metavar="FILE", help="merges.txt of GPT2BPETokenizer")
+    tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="of NullTokenizer and TikTokenizer")
+    tokenizer.add_argument("--append-eod", action="store_true", help="end documents with the end-of-document token (chatflow and alpaca do anyway)")
+    output = parser.add_argument_group("output and run")
+    output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="files are PREFIX_<key>_document.bin, .idx and .json")
+    output.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode; the output is the same for every number")
+    output.add_argument("--log-interval", type=int, default=1000, metavar="N", help="documents between two lines of progress (at most one a second)")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> PreprocessSettings:
+    """Reads the command line.
+
+    Raises:
+        ValueError: a flag is unknown, refused, or has a wrong value; one sentence.
+    """
+    parser = make_parser()
+    for word in argv:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag in _REFUSED:
+            raise ValueError(f"{flag} is not taken: {_REFUSED[flag]}")
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        nearest = difflib.get_close_matches(unknown[0], flags, n=1)
+        raise ValueError(f"{unknown[0]} is unknown: " + (f"did you mean {nearest[0]}?" if nearest else "see --help"))
+    values = vars(known)
+    return PreprocessSettings(**values | {"input": tuple(values["input"]), "json_keys": tuple(values["json_keys"])})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code that the examples in `--help` list."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        settings = parse_arguments(sys.argv[1:] if argv is None else argv)
+        summary = preprocess(settings, _ProgressLines())
+    except MalformedInput as error:
+        return _refuse(1, str(error))
+    except ValueError as error:
+        return _refuse(2, str(error))
+    except WorkerDied as error:
+        return _refuse(1, str(error))
+    except OSError as error:
+        where = error.filename or "the output"
+        return _refuse(1, f"{where} cannot be written ({error.strerror}), so nothing was written: check the path and the space on the disk")
+    except KeyboardInterrupt as error:
+        return _refuse(143 if isinstance(error, _Terminated) else 130, "interrupted, so nothing was written: start it again")
+    _conclude(settings, summary)
+    return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    pass
+
+
+def _terminated(*_: object) -> None:
+    raise _Terminated
+
+
+class _ProgressLines:
+    """Prints a line of progress, at most one a second."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.seconds - self._last < 1:
+            return
+        self._last = progress.seconds
+        line = f"{progress.documents:,} documents, {progress.bytes / 1e6:,.1f} MB of text, {progress.bytes / 1e6 / progress.seconds:.2f} MB/s"
+        if progress.done:
+            left = round(progress.seconds * (1 - progress.done) / progress.done)
+            line += f", {progress.done:.0%} of the input, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        print(line, file=sys.stderr, flush=True)
+
+
+def _conclude(settings: PreprocessSettings, summary: Summary) -> None:
+    for line in summary.shown:
+        print(f"preprocess_data.py: left out: {line}", file=sys.stderr)
+    total = sum(manifest.bytes for manifest in summary.corpora.values())
+    for prefix, manifest in summary.corpora.items():
+        what = "conversations" if manifest.conversations else "documents"
+        print(f"{prefix}.bin, .idx and .json: {manifest.documents:,} {what}, {manifest.tokens:,} tokens, {manifest.bytes:,} bytes of text")
+    skipped = f"; left out: {summary.malformed:,} malformed lines, {summary.empty:,} empty documents" if summary.malformed or summary.empty else ""
+    print(f"{summary.seconds:.1f} s, {total / 1e6 / summary.seconds:.2f} MB/s on {settings.workers} worker{'s' * (settings.workers > 1)}{skipped}")
+
+
+def _refuse(code: int, message: str) -> int:
+    print(textwrap.indent(message, "preprocess_data.py: "), file=sys.stderr)
+    return code

@@ -1,0 +1,193 @@
+"""How records become documents: plain text, parallel text through a template, conversations through a chat template."""
+
+import re
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_chatflow.tokenizer import Tokenizer
+
+ANSWER = 0
+PROMPT = 1
+
+Part = str | int
+"""Text to be encoded, or the id of a control token."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A part of a document that is trained on (`ANSWER`) or not (`PROMPT`)."""
+
+    mode: int
+    parts: tuple[Part, ...]
+
+
+class MalformedRecord(ValueError):
+    """A record that is not what its file should hold; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer. `input` is the material that the instruction speaks of, often empty."""
+
+    instruction: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, and what the system prompt says (empty without one)."""
+
+    system: str
+    turns: tuple[Turn, ...]
+
+
+ChatTemplate = Callable[[Conversation, Tokenizer], list[Passage]]
+
+
+def text_field(record: Mapping[str, Any], key: str) -> str:
+    """Returns the text under `key`.
+
+    Raises:
+        MalformedRecord: there is none, or it is no text, or no text that can be written as UTF-8 (a lone surrogate).
+    """
+    if key not in record:
+        raise MalformedRecord(f"no key {key!r}")
+    return _text(record[key], repr(key))
+
+
+def parse_conversation(record: Mapping[str, Any]) -> Conversation:
+    """Reads `{"messages": [{"role", "content"}, ...]}` or `{"instruction", "input", "output"}` (`input` may be missing).
+
+    Messages are an optional system prompt, then user and assistant in turn, the assistant last.
+
+    Raises:
+        MalformedRecord: the record is neither, or the messages are empty or in another order.
+    """
+    if "messages" in record:
+        return _from_messages(record["messages"])
+    if "instruction" not in record:
+        raise MalformedRecord("neither 'messages' nor 'instruction'")
+    given = "" if record.get("input") is None else text_field(record, "input")
+    return Conversation("", (Turn(text_field(record, "instruction"), given, text_field(record, "output")),))
+
+
+def _from_messages(messages: Any) -> Conversation:
+    if not isinstance(messages, list) or not messages:
+        raise MalformedRecord("'messages' is no list of messages" if not isinstance(messages, list) else "'messages' is empty")
+    texts: list[tuple[str, str]] = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise MalformedRecord(f"message {number} is no object with 'role' and 'content'")
+        if message["role"] not in ("system", "user", "assistant"):
+            raise MalformedRecord(f"message {number} has the role {message['role']!r} (known are system, user, assistant)")
+        texts.append((message["role"], _text(message["content"], f"the content of message {number}")))
+    system = texts.pop(0)[1] if texts[0][0] == "system" else ""
+    roles = [role for role, _ in texts]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise MalformedRecord(f"the roles are {', '.join(roles) or 'system alone'} (user and assistant in turn, assistant last, are expected)")
+    contents = [content for _, content in texts]
+    return Conversation(system, tuple(Turn(user, "", assistant) for user, assistant in zip(contents[::2], contents[1::2], strict=True)))
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise MalformedRecord(f"{what} is {json_kind(value)}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise MalformedRecord(f"{what} has a lone surrogate at character {error.start}") from error
+    return value
+
+
+def json_kind(value: Any) -> str:
+    """Returns what a parsed JSON value is, in words."""
+    return {type(None): "null", bool: "a boolean", str: "a text", list: "a list", dict: "an object"}.get(type(value), "a number")
+
+
+def _chatflow(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
+    """`### Instruction:{instruction}{input}### Response:{output}`, without line ends, as in the ChatFlow recipe; a system prompt stands before it."""
+    lead: tuple[Part, ...] = () if tokenizer.bos is None else (tokenizer.bos,)
+    result = []
+    for number, turn in enumerate(conversation.turns):
+        system = "" if number else conversation.system
+        result.append(Passage(PROMPT, (*([] if number else lead), f"{system}### Instruction:{turn.instruction}{turn.input}### Response:")))
+        result.append(Passage(ANSWER, (turn.output, tokenizer.eod)))
+    return result
+
+
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+
+
+def _alpaca(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
+    """Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca, `PROMPT_DICT`); a system prompt takes the place of the first sentence."""
+    result = []
+    for number, turn in enumerate(conversation.turns):
+        given = f"### Input:\n{turn.input}\n\n" if turn.input else ""
+        prompt = f"### Instruction:\n{turn.instruction}\n\n{given}### Response:\n"
+        if number:
+            lead: tuple[Part, ...] = ("\n\n",)
+        else:
+            lead = (() if tokenizer.bos is None else (tokenizer.bos,)) + ((conversation.system or (_ALPACA_INPUT if given else _ALPACA)) + "\n\n",)
+        result.append(Passage(PROMPT, (*lead, prompt)))
+        result.append(Passage(ANSWER, (turn.output, tokenizer.eod)))
+    return result
+
+
+def _chatml(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
+    """`<|im_start|>role\\n{content}<|im_end|>\\n`; the marks are control tokens where the tokenizer has them, else plain text."""
+    start, end = (_mark(tokenizer, mark) for mark in ("<|im_start|>", "<|im_end|>"))
+    system: tuple[Part, ...] = (start, f"system\n{conversation.system}", end, "\n") if conversation.system else ()
+    result = []
+    for number, turn in enumerate(conversation.turns):
+        lead: tuple[Part, ...] = ("\n",) if number else system
+        question = f"{turn.instruction}\n{turn.input}" if turn.input else turn.instruction
+        result.append(Passage(PROMPT, (*lead, start, f"user\n{question}", end, "\n", start, "assistant\n")))
+        result.append(Passage(ANSWER, (turn.output, end)))
+    return result
+
+
+def _mark(tokenizer: Tokenizer, spelling: str) -> Part:
+    token = tokenizer.control_id(spelling)
+    return spelling if token is None else token
+
+
+CHAT_TEMPLATES: dict[str, ChatTemplate] = {"chatflow": _chatflow, "alpaca": _alpaca, "chatml": _chatml}
+DEFAULT_CHAT_TEMPLATE = "chatflow"
+ENDS_WITH_EOD = frozenset({"chatflow", "alpaca"})
+"""Templates that end every answer with the end-of-document token."""
+
+
+class ParallelTemplate:
+    r"""A text with the fields of a record in braces, such as `{en}\n{zh}`.
+
+    Args:
+        template: `\n`, `\t` and `\\` may be written out, as a shell passes them on; `{{` and `}}` stand for braces.
+
+    Raises:
+        ValueError: it names no field, or has more than a name in braces.
+    """
+
+    def __init__(self, template: str) -> None:
+        text = re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), template)
+        try:
+            pieces = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise ValueError(f"--template {template!r} cannot be read ({error}): name fields in braces, as in '{{en}}\\n{{zh}}'") from error
+        self._pieces = [(literal, name) for literal, name, _, _ in pieces]
+        if not any(name for _, name in self._pieces) or any(name == "" or spec or conversion for _, name, spec, conversion in pieces):
+            raise ValueError(f"--template {template!r} must name the fields of a record in braces and nothing else, as in '{{en}}\\n{{zh}}'")
+
+    def fill(self, record: Mapping[str, Any]) -> str:
+        """Returns the text for one record.
+
+        Raises:
+            MalformedRecord: a field is missing, or is no text.
+        """
+        return "".join(literal + (text_field(record, name) if name else "") for literal, name in self._pieces)

@@ -1,0 +1,114 @@
+"""Encoding on several processes, in the order of the input."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_chatflow.data.encode import Encoded, Encoder, Task
+from megatron_chatflow.data.formats import Chunk
+from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+
+_AHEAD = 3
+"""Chunks handed to each of the other processes before this one encodes one itself."""
+_MAX_PENDING = 8
+"""Chunks in memory, for each process."""
+
+Numbered = tuple[int, Chunk]
+"""A chunk and the number of its source."""
+EncodeChunks = Callable[[Iterable[Numbered], Callable[[], bool]], Iterator[tuple[int, int, Encoded]]]
+"""Encodes chunks; asks its second argument whether only to check lines, from now on; yields a chunk's source, position and tokens, in order."""
+
+
+class WorkerDied(RuntimeError):
+    """A worker process was killed."""
+
+
+@contextmanager
+def encoders(workers: int, tokenizer: Tokenizer, tokenizer_arguments: Mapping[str, Any], task: Task) -> Iterator[EncodeChunks]:
+    """Yields what encodes chunks, on `workers` processes of which this one is one; the others end with the `with` block.
+
+    This process reads the chunks and hands them out; when the others have enough to do it encodes one itself.
+
+    Args:
+        workers: number of processes.
+        tokenizer: what this process encodes with.
+        tokenizer_arguments: of `load_tokenizer`, for the other processes.
+        task: what documents are made of.
+
+    Raises:
+        WorkerDied: a worker was killed.
+    """
+    encoder = Encoder(tokenizer, task)
+    others = workers - 1
+    pool: ProcessPoolExecutor | None = None
+    if others:
+        # Spawned, not forked: tokenizer libraries have threads of their own, which do not survive a fork.
+        pool = ProcessPoolExecutor(others, multiprocessing.get_context("spawn"), _start_worker, (dict(tokenizer_arguments), task))
+
+    def encode(chunks: Iterable[Numbered], check_only: Callable[[], bool]) -> Iterator[tuple[int, int, Encoded]]:
+        pending: deque[tuple[int, int, Future[Encoded]]] = deque()
+        for source, chunk in chunks:
+            work = (chunk.data, chunk.first_line, chunk.format, check_only())
+            if sum(not future.done() for _, _, future in pending) < _AHEAD * others:
+                with _interrupts_held_back():
+                    pending.append((source, chunk.position, pool.submit(_work, *work)))
+            else:
+                pending.append((source, chunk.position, _done(encoder.encode(*work))))
+            while pending and (pending[0][2].done() or len(pending) > _MAX_PENDING * workers):
+                source, position, future = pending.popleft()
+                yield source, position, future.result()
+        for source, position, future in pending:
+            yield source, position, future.result()
+
+    try:
+        yield encode
+    except BrokenProcessPool as error:
+        raise WorkerDied("a worker process was killed, so nothing was written: look for a lack of memory, and try fewer --workers") from error
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _done(result: Encoded) -> "Future[Encoded]":
+    future: Future[Encoded] = Future()
+    future.set_result(result)
+    return future
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Workers that start in here never see Ctrl-C: it reaches the whole process group, and ending them is for this process to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_encoder: Encoder | None = None
+
+
+def _start_worker(tokenizer_arguments: dict[str, Any], task: Task) -> None:
+    global _encoder
+    _encoder = Encoder(load_tokenizer(**tokenizer_arguments), task)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(data: bytes, first_line: int, format: str, check_only: bool) -> Encoded:
+    assert _encoder is not None
+    return _encoder.encode(data, first_line, format, check_only)

@@ -1,0 +1,74 @@
+"""Lines on the console: Megatron's own, with what Megatron does not tell beside them. Plain values in, text out."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def say(text: str) -> None:
+    """Print one line at once."""
+    print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    """Print one line to standard error at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def iteration_line(values: Mapping[str, Any], now: datetime.datetime) -> str:
+    """Megatron's line of an iteration, which log parsers know, with tokens per second added.
+
+    Args:
+        values: iteration, train_iters, consumed_samples, seconds (mean a step), tokens_per_second, throughput (TFLOP/s of one process, or None),
+            learning_rate, global_batch_size, loss, grad_norm.
+        now: the time to print.
+    """
+    throughput = f" throughput per GPU (TFLOP/s/GPU): {values['throughput']:.1f} |" if values["throughput"] is not None else ""
+    return (
+        f" [{now:%Y-%m-%d %H:%M:%S}] iteration {values['iteration']:8d}/{values['train_iters']:8d} | "
+        f"consumed samples: {values['consumed_samples']:12d} |"
+        f" elapsed time per iteration (ms): {values['seconds'] * 1000:.1f} |{throughput} tokens per second: {values['tokens_per_second']:.0f} |"
+        f" learning rate: {values['learning_rate']:.6E} | global batch size: {values['global_batch_size']:5d} | lm loss: {values['loss']:.6E} |"
+        f" loss scale: 1.0 | grad norm: {values['grad_norm']:.3f} | number of skipped iterations:   0 | number of nan iterations:   0 |"
+    )
+
+
+def progress_line(fraction: float, seconds_left: float, stage: str, domains: Mapping[str, Mapping[str, float]]) -> str:
+    """How far the run is, and each domain's share and loss.
+
+    Args:
+        fraction: of the run's samples, 0 to 1.
+        seconds_left: estimate.
+        stage: name of the curriculum's stage.
+        domains: {name: {"share", "loss"}}; loss may be missing where the domain gave no token.
+    """
+    parts = [
+        f"{name} {v['share']:.0%}" + (f" loss {v['loss']:.3f}" if v.get("loss") is not None else "") for name, v in domains.items() if v["share"] > 0
+    ]
+    return f"   {fraction:6.1%} done | time left {duration(seconds_left)} | stage {stage} | {' | '.join(parts)}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, with days in front where there are any."""
+    days, rest = divmod(int(round(max(0.0, seconds))), 86400)
+    text = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} d {text}" if days else text
+
+
+def validation_lines(iteration: int, results: Mapping[str, Mapping[str, float]], total: Mapping[str, float]) -> list[str]:
+    """Megatron's validation line over all domains, then a line for each domain.
+
+    Args:
+        iteration: where the weights stand.
+        results: {domain: {"loss" in nats, "ppl", "bits_per_byte" or None, "tokens"}}.
+        total: the same over all tokens of all domains.
+    """
+    lines = [f" validation loss at iteration {iteration} | lm loss value: {total['loss']:.6E} | lm loss PPL: {total['ppl']:.6E} |"]
+    width = max(map(len, results), default=0)
+    for name, r in results.items():
+        bits = f" | bits per byte {r['bits_per_byte']:.4f}" if r.get("bits_per_byte") is not None else ""
+        lines.append(f"   {name:<{width}} | loss {r['loss']:.4f} | perplexity {r['ppl']:10.2f}{bits} | {int(r['tokens'])} tokens")
+    return lines

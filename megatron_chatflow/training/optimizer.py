@@ -1,0 +1,89 @@
+"""megatron-core's optimizer and its learning-rate schedule from settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_model_config
+
+from megatron_chatflow.config import Config, Schedule, UsageError
+
+
+def build_optimizer(config: Config, model: list[MegatronModule]) -> MegatronOptimizer:
+    """The optimizer over the model chunks of this rank, with megatron-core's schedules told how gradients are scaled, reduced and overlapped."""
+    o, training = config.optimizer, config.training
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer=o.optimizer,
+            lr=o.lr,
+            min_lr=o.min_lr,
+            weight_decay=o.weight_decay,
+            adam_beta1=o.adam_beta1,
+            adam_beta2=o.adam_beta2,
+            adam_eps=o.adam_eps,
+            sgd_momentum=o.sgd_momentum,
+            clip_grad=o.clip_grad,
+            bf16=training.bf16,
+            params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+        ),
+        model,
+    )
+    core = get_model_config(model[0])
+    core.grad_scale_func = optimizer.scale_loss
+    core.finalize_model_grads_func = finalize_model_grads
+    if config.parallel.overlap_grad_reduce:
+        core.no_sync_func = _one_or_all([chunk.no_sync for chunk in model])
+        core.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in model])
+    if config.parallel.overlap_param_gather:
+        core.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in model])
+    return optimizer
+
+
+def _one_or_all(functions: list[Any]) -> Any:
+    """megatron-core takes one function, or a list of them under the interleaved schedule."""
+    return functions[0] if len(functions) == 1 else functions
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Learning rate and weight decay as functions of the samples trained on."""
+    o, schedule = config.optimizer, Schedule.of(config)
+    constant = o.weight_decay_incr_style == "constant"
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=o.lr_warmup_init,
+        max_lr=o.lr,
+        min_lr=o.min_lr,
+        lr_warmup_steps=schedule.warmup,
+        lr_decay_steps=schedule.decay,
+        lr_decay_style=o.lr_decay_style,
+        start_wd=o.weight_decay if constant else o.start_weight_decay,
+        end_wd=o.weight_decay if constant else o.end_weight_decay,
+        wd_incr_steps=schedule.total,
+        wd_incr_style=o.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=o.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=o.override_opt_param_scheduler,
+        wsd_decay_steps=schedule.wsd,
+        lr_wsd_decay_style=o.lr_wsd_decay_style,
+    )
+
+
+def restore_scheduler(scheduler: OptimizerParamScheduler, saved: dict, config: Config) -> None:
+    """Put the schedule where the checkpoint left it.
+
+    Raises UsageError where checkpoint and command tell two schedules and no flag says which one holds.
+    """
+    if not (config.optimizer.override_opt_param_scheduler or config.optimizer.use_checkpoint_opt_param_scheduler):
+        for name, now in scheduler.state_dict().items():
+            if name != "num_steps" and now != saved[name]:
+                raise UsageError(
+                    f"{name} is {now} here and {saved[name]} in the checkpoint; add --override-opt_param-scheduler to take this command's schedule "
+                    "or --use-checkpoint-opt_param-scheduler to take the checkpoint's"
+                )
+    scheduler.load_state_dict(saved)

@@ -1,0 +1,141 @@
+"""From checked inputs to a run that can take its next step: process groups, model, optimizer, checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.config import Config, UsageError
+from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
+from megatron_chatflow.engine.launch import Launch
+from megatron_chatflow.training.inputs import Inputs, make_plan
+from megatron_chatflow.training.ledger import check_identity, data_identity, resume_plan
+from megatron_chatflow.training.run_directory import find_checkpoint, read_state
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the run begins: known before any process group is made."""
+
+    plan: BlendPlan
+    total: int
+    """Samples that the run will have read at its end."""
+    iteration: int
+    consumed: int
+    checkpoint: Path | None
+    """Folder to load weights from."""
+    state: dict[str, Any] | None
+    """The checkpoint's state when the run is resumed; None when it starts afresh (also under --finetune)."""
+    notes: tuple[str, ...]
+    """Sentences that the user should see once."""
+
+
+def find_start(config: Config, inputs: Inputs) -> Start:
+    """Resume, finetune or start afresh, and with which plan. Raises UsageError where checkpoint and settings contradict each other."""
+    plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
+    where = config.checkpoint
+    checkpoint = find_checkpoint(where.load, where.ckpt_step) if where.load else None
+    if where.load and checkpoint is None and (where.exit_on_missing_checkpoint or where.finetune or where.ckpt_step is not None):
+        raise UsageError(f"load {where.load} holds no checkpoint; give a run directory that has one, or drop --load")
+    if where.save and not (where.load and Path(where.load).resolve() == Path(where.save).resolve()) and find_checkpoint(where.save, None) is not None:
+        raise UsageError(f"save {where.save} already holds checkpoints of a run; add --load {where.save} to resume it, or give --save another folder")
+    if config.data.amend_curriculum and (checkpoint is None or where.finetune):
+        raise UsageError("amend_curriculum has no effect without a run to resume; drop --amend-curriculum or give --load")
+    state, iteration, consumed = None, 0, 0
+    if checkpoint is not None and not where.finetune:
+        state = read_state(checkpoint)
+        iteration, consumed = state["iteration"], state["consumed_train_samples"]
+        check_identity(state["data"], data_identity(config, inputs.domains))
+        plan = resume_plan(state["plan"], plan, consumed, amend=config.data.amend_curriculum)
+        for name in plan.domain_names:
+            if name not in inputs.domains:
+                raise UsageError(f"domain {name} was trained on but is not in the curriculum any more; keep it in the file with weight 0")
+    check_exhaustion(plan, inputs.epoch_samples)
+    outlook = forecast(plan, inputs.epoch_samples)
+    notes = list(outlook.warnings)
+    if outlook.end < plan.num_samples:
+        notes.append(f"the run ends at sample {outlook.end} of {plan.num_samples}, where a domain runs out (on_exhausted: stop)")
+    return Start(plan, outlook.end, iteration, consumed, checkpoint, state, tuple(notes))
+
+
+@dataclass
+class Run:
+    """A run between two steps."""
+
+    config: Config
+    launch: Launch
+    inputs: Inputs
+    plan: BlendPlan
+    total: int
+    device: Any
+    transformer_impl: str
+    model: list[Any]
+    optimizer: Any
+    scheduler: Any
+    forward_step: Callable[..., Any]
+    shape: Mapping[str, int]
+    iteration: int
+    consumed: int
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.launch.rank == 0
+
+
+def assemble(config: Config, launch: Launch, inputs: Inputs, start: Start, say: Callable[[str], None]) -> Run:
+    """Process groups, model, optimizer and, where there is one, the checkpoint. `say` prints a line (on one rank only)."""
+    from megatron_chatflow.engine import cpu, distributed
+
+    distributed.hide_engine_warnings()
+    cpu.install()
+    import torch
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from megatron_chatflow.model.forward import make_forward_step, schedule_shape
+    from megatron_chatflow.model.gpt import build_model, count_parameters
+    from megatron_chatflow.model.spec import choose_transformer_impl
+    from megatron_chatflow.training import checkpoint
+    from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler, restore_scheduler
+
+    impl, reason = choose_transformer_impl(config.model.transformer_impl)
+    if reason:
+        say(reason)
+    distributed.initialize(launch, config.parallel, config.model.num_layers)
+    device = distributed.device(launch.local_rank)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // max(1, launch.world_size)))
+    torch.manual_seed(config.training.seed)
+    model_parallel_cuda_manual_seed(config.training.seed)
+    dp = distributed.data_parallel()[1]
+    init_num_microbatches_calculator(
+        launch.rank, config.training.rampup_batch_size, config.training.global_batch_size, config.training.micro_batch_size, dp
+    )
+    model = build_model(config, inputs.vocab_size, impl)
+    optimizer = build_optimizer(config, model)
+    scheduler = build_scheduler(config, optimizer)
+    processes = f"{launch.world_size} process{'es' if launch.world_size > 1 else ''} ({launch.launcher})"
+    layout = f"TP {config.parallel.tensor_model_parallel_size}, PP {config.parallel.pipeline_model_parallel_size}, DP {dp}"
+    say(f"{count_parameters(config, inputs.vocab_size):,} parameters; {processes}, {layout}; {impl} layers on {device.type}")
+    if start.checkpoint is not None:
+        with_optimizer = start.state is not None and start.state["optimizer"] and not config.checkpoint.no_load_optim
+        checkpoint.load(start.checkpoint, model, optimizer if with_optimizer else None)
+        if not with_optimizer:
+            optimizer.reload_model_params()
+        if start.state is not None:
+            restore_scheduler(scheduler, start.state["opt_param_scheduler"], config)
+        say(
+            f"loaded {start.checkpoint}"
+            + ("" if with_optimizer else ", weights only")
+            + (f"; going on after iteration {start.iteration}" if start.state else "")
+        )
+    names = start.plan.domain_names
+    token_bytes = torch.from_numpy(inputs.token_bytes).to(device)
+    step = make_forward_step(len(names), token_bytes, impl == "transformer_engine")
+    shape = schedule_shape(config.data.seq_length, config.training.micro_batch_size, impl == "transformer_engine")
+    return Run(
+        config, launch, inputs, start.plan, start.total, device, impl, model, optimizer, scheduler, step, shape, start.iteration, start.consumed
+    )

@@ -1,0 +1,72 @@
+"""One optimizer step over one global batch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_chatflow.model.forward import reduce_sums, run_schedule
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step leaves behind, the same on every rank."""
+
+    sums: np.ndarray
+    """Float64 [domains, 3]: loss, tokens, bytes of each domain (`model.forward.SUMS`)."""
+    grad_norm: float
+    """Global norm of the gradients before clipping."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the tokens of the global batch, in nats."""
+        return float(self.sums[:, 0].sum() / max(self.sums[:, 1].sum(), 1))
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient norm is NaN or infinite."""
+
+
+def seed_iteration(seed: int, iteration: int) -> None:
+    """Make dropout a function of (seed, iteration, place in the layout): nothing random outlives an iteration, so resuming restores it."""
+    place = f"{seed}/{iteration}/{parallel_state.get_pipeline_model_parallel_rank()}/{parallel_state.get_data_parallel_rank()}"
+    number = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=4).digest(), "little") >> 1
+    torch.manual_seed(number)
+    model_parallel_cuda_manual_seed(number)
+
+
+def train_step(
+    forward_step: Callable[..., Any],
+    model: list[MegatronModule],
+    optimizer: MegatronOptimizer,
+    micro_batches: list[Mapping[str, np.ndarray]],
+    shape: Mapping[str, int],
+    num_domains: int,
+    device: torch.device,
+    *,
+    check_finite: bool,
+) -> StepResult:
+    """Forward, backward, reduce, clip, step. Raises NonFiniteError before the weights are touched by a loss that is not finite, or
+    after a gradient norm that is not (the last checkpoint is intact either way)."""
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    store = run_schedule(forward_step, model, micro_batches, len(micro_batches), shape, device, forward_only=False)
+    sums = reduce_sums(store, num_domains, device)
+    if check_finite and not np.isfinite(sums).all():
+        raise NonFiniteError("the loss is not finite")
+    _, grad_norm, _ = optimizer.step()
+    grad_norm = float(grad_norm or 0.0)
+    if check_finite and not math.isfinite(grad_norm):
+        raise NonFiniteError("the gradient norm is not finite")
+    return StepResult(sums, grad_norm)

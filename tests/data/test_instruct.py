@@ -1,0 +1,98 @@
+"""The instruction domain, against a slow reading in plain Python."""
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_chatflow.data import IndexedDataset, InstructDomain
+
+TURNS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1)), max_size=4)
+CHATS = st.lists(TURNS, min_size=1, max_size=12).filter(lambda chats: any(chats))
+SEQ = st.integers(1, 12)
+
+
+def open_chats(write_numbered, chats, seq_length, documents=None, seed=1):
+    prefix = write_numbered([[n for n, _ in chat] for chat in chats], [[mode for _, mode in chat] for chat in chats])
+    return InstructDomain("chat", IndexedDataset(prefix), seq_length=seq_length, seed=seed, documents=documents or (0, len(chats)))
+
+
+def slow_window(dataset, chats, conversations, seq_length):
+    rows = {key: [] for key in ("tokens", "labels", "loss_mask", "position_ids", "segment_ids")}
+    for segment, d in enumerate(conversations):
+        tokens = dataset.document(d).tolist()
+        modes = [mode for n, mode in chats[d] for _ in range(n)]
+        for i in range(min(len(tokens) - 1, seq_length)):
+            rows["tokens"].append(tokens[i])
+            rows["labels"].append(tokens[i + 1])
+            rows["loss_mask"].append(1.0 - modes[i + 1])
+            rows["position_ids"].append(i)
+            rows["segment_ids"].append(segment)
+    for i in range(seq_length - len(rows["tokens"])):
+        for key in ("tokens", "labels", "loss_mask"):
+            rows[key].append(0)
+        rows["position_ids"].append(i)
+        rows["segment_ids"].append(len(conversations))
+    return rows
+
+
+@given(CHATS, SEQ, st.data())
+def test_windows_are_those_read_position_by_position(write_numbered, chats, seq_length, data):
+    begin = data.draw(st.integers(0, len(chats)))
+    end = data.draw(st.integers(begin, len(chats)))
+    domain = open_chats(write_numbered, chats, seq_length, (begin, end))
+    windows = data.draw(st.permutations(range(domain.num_samples)))
+    batch = domain.read_window(np.array(windows, np.int64))
+    for row, window in enumerate(windows):
+        span = slice(*domain.packing.starts[window : window + 2])
+        expected = slow_window(domain.dataset, chats, [begin + int(c) for c in domain.packing.order[span]], seq_length)
+        for key, values in expected.items():
+            assert batch[key][row].tolist() == values, key
+
+
+@given(CHATS, SEQ, st.integers(0, 10**6))
+def test_every_label_of_every_conversation_is_read_once_an_epoch(write_numbered, chats, seq_length, epoch):
+    domain = open_chats(write_numbered, chats, seq_length)
+    batch = domain.read(epoch * domain.num_samples + np.arange(domain.num_samples))
+    answers, first = [], 0
+    for chat in chats:
+        modes = [mode for n, mode in chat for _ in range(n)]
+        answers += [first + i for i in range(1, min(len(modes), seq_length + 1)) if modes[i] == 0]
+        first += len(modes)
+    assert sorted(batch["labels"][batch["loss_mask"] == 1].tolist()) == answers
+    assert domain.num_cut == sum(sum(n for n, _ in chat) > seq_length + 1 for chat in chats)
+
+
+@given(CHATS, SEQ)
+def test_provenance_names_the_tokens_of_a_sample(write_numbered, chats, seq_length):
+    domain = open_chats(write_numbered, chats, seq_length)
+    for ordinal in range(domain.num_samples):
+        batch, where = domain.read(np.array([ordinal])), domain.provenance(ordinal)
+        for segment, (d, start, stop) in enumerate(where["documents"]):
+            inside = batch["segment_ids"][0] == segment
+            assert start == 0
+            assert domain.dataset.document(d)[:stop].tolist() == batch["tokens"][0][inside].tolist() + batch["labels"][0][inside][-1:].tolist()
+
+
+def test_the_packing_is_the_same_for_every_seed_and_the_order_is_not(write_numbered):
+    chats = [[(3 + i % 7, 1), (4, 0)] for i in range(200)]
+    first, second = open_chats(write_numbered, chats, 32, seed=1), open_chats(write_numbered, chats, 32, seed=2)
+    assert np.array_equal(first.packing.order, second.packing.order)
+    assert first.window_of(np.arange(40)).tolist() != second.window_of(np.arange(40)).tolist()
+
+
+def test_a_corpus_without_modes_is_refused(write_numbered):
+    dataset = IndexedDataset(write_numbered([[3]]))
+    with pytest.raises(ValueError, match="sequence modes"):
+        InstructDomain("chat", dataset, seq_length=4, seed=1, documents=(0, 1))
+
+
+def test_a_pointer_that_is_wrong_inside_the_index_is_refused(write_numbered):
+    prefix = write_numbered([[3], [4], [5]], [[0], [0], [0]])
+    with open(prefix + ".idx", "r+b") as file:
+        file.seek(34 + 3 * 4 + 8)
+        file.write(struct.pack("<q", 4))
+    with pytest.raises(ValueError, match="sequence 1 "):
+        InstructDomain("chat", IndexedDataset(prefix), seq_length=4, seed=1, documents=(0, 3))

@@ -1,0 +1,49 @@
+"""The same run on every layout: same samples, same losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.pool import Pool
+from tests.sample import largest_difference, metrics, train
+
+TP, PP = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
+LAYOUTS = {
+    "TP2": (2, TP),
+    "PP2": (2, PP),
+    "DP2": (2, []),
+    "TP2 with sequence parallelism": (2, [*TP, "--sequence-parallel"]),
+    "PP2 interleaved": (2, [*PP, "--num-layers-per-virtual-pipeline-stage", "1"]),
+    "DP2 with the distributed optimizer and overlap": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]),
+    "TP2 x PP2": (4, [*TP, *PP]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_as_one_process_does(pool: Pool, sample: Path, reference: Path, name: str) -> None:
+    world, flags = LAYOUTS[name]
+    run = sample / name.replace(" ", "-")
+    for code, out, err in pool.run(world, train, sample, "--save", str(run), "--eval-interval", "10", *flags):
+        assert code == 0, (out, err)
+    ours, one = metrics(run), metrics(reference)
+    assert len(ours) == 20
+    assert largest_difference(ours, one) < 1e-5
+    assert max(abs(a["grad-norm"] / b["grad-norm"] - 1) for a, b in zip(ours, one, strict=True)) < 1e-5
+    for a, b in zip(ours, one, strict=True):
+        assert {n: d["samples"] for n, d in a["domains"].items()} == {n: d["samples"] for n, d in b["domains"].items()}
+
+
+def test_bf16_follows_fp32(pool: Pool, sample: Path, reference: Path) -> None:
+    run = sample / "bf16"
+    for code, out, err in pool.run(2, train, sample, "--save", str(run), "--bf16", *TP):
+        assert code == 0, (out, err)
+    assert 0 < largest_difference(metrics(run), metrics(reference)) < 5e-3
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding(pool: Pool, sample: Path, reference: Path) -> None:
+    run = sample / "accumulated"
+    (done,) = pool.run(1, train, sample, "--save", str(run), "--micro-batch-size", "8")
+    assert done[0] == 0, done
+    assert largest_difference(metrics(run), metrics(reference)) < 1e-5
