@@ -71,7 +71,7 @@ def _work(pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
-    from megatron_chatflow.engine import cpu
+    from megatron_chatflow.engine import cpu, distributed
 
     torch.set_num_threads(1)
     cpu.install()
@@ -86,6 +86,7 @@ def _work(pipe: Any) -> None:
             assert not torch.distributed.is_initialized(), f"{function.__name__} left a process group behind"
         except BaseException:
             answer = (False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
+            distributed.shut_down()
         for key in launch:
             del os.environ[key]
         pipe.send(answer)

@@ -27,12 +27,16 @@ class Blend:
         plan: sample number -> (domain, ordinal).
         domains: a domain for each name of the plan.
 
+    Raises:
+        ValueError: plan and domains have different names, another sequence length, or the plan draws from a domain that is empty.
+
     Attributes:
         plan: as given.
         domains: name -> domain, in the plan's order.
     """
 
     def __init__(self, plan: "BlendPlan", domains: Mapping[str, WindowDomain]) -> None:
+        _check_names(plan, domains)
         self.plan = plan
         self.domains = {name: domains[name] for name in plan.domain_names}
         self._members = tuple(self.domains.values())
@@ -188,12 +192,6 @@ def open_blend(
     """
     if plan.seq_length != seq_length:
         raise ValueError(f"seq_length {seq_length}: the plan was made for {plan.seq_length}; use that, or make a new plan")
-    for name in sorted(set(plan.domain_names) ^ set(curriculum.domains)):
-        there, missing = ("plan", "curriculum") if name in plan.domain_names else ("curriculum", "plan")
-        raise ValueError(
-            f"domain {name}: it is in the {there} but not in the {missing}: keep a domain that is no longer wanted in the file with "
-            "weight 0, and amend the plan when one is added"
-        )
     domains = open_domains(
         curriculum,
         seq_length=seq_length,
@@ -205,13 +203,25 @@ def open_blend(
         eod_mask_loss=eod_mask_loss,
         eod=eod,
     )
-    for name, drawn in zip(plan.domain_names, np.asarray(plan.counts(plan.num_samples)).tolist(), strict=True):
-        if drawn and not domains[name].num_samples:
-            raise ValueError(
-                f"domain {name}: {domains[name].dataset.prefix} has nothing to read in the {subset} part of split {split}, and the plan draws "
-                f"{drawn} samples: give the part more documents, or the domain weight 0"
-            )
     return Blend(plan, domains)
+
+
+def _check_names(plan: "BlendPlan", domains: Mapping[str, WindowDomain]) -> None:
+    for name in sorted(set(plan.domain_names) ^ set(domains)):
+        there, missing = ("plan", "curriculum") if name in plan.domain_names else ("curriculum", "plan")
+        raise ValueError(
+            f"domain {name}: it is in the {there} but not in the {missing}: keep a domain that is no longer wanted in the file with "
+            "weight 0, and amend the plan when one is added"
+        )
+    for name, drawn in zip(plan.domain_names, np.asarray(plan.counts(plan.num_samples)).tolist(), strict=True):
+        domain = domains[name]
+        if domain.seq_length != plan.seq_length:
+            raise ValueError(f"seq_length {domain.seq_length}: the plan was made for {plan.seq_length}; use that, or make a new plan")
+        if drawn and not domain.num_samples:
+            raise ValueError(
+                f"domain {name}: its part of the split, documents {domain.documents[0]} to {domain.documents[1]} of {domain.dataset.prefix}, "
+                f"has nothing to read, and the plan draws {drawn} samples: give the part more documents, or the domain weight 0"
+            )
 
 
 def _check_kind(dataset: IndexedDataset, kind: str) -> None:

@@ -12,7 +12,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_chatflow.config import to_yaml
-from megatron_chatflow.data import Blend, Loader
+from megatron_chatflow.data import Loader
 from megatron_chatflow.engine.distributed import data_parallel
 from megatron_chatflow.evaluation.loss import evaluate_domains
 from megatron_chatflow.model.forward import SUMS
@@ -165,7 +165,7 @@ def train(run: Run) -> None:
     held_out = open_subset(config, run.inputs.curriculum, run.inputs.tokenizer, "valid") if interval else {}
     rank, size = data_parallel()
     loader = Loader(
-        Blend(run.plan, run.inputs.domains),
+        run.blend,
         micro_batch_size=config.training.micro_batch_size,
         data_parallel_rank=rank,
         data_parallel_size=size,

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_chatflow.config import Config, UsageError
 from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
+from megatron_chatflow.data import Blend
 from megatron_chatflow.engine.launch import Launch
 from megatron_chatflow.training.inputs import Inputs, make_plan
 from megatron_chatflow.training.ledger import check_identity, data_identity, resume_plan
@@ -19,7 +20,7 @@ from megatron_chatflow.training.run_directory import find_checkpoint, read_state
 class Start:
     """Where the run begins: known before any process group is made."""
 
-    plan: BlendPlan
+    blend: Blend
     total: int
     """Samples that the run will have read at its end."""
     iteration: int
@@ -49,15 +50,13 @@ def find_start(config: Config, inputs: Inputs) -> Start:
         iteration, consumed = state["iteration"], state["consumed_train_samples"]
         check_identity(state["data"], data_identity(config, inputs.domains))
         plan = resume_plan(state["plan"], plan, consumed, amend=config.data.amend_curriculum)
-        for name in plan.domain_names:
-            if name not in inputs.domains:
-                raise UsageError(f"domain {name} was trained on but is not in the curriculum any more; keep it in the file with weight 0")
+    blend = Blend(plan, inputs.domains)
     check_exhaustion(plan, inputs.epoch_samples)
     outlook = forecast(plan, inputs.epoch_samples)
     notes = list(outlook.warnings)
     if outlook.end < plan.num_samples:
         notes.append(f"the run ends at sample {outlook.end} of {plan.num_samples}, where a domain runs out (on_exhausted: stop)")
-    return Start(plan, outlook.end, iteration, consumed, checkpoint, state, tuple(notes))
+    return Start(blend, outlook.end, iteration, consumed, checkpoint, state, tuple(notes))
 
 
 @dataclass
@@ -67,7 +66,7 @@ class Run:
     config: Config
     launch: Launch
     inputs: Inputs
-    plan: BlendPlan
+    blend: Blend
     total: int
     device: Any
     transformer_impl: str
@@ -78,6 +77,11 @@ class Run:
     shape: Mapping[str, int]
     iteration: int
     consumed: int
+
+    @property
+    def plan(self) -> BlendPlan:
+        """Which sample of which domain is read when."""
+        return self.blend.plan
 
     @property
     def is_first_rank(self) -> bool:
@@ -132,10 +136,10 @@ def assemble(config: Config, launch: Launch, inputs: Inputs, start: Start, say: 
             + ("" if with_optimizer else ", weights only")
             + (f"; going on after iteration {start.iteration}" if start.state else "")
         )
-    names = start.plan.domain_names
+    names = start.blend.plan.domain_names
     token_bytes = torch.from_numpy(inputs.token_bytes).to(device)
     step = make_forward_step(len(names), token_bytes, impl == "transformer_engine")
     shape = schedule_shape(config.data.seq_length, config.training.micro_batch_size, impl == "transformer_engine")
     return Run(
-        config, launch, inputs, start.plan, start.total, device, impl, model, optimizer, scheduler, step, shape, start.iteration, start.consumed
+        config, launch, inputs, start.blend, start.total, device, impl, model, optimizer, scheduler, step, shape, start.iteration, start.consumed
     )

@@ -73,7 +73,11 @@ def test_evaluate_gives_the_losses_that_training_logged(pool: Pool, reference: P
 def test_evaluate_agrees_on_every_layout(pool: Pool, reference: Path) -> None:
     ((_, out, _),) = pool.run(1, command, "evaluate", "--load", str(reference), "--json")
     one = json.loads(out)["validation"]
-    for world, flags in ((2, ["--pipeline-model-parallel-size", "2"]), (2, ["--tensor-model-parallel-size", "2"]), (2, ["--micro-batch-size", "3", "--global-batch-size", "6"])):
+    for world, flags in (
+        (2, ["--pipeline-model-parallel-size", "2"]),
+        (2, ["--tensor-model-parallel-size", "2"]),
+        (2, ["--micro-batch-size", "3", "--global-batch-size", "6"]),
+    ):
         (code, out, err), *_ = pool.run(world, command, "evaluate", "--load", str(reference), "--json", *flags, "--eval-iters", "1000")
         assert code == 0, err
         ((_, whole, _),) = pool.run(1, command, "evaluate", "--load", str(reference), "--json", "--eval-iters", "1000")
@@ -107,5 +111,10 @@ def test_evaluate_and_generate_without_a_checkpoint_are_refused(reference: Path,
 def test_doctor_gives_a_reason_for_each_answer(pool: Pool) -> None:
     ((code, out, _),) = pool.run(1, command, "doctor")
     assert code == 0 and out.endswith("training: can run\n")
-    for part in ("megatron-core       0.16.1", "launcher            single  (neither", "device              cpu  (torch.cuda.is_available() is False)", "layers              portable"):
+    for part in (
+        "megatron-core       0.16.1",
+        "launcher            single  (neither",
+        "device              cpu  (torch.cuda.is_available() is False)",
+        "layers              portable",
+    ):
         assert part in out

@@ -97,13 +97,15 @@ def test_an_unknown_command_names_the_nearest() -> None:
 
 
 def test_help_and_version_answer_at_once_and_load_neither_numpy_nor_torch() -> None:
-    code = "import sys, megatron_chatflow.__main__ as m; m.main(['--help']); m.main(['--version']); print(sorted({'numpy', 'torch', 'yaml'} & set(sys.modules)))"
+    code = "import sys, megatron_chatflow.__main__ as m; m.main(['--help']); m.main(['--version']); "
+    code += "print(sorted({'numpy', 'torch', 'yaml'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "chatflow <command>" in done.stdout and done.stdout.rstrip().endswith("[]")
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "locate", "evaluate", "generate", "doctor"])
 def test_every_command_has_help_that_needs_no_torch(command: str) -> None:
-    code = f"import sys\nfrom megatron_chatflow.__main__ import main\ntry: main([{command!r}, '--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    code = f"import sys\nfrom megatron_chatflow.__main__ import main\ntry: main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
+    code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert f"chatflow {command}" in done.stdout and done.stdout.rstrip().endswith("False")

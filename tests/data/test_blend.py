@@ -246,7 +246,7 @@ def test_a_plan_of_other_domains_is_refused(copied):
 
 
 def test_a_part_with_nothing_to_read_is_refused_only_when_the_plan_draws_from_it(copied):
-    assert_refused(copied, "domain", "test part of split 99,1", split="99,1", subset="test")
+    assert_refused(copied, "domain", "part of the split", split="99,1", subset="test")
     weights = {"en": 1.0, "zh": 0.0, "chat": 0.0}
     curriculum = make_curriculum(copied, weights=weights)
     for name in ("zh", "chat"):

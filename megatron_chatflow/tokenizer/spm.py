@@ -1,0 +1,85 @@
+"""SentencePiece models, by the `sentencepiece` library."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import sentencepiece
+
+from megatron_chatflow.tokenizer.base import Tokenizer, digest, read_bytes
+
+_SPACE = "\u2581"
+
+
+class SentencePiece(Tokenizer):
+    """A SentencePiece model.
+
+    The end of a document is `<eod>` (or `<EOD>`) if the model has it, else the model's eos; for GPTSentencePieceTokenizer and
+    Llama2Tokenizer it is always the eos, as in Megatron. Unlike the Llama2Tokenizer of old Megatron none puts a begin token before a text.
+
+    Symbols that the model's maker declared as user-defined are found in text by the library itself; control symbols never are.
+
+    Args:
+        type: one of Megatron's three names.
+        path: the `.model` file.
+
+    Raises:
+        ValueError: the file cannot be read, is no SentencePiece model, or has no end token.
+    """
+
+    def __init__(self, type: str, path: str) -> None:
+        content = read_bytes(type, "tokenizer_model", path)
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+            size = self._model.GetPieceSize()
+        except Exception as error:  # the library raises a different class in each release
+            raise ValueError(
+                f"{type}: tokenizer_model {path} is not a SentencePiece model: give the .model file, or HuggingFaceTokenizer for a tokenizer.json"
+            ) from error
+        eod = None
+        if type == "SentencePieceTokenizer":
+            eod = next((i for i in map(self._id, ("<eod>", "<EOD>")) if i is not None), None)
+        if eod is None:
+            eod = _or_none(self._model.eos_id())
+        if eod is None:
+            raise ValueError(f"{type}: {path} has neither <eod> nor an eos token to end documents with: train it with an eos_id or the symbol <eod>")
+        super().__init__(
+            type=type,
+            name=os.path.basename(path),
+            vocab_size=size,
+            eod=eod,
+            bos=_or_none(self._model.bos_id()),
+            pad=_or_none(self._model.pad_id()),
+            fingerprint=digest("sentencepiece", content, eod),
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        return self._model.encode(list(texts), num_threads=num_threads)
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([self._bytes_of(i) for i in range(self.vocab_size)], np.int32)
+
+    def control_id(self, spelling: str) -> int | None:
+        return self._id(spelling)
+
+    def _bytes_of(self, token: int) -> int:
+        if self._model.IsByte(token):
+            return 1
+        if token == self.eod or self._model.IsControl(token) or self._model.IsUnknown(token) or self._model.IsUnused(token):
+            return 0
+        return len(self._model.IdToPiece(token).replace(_SPACE, " ").encode())
+
+    def _id(self, piece: str) -> int | None:
+        token = self._model.PieceToId(piece)
+        return token if self._model.IdToPiece(token) == piece else None
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+
+def _or_none(token: int) -> int | None:
+    return None if token < 0 else token

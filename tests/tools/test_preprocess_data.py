@@ -1,0 +1,166 @@
+"""tools/preprocess_data.py as a program."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_chatflow.data import IndexedDataset, read_manifest
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
+LINE = json.dumps({"text": "x" * 1000}).encode() + b"\n"
+
+
+def command(*arguments):
+    return [sys.executable, str(TOOL), *map(str, arguments)]
+
+
+def run(folder, *arguments, input=None):
+    """Runs the tool in a folder, without the repository on the path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command(*arguments), cwd=folder, input=input, capture_output=True, env=environment, timeout=60)
+
+
+def arguments(*more):
+    return ("--input", "a.jsonl", "--output-prefix", "out/a", "--tokenizer-type", "ByteLevelTokenizer", *more)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINE * 3)
+    return tmp_path
+
+
+def test_it_works_from_any_folder_with_megatron_s_flags(folder):
+    result = run(folder, *arguments("--append-eod", "--workers", "2", "--json-keys", "text", "--log-interval", "100"))
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [f"a_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
+    assert b"out/a_text_document.bin, .idx and .json: 3 documents, 3,003 tokens, 3,000 bytes of text" in result.stdout
+    assert IndexedDataset(folder / "out" / "a_text_document").num_tokens == read_manifest(folder / "out" / "a_text_document").tokens == 3003
+
+
+def test_it_reads_the_standard_input(folder):
+    flags = ("--input", "-", "--output-prefix", "b", "--tokenizer-type", "ByteLevelTokenizer", "--input-format", "text")
+    result = run(folder, *flags, input="é\nb\n".encode())
+    assert result.returncode == 0, result.stderr
+    assert IndexedDataset(folder / "b_text_document").document(0).tolist() == list("é".encode())
+    assert read_manifest(folder / "b_text_document").sources[0]["name"] == "standard input"
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--partitions", "4"], "--partitions is not taken: one run uses all --workers on all files"),
+        (["--find-optimal-num-workers"], "--find-optimal-num-workers is not taken: the pipeline keeps every process busy"),
+        (["--split_sentences=1"], "--split-sentences is not taken: documents are not split into sentences here; drop the flag"),
+        (["--apend-eod"], "--apend-eod is unknown: did you mean --append-eod?"),
+        (["--append"], "--append is unknown: did you mean --append-eod?"),
+        (["--workers", "two"], "argument --workers: invalid int value: 'two'"),
+        (["--tokenizer-type", "SentencepieceTokenizer"], "tokenizer_type 'SentencepieceTokenizer' is unknown: did you mean SentencePieceTokenizer?"),
+        (["--input", "gone.jsonl"], "--input gone.jsonl cannot be read (No such file or directory): check the path"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(folder, more, sentence):
+    result = run(folder, *arguments(*more))
+    assert result.returncode == 2
+    assert result.stderr.decode().startswith(f"preprocess_data.py: {sentence}")
+    assert result.stderr.count(b"\n") == 1 and not result.stdout
+    assert not (folder / "out").exists()
+
+
+def test_a_malformed_line_is_exit_code_1_and_left_out_lines_are_exit_code_0(folder):
+    (folder / "a.jsonl").write_bytes(LINE + b"nonsense\n")
+    result = run(folder, *arguments())
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"preprocess_data.py: a.jsonl, line 2: not JSON")
+    assert b"preprocess_data.py: 1 malformed line, so nothing was written" in result.stderr
+    assert not (folder / "out").exists()
+    result = run(folder, *arguments("--skip-malformed"))
+    assert result.returncode == 0
+    assert b"left out: a.jsonl, line 2: not JSON" in result.stderr
+    assert b"left out: 1 malformed lines, 0 empty documents" in result.stdout
+
+
+def test_an_output_that_cannot_be_written_is_exit_code_1(folder):
+    (folder / "out").write_text("a file where a folder should be")
+    result = run(folder, *arguments())
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"preprocess_data.py: out") and b"cannot be written" in result.stderr and result.stderr.count(b"\n") == 1
+
+
+def test_help_has_an_example_of_every_kind(folder):
+    result = run(folder, "--help")
+    assert result.returncode == 0
+    for words in (b"--kind parallel --template", b"--kind instruct", b"--input -", b"exit codes"):
+        assert words in result.stdout
+
+
+@pytest.fixture
+def started(tmp_path):
+    """The tool with two processes, fed by hand through its standard input until both are at work."""
+    arguments = ("--input", "-", "--output-prefix", "out/a", "--tokenizer-type", "ByteLevelTokenizer", "--workers", "2")
+    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process.stdin.write(LINE * 3000)
+    process.stdin.flush()
+    yield process
+    for child in children(process):
+        child.kill()
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stderr.close()
+
+
+def children(process):
+    try:
+        return [child for child in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_for_worker(process):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if workers := children(process):
+            return workers[0]
+        time.sleep(0.02)
+    raise AssertionError("no worker was started")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing_and_no_process(started, tmp_path, number, code):
+    worker = wait_for_worker(started)
+    if number == signal.SIGINT:
+        os.killpg(started.pid, number)  # as Ctrl-C does
+    else:
+        started.send_signal(number)
+    assert started.wait(20) == code
+    assert started.stderr.read().decode() == "preprocess_data.py: interrupted, so nothing was written: start it again\n"
+    assert list(tmp_path.iterdir()) == []
+    worker.wait(10)
+
+
+def test_a_killed_worker_is_exit_code_1_and_leaves_nothing(started, tmp_path):
+    wait_for_worker(started).kill()
+    try:
+        for _ in range(20):
+            started.stdin.write(LINE * 1000)
+            started.stdin.flush()
+    except BrokenPipeError:
+        pass
+    assert started.wait(20) == 1
+    assert b"a worker process was killed, so nothing was written: look for a lack of memory" in started.stderr.read()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_end_with_a_killed_parent(started, tmp_path):
+    worker = wait_for_worker(started)
+    started.kill()
+    worker.wait(10)
+    assert [path.suffix for path in tmp_path.rglob("*.*")] == [".tmp"]
