@@ -1,83 +1,93 @@
 """Flags of Megatron-LM that have no meaning here, each with the sentence a user gets instead of silence."""
 
-_ALWAYS = "this is always so here; drop the flag"
-_MOE = "there are no mixture-of-experts layers here; drop the flag"
-_PLATFORM = "set by the platform (see `chatflow doctor`), never by hand; drop the flag"
-_EXACT = "the blend is computed, not built, so there is no index to cache; drop the flag"
-
-REFUSED: dict[str, str] = {
-    "--calculate-per-token-loss": "the loss is always the mean over the tokens of the global batch here; drop the flag",
-    "--use-flash-attn": "attention is chosen with the layers (--transformer-impl); drop the flag",
-    "--attention-backend": "attention is chosen with the layers (--transformer-impl); drop the flag",
-    "--use-mcore-models": _ALWAYS,
-    "--use-rotary-position-embeddings": "write --position-embedding-type rope",
-    "--no-position-embedding": "write --position-embedding-type none",
-    "--distribute-saved-activations": "recomputation is not available yet; drop the flag",
-    "--fp16": "only bfloat16 and float32 are supported; write --bf16",
-    "--loss-scale": "loss scaling belongs to fp16, which is not supported; write --bf16 and drop the flag",
-    "--initial-loss-scale": "loss scaling belongs to fp16, which is not supported; write --bf16 and drop the flag",
-    "--min-loss-scale": "loss scaling belongs to fp16, which is not supported; write --bf16 and drop the flag",
-    "--loss-scale-window": "loss scaling belongs to fp16, which is not supported; write --bf16 and drop the flag",
-    "--hysteresis": "loss scaling belongs to fp16, which is not supported; write --bf16 and drop the flag",
-    "--context-parallel-size": "context parallelism is not available yet; use --tensor-model-parallel-size with --sequence-parallel",
-    "--expert-model-parallel-size": _MOE,
-    "--num-experts": _MOE,
-    "--moe-router-topk": _MOE,
-    "--recompute-granularity": "activation recomputation is not available yet; lower --micro-batch-size instead",
-    "--recompute-method": "activation recomputation is not available yet; lower --micro-batch-size instead",
-    "--recompute-num-layers": "activation recomputation is not available yet; lower --micro-batch-size instead",
-    "--recompute-activations": "activation recomputation is not available yet; lower --micro-batch-size instead",
-    "--fp8-format": "FP8 training is not available yet; write --bf16",
-    "--fp8-recipe": "FP8 training is not available yet; write --bf16",
-    "--fp8-margin": "FP8 training is not available yet; write --bf16",
-    "--fp8-amax-history-len": "FP8 training is not available yet; write --bf16",
-    "--fp8-amax-compute-algo": "FP8 training is not available yet; write --bf16",
-    "--no-save-rng": "dropout is a function of seed and iteration here, so no random state is stored; drop the flag",
-    "--no-load-rng": "dropout is a function of seed and iteration here, so no random state is stored; drop the flag",
-    "--use-checkpoint-args": "`evaluate` and `generate` always read the checkpoint's config.yaml; for `train` give --config RUN/config.yaml",
-    "--ckpt-format": "checkpoints are always torch_dist; drop the flag",
-    "--use-dist-ckpt": "checkpoints are always torch_dist; drop the flag",
-    "--dist-ckpt-format": "checkpoints are always torch_dist; drop the flag",
-    "--auto-detect-ckpt-format": "checkpoints are always torch_dist; drop the flag",
-    "--async-save": "asynchronous saving is not available yet; drop the flag",
-    "--data-cache-path": _EXACT,
-    "--mid-level-dataset-surplus": _EXACT,
-    "--num-dataset-builder-threads": _EXACT,
-    "--dataloader-type": "the order of the data is the plan's, for every number of ranks; drop the flag",
-    "--num-workers": "one thread reads ahead, and it keeps up; drop the flag",
-    "--no-mmap-bin-files": "corpora are always memory-mapped; drop the flag",
-    "--mock-data": "there is no mock data here; examples/quickstart has small real corpora",
-    "--train-data-path": "write --data-path with --split, or a curriculum file",
-    "--valid-data-path": "write --data-path with --split, or a curriculum file",
-    "--test-data-path": "write --data-path with --split, or a curriculum file",
-    "--data-args-path": "write --data-path, or a curriculum file",
-    "--per-split-data-args-path": "write --data-path with --split, or a curriculum file",
-    "--phase-transition-iterations": "phases are the stages of the curriculum file; write --curriculum",
-    "--sft": "instruction data is a domain of the curriculum (`kind: instruct`); write --curriculum",
-    "--vocab-extra-ids": "extend the tokenizer itself; drop the flag",
-    "--padded-vocab-size": "computed from the vocabulary, --make-vocab-size-divisible-by and the tensor-parallel size; drop the flag",
-    "--full-validation": "raise --eval-iters: a held-out set smaller than that is read whole",
-    "--multiple-validation-sets": "every domain is always validated by itself; drop the flag",
-    "--no-gradient-accumulation-fusion": _PLATFORM,
-    "--no-masked-softmax-fusion": _PLATFORM,
-    "--no-bias-gelu-fusion": _PLATFORM,
-    "--no-bias-swiglu-fusion": _PLATFORM,
-    "--no-bias-dropout-fusion": _PLATFORM,
-    "--no-rope-fusion": _PLATFORM,
-    "--no-persist-layer-norm": _PLATFORM,
-    "--cross-entropy-loss-fusion": _PLATFORM,
-    "--local-rank": "the rank comes from torchrun's or SLURM's environment; drop the flag",
-    "--local_rank": "the rank comes from torchrun's or SLURM's environment; drop the flag",
-    "--wandb-project": "only TensorBoard and metrics.jsonl are written; drop the flag",
-    "--wandb-exp-name": "only TensorBoard and metrics.jsonl are written; drop the flag",
-    "--no-one-logger": "there is no such logger here; drop the flag",
-    "--use-legacy-models": "only megatron-core models exist here; drop the flag",
-    "--use-megatron-fsdp": "FSDP is not supported; use --use-distributed-optimizer",
-    "--use-torch-fsdp2": "FSDP is not supported; use --use-distributed-optimizer",
-    "--exit-signal-handler": "signals are not handled yet; save often with --save-interval",
-    "--exit-duration-in-mins": "not available yet; use --exit-interval",
-    "--log-timers-to-tensorboard": "iteration-time is always logged; drop the flag",
-    "--log-validation-ppl-to-tensorboard": "loss and bits per byte of every domain are always logged; drop the flag",
-    "--log-progress": "metrics.jsonl and the console always tell the progress; drop the flag",
-    "--deterministic-mode": "runs on a CPU are always bit-exact; on CUDA this is not available yet; drop the flag",
+_GROUPS: dict[str, str] = {
+    "this is always so here; drop the flag": "--use-mcore-models --no-data-sharding --no-log-loss-scale-to-tensorboard",
+    "set by the platform (see `chatflow doctor`), never by hand; drop the flag": (
+        "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
+        "--no-rope-fusion --no-persist-layer-norm --cross-entropy-loss-fusion --empty-unused-memory-level --manual-gc --manual-gc-interval "
+        "--train-sync-interval --ddp-bucket-size --use-tp-pp-dp-mapping"
+    ),
+    "the blend is computed, not built, so there is no index to cache; drop the flag": (
+        "--data-cache-path --mid-level-dataset-surplus --num-dataset-builder-threads --dataloader-fast-cache-load "
+        "--dataloader-defer-npy-index-mmap --per-dataset-sequences-path --object-storage-cache-path"
+    ),
+    "there are no mixture-of-experts layers here; drop the flag": "--expert-model-parallel-size --num-experts --moe-router-topk",
+    "the loss is always the mean over the tokens of the global batch here; drop the flag": "--calculate-per-token-loss",
+    "attention is chosen with the layers (--transformer-impl); drop the flag": "--use-flash-attn --attention-backend",
+    "write --position-embedding-type rope": "--use-rotary-position-embeddings",
+    "write --position-embedding-type none": "--no-position-embedding",
+    "only bfloat16 and float32 are supported; write --bf16": "--fp16",
+    "loss scaling belongs to fp16, which is not supported; write --bf16 and drop the flag": (
+        "--loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis"
+    ),
+    "context parallelism is not available yet; use --tensor-model-parallel-size with --sequence-parallel": "--context-parallel-size",
+    "activation recomputation is not available yet; lower --micro-batch-size instead": (
+        "--recompute-granularity --recompute-method --recompute-num-layers --recompute-modules --recompute-activations --distribute-saved-activations"
+    ),
+    "FP8 training is not available yet; write --bf16": (
+        "--fp8-format --fp8-recipe --fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --fp8-param-gather"
+    ),
+    "dropout is a function of seed and iteration here, so no random state is stored; drop the flag": "--no-save-rng --no-load-rng",
+    "`evaluate` and `generate` always read the checkpoint's config.yaml; for `train` give --config RUN/config.yaml": (
+        "--use-checkpoint-args --use-mp-args-from-checkpoint-args"
+    ),
+    "checkpoints are always torch_dist, for any layout; drop the flag": (
+        "--ckpt-format --use-dist-ckpt --dist-ckpt-format --auto-detect-ckpt-format --ckpt-convert-format --ckpt-convert-save --dist-ckpt-strictness "
+        "--dist-ckpt-optim-fully-reshardable --ckpt-assume-constant-structure --ckpt-fully-parallel-load --no-ckpt-fully-parallel-save"
+    ),
+    "write --load DIR --finetune": "--pretrained-checkpoint",
+    "write --save-interval": "--persistent-save-interval",
+    "every checkpoint is kept; remove old iter_ folders by hand": "--save-retain-interval",
+    "asynchronous and local checkpoints are not available yet; drop the flag": (
+        "--async-save --use-persistent-ckpt-worker --non-persistent-save-interval --non-persistent-ckpt-type --non-persistent-local-ckpt-dir "
+        "--non-persistent-local-ckpt-algo --replication"
+    ),
+    "the order of the data is the plan's, for every number of ranks; drop the flag": "--dataloader-type",
+    "one thread reads ahead, and it keeps up; drop the flag": "--num-workers",
+    "corpora are always memory-mapped; drop the flag": "--no-mmap-bin-files",
+    "there is no mock data here; examples/quickstart has small real corpora": "--mock-data",
+    "write --data-path with --split, or a curriculum file": (
+        "--train-data-path --valid-data-path --test-data-path --data-args-path --per-split-data-args-path"
+    ),
+    "phases are the stages of the curriculum file; write --curriculum": "--phase-transition-iterations",
+    "instruction data is a domain of the curriculum (`kind: instruct`); write --curriculum": "--sft --sft-tokenizer-prompt-format",
+    "fill-in-the-middle is not supported; drop the flag": "--fim-data --fim-rate --fim-spm-rate",
+    "masks come from the document starts in the index, never from token ids; drop the flag": (
+        "--no-create-attention-mask-in-dataloader --allow-ambiguous-pad-tokens"
+    ),
+    "extend the tokenizer itself; drop the flag": "--vocab-extra-ids --tokenizer-special-tokens --tiktoken-num-special-tokens",
+    "the tokenizer's own file says it; drop the flag": "--tokenizer-metadata --tiktoken-pattern",
+    "no code of a model hub is ever run; drop the flag": "--trust-remote-code",
+    "computed from the vocabulary, --make-vocab-size-divisible-by and the tensor-parallel size; drop the flag": "--padded-vocab-size",
+    "choose a --global-batch-size that the micro-batches divide": "--decrease-batch-size-if-needed",
+    "one learning rate holds for all weights; drop the flag": "--decoupled-lr --decoupled-min-lr",
+    "raise --eval-iters: a held-out set smaller than that is read whole": "--full-validation",
+    "every domain is always validated by itself; drop the flag": "--multiple-validation-sets",
+    "use `chatflow evaluate`": "--skip-train",
+    "the rank comes from torchrun's or SLURM's environment; drop the flag": "--local-rank --local_rank",
+    "only TensorBoard and metrics.jsonl are written; drop the flag": "--wandb-project --wandb-exp-name --wandb-save-dir --wandb-entity",
+    "metrics.jsonl, TensorBoard and the console always hold what can be told; drop the flag": (
+        "--log-progress --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard --log-world-size-to-tensorboard --tensorboard-queue-size "
+        "--timing-log-level --timing-log-option --logging-level --no-one-logger"
+    ),
+    "not measured here; drop the flag": (
+        "--log-params-norm --log-num-zeros-in-grad --log-max-attention-logit --log-memory-to-tensorboard --log-memory-interval --log-energy "
+        "--log-straggler --straggler-ctrlr-port --straggler-minmax-count --check-weight-hash-across-dp-replicas-interval"
+    ),
+    "run the command under a profiler of your choice; drop the flag": (
+        "--profile --profile-step-start --profile-step-end --use-pytorch-profiler --record-memory-history"
+    ),
+    "only --check-for-nan-in-loss-and-grad is available yet; drop the flag": "--check-for-spiky-loss --check-for-large-grads --iterations-to-skip",
+    "signals are not handled yet; save often with --save-interval": "--exit-signal-handler --exit-signal --exit-signal-handler-for-dataloader",
+    "not available yet; use --exit-interval": "--exit-duration-in-mins",
+    "fault injection and in-process restarts are not supported; drop the flag": (
+        "--rerun-mode --error-injection-rate --error-injection-type --result-rejected-tracker-filename --enable-ft-package --calc-ft-timeouts "
+        "--inprocess-restart --adlr-autoresume"
+    ),
+    "FSDP is not supported; use --use-distributed-optimizer": "--use-megatron-fsdp --use-torch-fsdp2 --data-parallel-sharding-strategy",
+    "only megatron-core models exist here; drop the flag": "--use-legacy-models",
+    "runs on a CPU are always bit-exact; on CUDA this is not available yet; drop the flag": "--deterministic-mode",
 }
+
+REFUSED: dict[str, str] = {flag: sentence for sentence, flags in _GROUPS.items() for flag in flags.split()}
+"""{flag: why it is refused, and the cure}."""
