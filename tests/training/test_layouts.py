@@ -47,3 +47,21 @@ def test_gradient_accumulation_changes_nothing_but_rounding(pool: Pool, sample: 
     (done,) = pool.run(1, train, sample, "--save", str(run), "--micro-batch-size", "8")
     assert done[0] == 0, done
     assert largest_difference(metrics(run), metrics(reference)) < 1e-5
+
+
+GPT2 = "--position-embedding-type learned_absolute --normalization LayerNorm --no-swiglu --add-bias-linear --no-untie-embeddings-and-output-weights"
+QWEN = "--qk-layernorm --add-qkv-bias --no-untie-embeddings-and-output-weights --rotary-percent 0.5 --use-rope-scaling"
+
+
+@pytest.mark.parametrize(("name", "words"), [("gpt-2", GPT2 + " --reset-position-ids --reset-attention-mask"), ("qwen", QWEN)])
+def test_other_architectures_train_alike_on_every_layout(pool: Pool, sample: Path, name: str, words: str) -> None:
+    """Tied embeddings live on the first and the last pipeline rank; biases and head norms are sharded or replicated."""
+    flags = [*words.split(), "--train-iters", "6", "--lr-decay-iters", "20"]
+    runs = []
+    for world, layout in ((1, []), (4, [*TP, *PP]), (2, [*TP, "--sequence-parallel"])):
+        run = sample / f"{name}-{len(runs)}"
+        for code, out, err in pool.run(world, train, sample, "--save", str(run), *flags, *layout):
+            assert code == 0, (out, err)
+        runs.append(metrics(run))
+    assert max(largest_difference(run, runs[0]) for run in runs[1:]) < 1e-5
+    assert runs[0][-1]["lm loss"] < runs[0][0]["lm loss"] - 0.1
