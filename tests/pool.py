@@ -15,19 +15,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-MOST = 4
-
 
 class Pool:
-    """`MOST` processes, started when first needed."""
+    """Processes that are started when first needed, as many as the largest job so far wanted."""
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
         """The results of `function(*args)`, called on `world_size` ranks at once, in order of rank. A rank's exception is raised here."""
-        if not self._workers:
-            self._start()
+        self._start(world_size - len(self._workers))
         port = _free_port()
         workers = self._workers[:world_size]
         for rank, (_, pipe) in enumerate(workers):
@@ -43,9 +40,9 @@ class Pool:
             raise RuntimeError("\n".join(failures))
         return results
 
-    def _start(self) -> None:
+    def _start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
-        for _ in range(MOST):
+        for _ in range(count):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there,), daemon=False)
             process.start()

@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
 from megatron_chatflow.config import Config, Schedule, UsageError
+from megatron_chatflow.engine import cpu
 
 
 def build_optimizer(config: Config, model: list[MegatronModule]) -> MegatronOptimizer:
@@ -35,6 +36,9 @@ def build_optimizer(config: Config, model: list[MegatronModule]) -> MegatronOpti
         ),
         model,
     )
+    if cpu.is_needed():  # on CUDA megatron-core takes Transformer Engine's fused AdamW; on a CPU it takes torch's, whose fused form must be asked for
+        for group in optimizer.param_groups:
+            group["fused"] = True
     core = get_model_config(model[0])
     core.grad_scale_func = optimizer.scale_loss
     core.finalize_model_grads_func = finalize_model_grads

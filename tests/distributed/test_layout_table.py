@@ -1,0 +1,96 @@
+"""Every layout on up to eight ranks against one process, as a table; and checkpoints from each into each."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.pool import Pool
+from tests.sample import largest_difference, metrics, train
+
+
+def _flags(tp: int = 1, pp: int = 1, chunk: int = 0, *others: str) -> list[str]:
+    flags = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    return flags + (["--num-layers-per-virtual-pipeline-stage", str(chunk)] if chunk else []) + list(others)
+
+
+SP, ZERO = "--sequence-parallel", "--use-distributed-optimizer"
+OVERLAP = (ZERO, "--overlap-grad-reduce", "--overlap-param-gather")
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "TP2": (2, _flags(2)),
+    "TP2 SP": (2, _flags(2, 1, 0, SP)),
+    "TP4": (4, _flags(4)),
+    "PP2": (2, _flags(1, 2)),
+    "PP4": (4, _flags(1, 4)),
+    "PP2 interleaved": (2, _flags(1, 2, 1)),
+    "DP2": (2, _flags()),
+    "DP4": (4, _flags()),
+    "DP2 distributed optimizer": (2, _flags(1, 1, 0, ZERO)),
+    "DP4 distributed optimizer, overlapped": (4, _flags(1, 1, 0, *OVERLAP)),
+    "TP2 PP2": (4, _flags(2, 2)),
+    "TP2 PP2 interleaved SP": (4, _flags(2, 2, 1, SP)),
+    "TP2 DP2 distributed optimizer": (4, _flags(2, 1, 0, ZERO)),
+    "PP2 DP2": (4, _flags(1, 2)),
+    "TP2 PP2 DP2": (8, _flags(2, 2)),
+    "TP2 PP2 DP2 SP distributed optimizer": (8, _flags(2, 2, 0, SP, ZERO)),
+    "TP4 PP2 SP": (8, _flags(4, 2, 0, SP)),
+}
+GROUPS = ["--num-query-groups", "4", "--train-iters", "10", "--lr-decay-iters", "20", "--lr-warmup-iters", "2", "--micro-batch-size", "1"]
+
+
+def run(pool: Pool, sample: Path, name: str, world: int, flags: list[str]) -> Path:
+    folder = sample / "table" / name.replace(" ", "-")
+    shutil.rmtree(folder, ignore_errors=True)
+    for code, out, err in pool.run(world, train, sample, "--save", str(folder), *GROUPS, *flags):
+        assert code == 0, (name, out, err)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "bound"), [([], 1e-5), (["--bf16"], 2e-3)])
+def test_every_layout_gives_the_loss_and_gradient_norm_of_one_process(
+    pool: Pool, sample: Path, precision: list[str], bound: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = metrics(run(pool, sample, "one" + "".join(precision), 1, precision))
+    rows = []
+    for name, (world, flags) in LAYOUTS.items():
+        here = metrics(run(pool, sample, name + "".join(precision), world, [*flags, *precision]))
+        norm = max(abs(a["grad-norm"] / b["grad-norm"] - 1) for a, b in zip(here, one, strict=True))
+        rows.append((name, world, largest_difference(here, one), norm))
+    with capsys.disabled():
+        print(f"\n{'bf16' if precision else 'float32'}, 10 iterations{'':<22} ranks  lm loss  grad norm   (largest relative difference)")
+        for name, world, loss, norm in rows:
+            print(f"{name:<45} {world:>5}  {loss:.1e}    {norm:.1e}")
+    assert len(rows) >= 14
+    assert all(loss < bound for _, _, loss, _ in rows), rows
+    assert all(norm < (1e-5 if not precision else 5e-2) for *_, norm in rows), rows
+
+
+MATRIX = {
+    "TP2": (2, _flags(2, 1, 0, ZERO)),
+    "PP2": (2, _flags(1, 2, 0, ZERO)),
+    "PP2 interleaved": (2, _flags(1, 2, 1, ZERO)),
+    "DP2": (2, _flags(1, 1, 0, ZERO)),
+    "one": (1, _flags(1, 1, 0, ZERO)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_checkpoint_of_each_layout_goes_on_in_each_other(pool: Pool, sample: Path, zero: bool) -> None:
+    def flags_of(name: str) -> list[str]:
+        return [flag for flag in MATRIX[name][1] if zero or flag != ZERO]
+
+    whole = metrics(run(pool, sample, f"matrix-{zero}", 1, flags_of("one")))
+    for origin, (world, _) in MATRIX.items():
+        start = run(pool, sample, f"from-{origin}-{zero}", world, [*flags_of(origin), "--exit-interval", "5"])
+        for target, (size, _) in MATRIX.items():
+            folder = start.with_name(f"{start.name}-into-{target}".replace(" ", "-"))
+            shutil.copytree(start, folder)
+            words = ["--save", str(folder), "--load", str(folder), *GROUPS, *flags_of(target)]
+            for code, out, err in pool.run(size, train, sample, *words):
+                assert code == 0, (origin, target, out, err)
+            assert largest_difference(metrics(folder), whole) < 1e-5, (origin, target)
+            shutil.rmtree(folder)
