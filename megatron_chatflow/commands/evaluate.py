@@ -18,10 +18,11 @@ EPILOG = """examples:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print loss, perplexity and bits per byte of each domain's held-out part."""
+    """Print loss, perplexity and bits per byte of each domain's held-out part and of each named validation set."""
     parser = make_parser(
         "chatflow evaluate",
-        "Loss, perplexity and bits per byte of a checkpoint on each domain's validation part. Settings come from RUN/config.yaml.",
+        "Loss, perplexity and bits per byte of a checkpoint on each domain's validation part and on the curriculum's named validation sets. "
+        "Settings come from RUN/config.yaml.",
         EPILOG,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -32,22 +33,19 @@ def main(argv: Sequence[str]) -> int:
         config, args = parse(parser, argv, run_values(config.checkpoint.load, keep_layout=False))
         launch = read_launch()
         config = resolve(config, launch.world_size)
-        from megatron_chatflow.training.inputs import open_inputs, open_subset
+        from megatron_chatflow.training.inputs import open_inputs
 
-        inputs = open_inputs(config)
-        held_out = open_subset(config, inputs.curriculum, inputs.tokenizer, "valid")
-        if not any(domain.num_samples for domain in held_out.values()):
-            raise UsageError(f"split {config.data.split} leaves no validation documents in any domain; give --split a larger second part")
+        inputs = open_inputs(config, held_out=True)
     from megatron_chatflow.evaluation.session import open_model
 
     with open_model(config, launch, inputs) as session:
-        names = tuple(inputs.domains)
+        names = tuple(inputs.held_out)
         from megatron_chatflow.evaluation.loss import evaluate_domains
         from megatron_chatflow.training.domain_loss import by_domain, loss_values
 
         most = config.validation.eval_iters * config.training.global_batch_size
         step, shape = session.forward_step(names), session.shape
-        sums = evaluate_domains(step, session.model, held_out, names, most, config.training.micro_batch_size, shape, session.device)
+        sums = evaluate_domains(step, session.model, inputs.held_out, names, most, config.training.micro_batch_size, shape, session.device)
         results = {name: values for name, values in by_domain(names, sums).items() if values["tokens"]}
         if launch.rank == 0:
             if args.json:
@@ -56,6 +54,6 @@ def main(argv: Sequence[str]) -> int:
                 )
             else:
                 console.say(f"{session.checkpoint}")
-                for line in console.validation_lines(session.iteration, results, loss_values(sums.sum(0))):
+                for line in console.validation_lines(session.iteration, results, loss_values(sums[: len(inputs.domains)].sum(0))):
                     console.say(line)
     return 0

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from megatron_chatflow.commands.common import run_values, usage_errors
-from megatron_chatflow.config import UsageError, make_parser, parse, resolve_data
+from megatron_chatflow.config import Config, UsageError, make_parser, parse, resolve_data
 from megatron_chatflow.report import console
 
 EPILOG = """examples:
@@ -39,10 +42,11 @@ def main(argv: Sequence[str]) -> int:
         else:
             plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
         if args.iteration is not None:
-            last = count_iterations(config, plan.num_samples)
+            history = _batches(config, args.checkpoint)
+            last = count_iterations(history, plan.num_samples)
             if not 1 <= args.iteration <= last:
                 raise UsageError(f"iteration {args.iteration} is not in the run; give --iteration a number from 1 to {last}")
-            start, stop = samples_of_iteration(config, args.iteration)
+            start, stop = samples_of_iteration(history, args.iteration)
         else:
             if not 0 <= args.sample < plan.num_samples:
                 raise UsageError(f"sample {args.sample} is not in the run; give --sample a number from 0 to {plan.num_samples - 1}")
@@ -63,8 +67,23 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _text(inputs: object, name: str, document: int, first: int, last: int, most: int | None) -> str:
+def _batches(config: Config, run: str | None) -> tuple[Any, ...]:
+    """The batch sizes of the run: what its latest checkpoint knows, and from there on those of its settings."""
+    from megatron_chatflow.training.length import batch_history
+    from megatron_chatflow.training.run_directory import find_checkpoint, read_state
+
+    folder = find_checkpoint(run, None) if run else None
+    if folder is None:
+        return batch_history(config)
+    state = read_state(folder)
+    return batch_history(config, state["batches"], state["iteration"], state["consumed_train_samples"])
+
+
+def _text(inputs: Any, name: str, document: int, first: int, last: int, most: int | None) -> str:
+    """The text of a document's tokens first .. last - 1; nothing else of the corpus is read."""
     if inputs.tokenizer is None:
-        return "(no text: give --tokenizer-type and --tokenizer-model)"
-    text = inputs.tokenizer.decode(inputs.domains[name].dataset.document(document)[first:last].tolist())
+        return f"(no text: give {inputs.tokenizer_flags})"
+    dataset = inputs.domains[name].dataset
+    (start,) = dataset.document_starts(np.array([document])).tolist()
+    text = inputs.tokenizer.decode(dataset.tokens[start + first : start + last].tolist())
     return repr(text if most is None or len(text) <= most else text[:most] + "...")

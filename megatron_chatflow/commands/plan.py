@@ -10,7 +10,8 @@ from megatron_chatflow.report import console
 
 EPILOG = """examples:
   chatflow plan --config run.yaml --curriculum curriculum.yaml
-  chatflow plan --curriculum curriculum.yaml --seq-length 2048 --global-batch-size 512 --train-samples 3900000 --vocab-size 40076 --plot plan.png
+  chatflow plan --curriculum curriculum.yaml --seq-length 2048 --global-batch-size 512 --train-samples 3900000 --plot plan.png
+  chatflow plan --config run.yaml --load runs/zh --curriculum edited.yaml --amend-curriculum     (what resuming so would read)
 """
 
 
@@ -26,9 +27,10 @@ def main(argv: Sequence[str]) -> int:
         from megatron_chatflow.curriculum import check_exhaustion, forecast, share_curve
         from megatron_chatflow.report.plan_table import plan_table
         from megatron_chatflow.training.inputs import make_plan, open_inputs
+        from megatron_chatflow.training.setup import find_start
 
         inputs = open_inputs(config)
-        plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
+        plan = find_start(config, inputs).blend.plan if config.checkpoint.load else make_plan(config, inputs.curriculum, inputs.epoch_samples)
         outlook = forecast(plan, inputs.epoch_samples)
     sizes = {"num_samples": plan.num_samples, "seq_length": plan.seq_length, "end": outlook.end}
     console.say(plan_table(outlook.stages, outlook.domains, **sizes, warnings=outlook.warnings))

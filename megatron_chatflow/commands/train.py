@@ -28,23 +28,24 @@ def main(argv: Sequence[str]) -> int:
         launch = read_launch()
         config = resolve(config, launch.world_size)
         from megatron_chatflow.training.inputs import open_inputs
-        from megatron_chatflow.training.setup import assemble, find_start
+        from megatron_chatflow.training.setup import assemble, find_start, look_ahead
 
         begin = time.perf_counter()
-        inputs = open_inputs(config)
+        inputs = open_inputs(config, held_out=bool(config.validation.eval_interval))
         start = find_start(config, inputs)
+        outlook = look_ahead(start, inputs)
 
     def say(text: str) -> None:
         if launch.rank == 0:
             console.say(text)
 
-    for note in (*inputs.notes, *start.notes):
+    for note in (*inputs.notes, *outlook.notes):
         say(note)
-    say(f"{len(inputs.domains)} domains, {start.total:,} samples of {config.data.seq_length} tokens, opened in {time.perf_counter() - begin:.2f} s")
+    say(f"{len(inputs.domains)} domains, {outlook.total:,} samples of {config.data.seq_length} tokens, opened in {time.perf_counter() - begin:.2f} s")
     from megatron_chatflow.engine.distributed import shut_down
 
     try:
-        run = assemble(config, launch, inputs, start, say)
+        run = assemble(launch, inputs, start, outlook, say)
         from megatron_chatflow.training.loop import train
         from megatron_chatflow.training.step import NonFiniteError
 

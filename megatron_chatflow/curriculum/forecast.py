@@ -99,7 +99,7 @@ def forecast(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> Forecast:
 
 
 def check_exhaustion(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> None:
-    """Refuses a plan that asks a domain for more than it may give.
+    """Refuses a plan that asks a domain for more than it may give. What was read before the last amendment is done, and is not held against it.
 
     Args:
         plan: the plan of the run.
@@ -109,14 +109,15 @@ def check_exhaustion(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> None:
         ValueError: under `repeat` a domain is read more often than its max_epochs; under `error` more often than that, or than once without it;
             under `redistribute` the plan was made without capacities; or a domain that is drawn from is empty.
     """
-    for name, samples in zip(plan.domain_names, plan.counts(plan.num_samples).tolist(), strict=True):
+    totals = zip(plan.domain_names, plan.counts(plan.num_samples).tolist(), plan.counts(plan.segments[-1].start).tolist(), strict=True)
+    for name, samples, before in totals:
         epoch, cap = epoch_samples[name], plan.domains[name].max_epochs
         if samples and not epoch:
             raise ValueError(f"domains.{name}: the plan draws {samples} samples from it and its corpus holds none; give it more text, or weight 0")
         if plan.on_exhausted == "stop":
             continue
         limit = _limit(plan, plan.domains[name], epoch)
-        if limit is None or samples <= limit:
+        if limit is None or samples <= max(limit, before):
             continue
         if plan.on_exhausted == "redistribute":
             raise ValueError(
@@ -159,11 +160,11 @@ def _epochs(times: float, epoch: int) -> int:
 
 
 def _exhausted_at(plan: BlendPlan, domain: int, limit: int | None) -> int | None:
-    """The sample that asks for ordinal `limit`; where the plan itself hands the share on, the sample after the last one given."""
+    """The first sample since the last amendment that asks for more; where the plan itself hands the share on, the sample after the last one given."""
     if limit is None:
         return None
     hands_on = plan.segments[-1].capacities is not None
-    wanted = limit if hands_on else limit + 1
+    wanted = limit if hands_on else max(limit, int(plan.counts(plan.segments[-1].start)[domain])) + 1
     low, high = -1, plan.num_samples
     if plan.counts(high)[domain] < wanted:
         return None

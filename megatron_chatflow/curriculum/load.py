@@ -71,7 +71,7 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
     """Checks a curriculum that is already loaded.
 
     Args:
-        mapping: what the YAML file holds (clock, domains, stages, on_exhausted).
+        mapping: what the YAML file holds (clock, domains, stages, on_exhausted, validation).
         source: what error messages call it, e.g. the file.
         folder: against which relative paths of domains are resolved.
 
@@ -84,7 +84,7 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
 
     if not isinstance(mapping, Mapping):
         fail("curriculum", f"a mapping is expected, found {_kind(mapping)}", "write clock, domains and stages")
-    _known(mapping, ("clock", "domains", "stages", "on_exhausted"), "", fail)
+    _known(mapping, ("clock", "domains", "stages", "on_exhausted", "validation"), "", fail)
     clock = _choice(mapping.get("clock", "samples"), CLOCKS, "clock", fail)
     on_exhausted = _choice(mapping.get("on_exhausted", "repeat"), ON_EXHAUSTED, "on_exhausted", fail)
     entries = mapping.get("domains")
@@ -101,7 +101,7 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
         stage = _stage(entry, f"stages[{number}]", domains, fail)
         _in_order(stage, stages, f"stages[{number}]", fail)
         stages.append(stage)
-    return Curriculum(clock, domains, tuple(stages), on_exhausted, source)
+    return Curriculum(clock, domains, tuple(stages), on_exhausted, source, _validation(mapping.get("validation", {}), domains, Path(folder), fail))
 
 
 def constant_curriculum(pairs: Iterable[tuple[float, str]]) -> Curriculum:
@@ -128,27 +128,59 @@ def constant_curriculum(pairs: Iterable[tuple[float, str]]) -> Curriculum:
 
 
 def _domain(name: Any, entry: Any, folder: Path, fail: Any) -> Domain:
-    if not isinstance(name, str):
-        fail("domains", f"the name {name!r} is {_kind(name)}, not text", "put it in quotes")
-    key = f"domains.{name}"
-    if not name.strip() or name != name.strip() or "/" in name or not name.isprintable():
-        fail("domains", f"{name!r} is no name for a domain", "use letters, digits, - _ and . (it becomes part of metric names)")
-    if not isinstance(entry, Mapping):
-        fail(key, f"a mapping is expected, found {_kind(entry)}", "write `{path: prefix}`")
-    _known(entry, ("path", "kind", "max_epochs"), f"{key}.", fail)
-    path = entry.get("path")
-    if not isinstance(path, str) or not path:
-        problem = "no path is given" if path in (None, "") else f"text is expected, found {_kind(path)}"
-        fail(f"{key}.path", problem, "write the prefix of its .bin and .idx")
-    for suffix in (".bin", ".idx"):
-        if path.endswith(suffix):
-            fail(f"{key}.path", f"{path!r} ends with {suffix}", "write the prefix, without the ending")
+    key = _entry_key("domains", "a domain", name, entry, ("path", "kind", "max_epochs", "valid"), fail)
+    path = _prefix(entry.get("path"), f"{key}.path", folder, fail)
     cap = entry.get("max_epochs")
     if cap is not None:
         cap = _number(cap, f"{key}.max_epochs", fail)
         if cap <= 0:
             fail(f"{key}.max_epochs", f"{cap} is not positive", "write how often the domain may be read at most, or leave it out")
-    return Domain(name, os.path.abspath(folder / path), _choice(entry.get("kind", "text"), KINDS, f"{key}.kind", fail), cap)
+    valid = _prefix(entry["valid"], f"{key}.valid", folder, fail) if "valid" in entry else None
+    return Domain(name, path, _choice(entry.get("kind", "text"), KINDS, f"{key}.kind", fail), cap, valid)
+
+
+def _validation(entries: Any, domains: Mapping[str, Domain], folder: Path, fail: Any) -> dict[str, Domain]:
+    """The named validation sets; also checks that no held-out corpus is one that is trained on."""
+    if not isinstance(entries, Mapping):
+        fail("validation", f"a mapping is expected, found {_kind(entries)}", "write `name: {path: prefix}`, or leave it out")
+    sets = {}
+    for name, entry in entries.items():
+        key = _entry_key("validation", "a validation set", name, entry, ("path", "kind"), fail)
+        if name in domains:
+            cure = f"give it another name, or write the corpus as domains.{name}.valid"
+            fail(key, "a domain has the same name, and both are reported under it", cure)
+        path = _prefix(entry.get("path"), f"{key}.path", folder, fail)
+        sets[name] = Domain(name, path, _choice(entry.get("kind", "text"), KINDS, f"{key}.kind", fail))
+    trained = {domain.path: name for name, domain in domains.items()}
+    held_out = [(f"domains.{name}.valid", domain.valid) for name, domain in domains.items()]
+    for key, path in [*held_out, *((f"validation.{name}.path", entry.path) for name, entry in sets.items())]:
+        if path in trained:
+            fail(key, f"{path} is what domain {trained[path]!r} is trained on", "give text that is not trained on")
+    return sets
+
+
+def _entry_key(section: str, what: str, name: Any, entry: Any, keys: Sequence[str], fail: Any) -> str:
+    """The key of a named corpus, when its name and its keys are sound."""
+    if not isinstance(name, str):
+        fail(section, f"the name {name!r} is {_kind(name)}, not text", "put it in quotes")
+    if not name.strip() or name != name.strip() or "/" in name or not name.isprintable():
+        fail(section, f"{name!r} is no name for {what}", "use letters, digits, - _ and . (it becomes part of metric names)")
+    key = f"{section}.{name}"
+    if not isinstance(entry, Mapping):
+        fail(key, f"a mapping is expected, found {_kind(entry)}", "write `{path: prefix}`")
+    _known(entry, keys, f"{key}.", fail)
+    return key
+
+
+def _prefix(path: Any, key: str, folder: Path, fail: Any) -> str:
+    """The absolute prefix of a corpus."""
+    if not isinstance(path, str) or not path:
+        problem = "no path is given" if path in (None, "") else f"text is expected, found {_kind(path)}"
+        fail(key, problem, "write the prefix of its .bin and .idx")
+    for suffix in (".bin", ".idx"):
+        if path.endswith(suffix):
+            fail(key, f"{path!r} ends with {suffix}", "write the prefix, without the ending")
+    return os.path.abspath(folder / path)
 
 
 def _stage(entry: Any, key: str, domains: Mapping[str, Domain], fail: Any) -> Stage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -23,6 +23,8 @@ class Domain:
     """text | instruct."""
     max_epochs: float | None = None
     """How often it may be read at most; None: no cap."""
+    valid: str | None = None
+    """Prefix of its own validation corpus; the corpus at `path` is then trained on whole. None: the split cuts `path`."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,20 @@ class Curriculum:
     """repeat | redistribute | stop | error: what happens when a domain runs out."""
     source: str = "curriculum"
     """What error messages call it: the file it came from."""
+    validation: Mapping[str, Domain] = field(default_factory=dict)
+    """Named validation sets, read whole and never trained on."""
 
     def to_mapping(self) -> dict[str, Any]:
         """The curriculum as plain types, as a YAML file would hold it; `parse_curriculum` reads it back."""
         domains = {}
         for name, domain in self.domains.items():
             cap = {} if domain.max_epochs is None else {"max_epochs": domain.max_epochs}
-            domains[name] = {"path": domain.path, "kind": domain.kind, **cap}
+            valid = {} if domain.valid is None else {"valid": domain.valid}
+            domains[name] = {"path": domain.path, "kind": domain.kind, **cap, **valid}
         stages = [
             {"name": s.name, "at": f"{s.at}%" if s.relative else s.at, "weights": dict(s.weights), **({"ramp": s.ramp} if i else {})}
             for i, s in enumerate(self.stages)
         ]
-        return {"clock": self.clock, "domains": domains, "stages": stages, "on_exhausted": self.on_exhausted}
+        sets = {name: {"path": entry.path, "kind": entry.kind} for name, entry in self.validation.items()}
+        held_out = {"validation": sets} if sets else {}
+        return {"clock": self.clock, "domains": domains, "stages": stages, "on_exhausted": self.on_exhausted, **held_out}

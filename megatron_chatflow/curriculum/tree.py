@@ -19,6 +19,9 @@ import numpy as np
 
 from megatron_chatflow.curriculum.ramps import Pacing
 
+TOLERANCE = 0.25
+"""Samples by which a domain may stay off its schedule on account of the set it is in."""
+
 
 class Tree:
     """The order of samples among domains whose shares move from `before` to `after`.
@@ -35,7 +38,8 @@ class Tree:
         self.size = len(before)
         self.pacing = pacing
         self.left, self.right = _pair(before + after)
-        before, after, owed = (self._with_sums(part) for part in (before, after, owed))
+        owed = self._settled(owed)
+        before, after = self._with_sums(before), self._with_sums(after)
         self.before, self.rise = before, after - before
         self.mean = (before + after) / 2
         self.top = before * (pacing.knots[-1] - pacing.integral[-1]) + after * pacing.integral[-1]
@@ -114,6 +118,16 @@ class Tree:
         missing = np.maximum(inner - (before * position + rise * pacing.integral[low]), 0.0)
         divisor = share + np.sqrt(np.maximum(share * share + 2 * slope * missing, 0.0))
         return position + 2 * missing / np.where(divisor > 0, divisor, 1.0) + (target - inner) / mean
+
+    def _settled(self, owed: np.ndarray) -> np.ndarray:
+        """What each node makes up for. A domain: all it is owed. A set of domains: its sum, less what each of them can go on owing or being owed.
+
+        Domains that are half a sample ahead or behind are as they should be; of many that are put together anew, such halves may add up to several
+        samples, which must not be taken from, or given to, the one large domain among them.
+        """
+        total, members = self._with_sums(owed), self._with_sums(np.ones(self.size))
+        size = np.abs(total)
+        return np.copysign(np.maximum(size - TOLERANCE * (members - 1), np.minimum(size, 0.5)), total)
 
     def _with_sums(self, leaves: np.ndarray) -> np.ndarray:
         values = np.zeros(len(self.left))

@@ -1,6 +1,5 @@
 """The blend: a plan says which domain and ordinal each sample is, the domains read it."""
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -9,15 +8,17 @@ import numpy as np
 from megatron_chatflow.data.domain import Batch, WindowDomain, empty_batch
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.instruct import InstructDomain
-from megatron_chatflow.data.manifest import manifest_path, read_manifest
+from megatron_chatflow.data.manifest import read_manifest
 from megatron_chatflow.data.permute import shuffled_windows
 from megatron_chatflow.data.split import document_range
 from megatron_chatflow.data.stream import TextDomain
+from megatron_chatflow.data.verify import manifest_fault
 
 if TYPE_CHECKING:
     from megatron_chatflow.curriculum import BlendPlan, Curriculum
 
 _BLOCK = 256
+_FIRST = np.zeros(1, np.int64)
 
 
 class Blend:
@@ -67,7 +68,10 @@ class Blend:
         if block is None or not block[0] <= n < block[0] + _BLOCK:
             begin = n - n % _BLOCK
             block = self._block = (begin, *self._locate(begin, min(begin + _BLOCK, len(self))))
-        return {key: value[0] for key, value in self._read(*(part[n - block[0]][None] for part in block[1:])).items()}
+        domain, ordinal, window = (part[n - block[0]] for part in block[1:])
+        batch = empty_batch(1, self.plan.seq_length)
+        self._members[domain].fill_chunk(batch, _FIRST, window[None])
+        return {key: value[0] for key, value in batch.items()} | {"domain": domain, "ordinal": ordinal}
 
     def read(self, start: int, stop: int, rows: np.ndarray | None = None) -> Batch:
         """Reads samples start .. stop - 1, or those of them that `rows` names (int [n], counted from start).
@@ -132,7 +136,8 @@ def open_domains(
         curriculum: names, paths and kinds.
         seq_length: S, positions in a window.
         seed: decides the order of the windows, together with the domain's name and the epoch.
-        split: Megatron's `--split`, by documents (see `split.py`).
+        split: Megatron's `--split`, by documents (see `split.py`). It does not cut a domain that has validation files of its own (`valid`):
+            all of `path` is for training, all of `valid` for validation, and nothing for the test.
         subset: "train", "valid" or "test".
         reset_position_ids, reset_attention_mask, eod_mask_loss, eod: for text domains, see `TextDomain`; instruction windows always
             reset, and their loss mask comes from the sequence modes.
@@ -154,10 +159,11 @@ def open_domains(
     opened = {}
     for name, entry in curriculum.domains.items():
         try:
-            dataset = IndexedDataset(entry.path)
+            dataset = IndexedDataset(entry.valid if entry.valid and subset == "valid" else entry.path)
             _check_kind(dataset, entry.kind)
             _check_manifest(dataset)
-            documents = document_range(split, subset, dataset.num_documents)
+            own = "0,1" if subset == "valid" else "1"
+            documents = document_range(own if entry.valid else split, subset, dataset.num_documents)
             common = {"seq_length": seq_length, "seed": seed, "documents": documents}
             opened[name] = InstructDomain(name, dataset, **common) if entry.kind == "instruct" else TextDomain(name, dataset, **common, **text)
         except ValueError as error:
@@ -234,13 +240,6 @@ def _check_kind(dataset: IndexedDataset, kind: str) -> None:
 
 def _check_manifest(dataset: IndexedDataset) -> None:
     manifest = read_manifest(dataset.prefix)
-    if manifest is None:
-        return
-    h = dataset.header
-    actual = {"documents": h.num_documents, "tokens": h.num_tokens, "dtype": h.dtype.name, "conversations": h.multimodal}
-    for key, value in actual.items():
-        if getattr(manifest, key) != value and not (key == "conversations" and not h.num_sequences):
-            raise ValueError(
-                f"corpus {dataset.prefix}: {os.path.basename(manifest_path(dataset.prefix))} says {key} {getattr(manifest, key)}, the index says "
-                f"{value}: the manifest belongs to another corpus; preprocess again or delete it"
-            )
+    fault = manifest and manifest_fault(dataset.header, manifest, dataset.prefix)
+    if fault:
+        raise ValueError(f"corpus {dataset.prefix}: {fault}")

@@ -1,28 +1,24 @@
-"""A chunk of lines to arrays of tokens: what a worker of `preprocess` does."""
+"""A chunk of records to arrays of tokens: what a worker of `preprocess` does."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from megatron_chatflow.data.templates import (
-    ANSWER,
-    CHAT_TEMPLATES,
-    MalformedRecord,
-    ParallelTemplate,
-    Passage,
-    json_kind,
-    parse_conversation,
-    text_field,
-)
+from megatron_chatflow.data.records import all_records, each_record
+from megatron_chatflow.data.sentences import Splitting, splitter
+from megatron_chatflow.data.templates import ANSWER, CHAT_TEMPLATES, MalformedRecord, ParallelTemplate, Passage, parse_conversation, texts_field
 from megatron_chatflow.tokenizer import Tokenizer
 
 KINDS = ("text", "parallel", "instruct")
 SHOWN = 10
-"""How many malformed lines are described in full."""
+"""How many malformed records are described in full."""
+
+Document = str | list[str]
+"""A text; or its sentences."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,7 @@ class Task:
         keys: names of the corpora: the JSON keys of text; one name for the other kinds.
         template: fields in a text (parallel) or name of a chat template (instruct).
         append_eod: whether each document ends with the end-of-document token.
+        splitting: how texts become sentences; None: they do not.
         dtype: numpy's name of the token type.
     """
 
@@ -41,7 +38,14 @@ class Task:
     keys: tuple[str, ...]
     template: str | None
     append_eod: bool
+    splitting: Splitting | None
     dtype: str
+
+    def columns(self) -> list[str] | None:
+        """Returns the fields of a record that are needed; None where that depends on the record."""
+        if self.kind == "instruct":
+            return None
+        return ParallelTemplate(self.template).fields if self.kind == "parallel" else list(self.keys)
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ class Encoded:
 
     Attributes:
         corpora: documents by key; none of text when only checked.
-        malformed: how many lines are malformed.
-        shown: line number and reason of the first `SHOWN` of them.
+        malformed: how many records are malformed.
+        shown: number and reason of the first `SHOWN` of them.
     """
 
     corpora: dict[str, Corpus]
@@ -92,57 +96,122 @@ class Encoder:
         self._tokenizer = tokenizer
         self._task = task
         self._parallel = ParallelTemplate(task.template) if task.kind == "parallel" else None
+        self._fields = [itemgetter(name) for name in task.columns() or ()]
+        self._split = splitter(task.splitting) if task.splitting else None
 
-    def encode(self, data: bytes, first_line: int, format: str, check_only: bool = False) -> Encoded:
-        """Encodes the lines of a chunk.
+    def encode(self, data: bytes, first: int, format: str, check_only: bool = False) -> Encoded:
+        """Encodes the records of a chunk.
 
         Args:
-            data: whole lines; blank ones are no records.
-            first_line: number of the first in its file.
-            format: `jsonl` or `text`.
-            check_only: look for malformed lines; what is not needed for that is not done.
+            data: whole records; blank lines are none.
+            first: number of the first in its file.
+            format: one of `FORMATS`.
+            check_only: look for malformed records; what is not needed for that is not done.
         """
-        read = self._conversation if self._task.kind == "instruct" else self._texts
+        if self._task.kind == "instruct":
+            return self._conversations(data, first, format)
+        malformed: list[tuple[int, str]] = []
+        columns = self._all_texts(data, format)
+        if columns is None:
+            columns, malformed = self._each_text(data, first, format)
+        corpora = {} if check_only else {key: self._encode_documents(texts) for key, texts in zip(self._task.keys, columns, strict=True)}
+        return Encoded(corpora, len(malformed), malformed[:SHOWN])
+
+    def _all_texts(self, data: bytes, format: str) -> list[list[Document]] | None:
+        """Returns the documents of each key; None when a record needs a closer look."""
+        try:
+            records = all_records(data, format)
+            columns = [list(map(field, records)) for field in self._fields]
+            if any(set(map(type, column)) - {str} for column in columns):
+                return None
+            for column in columns:
+                "".join(column).encode()
+        except (ValueError, RecursionError, KeyError, TypeError):
+            return None
+        return [self._parallel.fill_all(columns)] if self._parallel else columns
+
+    def _each_text(self, data: bytes, first: int, format: str) -> tuple[list[list[Document]], list[tuple[int, str]]]:
+        """Returns the documents of each key, and what is malformed."""
+        documents, malformed = [], []
+        for number, record in each_record(data, first, format):
+            try:
+                documents.append(self._texts(record))
+            except MalformedRecord as error:
+                malformed.append((number, str(error)))
+        return [[texts[i] for texts in documents] for i in range(len(self._task.keys))], malformed
+
+    def _texts(self, record: Mapping[str, Any] | MalformedRecord) -> tuple[Document, ...]:
+        """Returns the document of a record under each key."""
+        if isinstance(record, MalformedRecord):
+            raise record
+        if self._parallel is not None:
+            return (self._parallel.fill(record),)
+        return tuple(texts_field(record, key) for key in self._task.keys)
+
+    def _encode_documents(self, documents: list[Document]) -> Corpus:
+        if self._split is None and not any(isinstance(document, list) for document in documents):
+            return self._encode_texts(documents)
+        split = self._split or (lambda text: [text])
+        return self._encode_sentences([split(document) if isinstance(document, str) else document for document in documents])
+
+    def _encode_texts(self, texts: list[str]) -> Corpus:
+        """One sequence a document."""
+        encoded = self._tokenizer.encode_batch(texts)
+        kept = [ids for ids in encoded if ids]
+        empty = [text for text, ids in zip(texts, encoded, strict=True) if not ids] if len(kept) < len(encoded) else []
+        if self._task.append_eod:
+            for ids in kept:
+                ids.append(self._tokenizer.eod)
+        lengths = _lengths(kept)
+        return Corpus(
+            tokens=self._flat(kept, lengths),
+            lengths=lengths,
+            modes=np.zeros(len(kept), np.int8),
+            sequences=np.ones(len(kept), np.int32),
+            bytes=_size(texts) - _size(empty),
+            empty=len(empty),
+        )
+
+    def _encode_sentences(self, documents: list[list[str]]) -> Corpus:
+        """One sequence a sentence; those that encode to nothing are left out, and the end-of-document token belongs to a document's last."""
+        sentences = list(chain.from_iterable(documents))
+        encoded = self._tokenizer.encode_batch(sentences)
+        kept = np.flatnonzero(_lengths(encoded))
+        owners = np.repeat(np.arange(len(documents)), _lengths(documents))[kept]
+        sequences = np.bincount(owners, minlength=len(documents))
+        sequences = sequences[sequences > 0]
+        if self._task.append_eod:
+            for last in kept[np.cumsum(sequences) - 1].tolist():
+                encoded[last].append(self._tokenizer.eod)
+        lists = [encoded[index] for index in kept.tolist()]
+        lengths = _lengths(lists)
+        return Corpus(
+            tokens=self._flat(lists, lengths),
+            lengths=lengths,
+            modes=np.zeros(len(lists), np.int8),
+            sequences=sequences.astype(np.int32),
+            bytes=_size([sentences[index] for index in kept.tolist()]),
+            empty=len(documents) - len(sequences),
+        )
+
+    def _conversations(self, data: bytes, first: int, format: str) -> Encoded:
         malformed: list[tuple[int, str]] = []
         numbers: list[int] = []
-        documents: list[Any] = []
-        for number, line in enumerate(data.split(b"\n"), first_line):
-            if not line.strip():
-                continue
+        conversations: list[list[Passage]] = []
+        for number, record in each_record(data, first, format):
             try:
-                documents.append(read(_record(line, format)))
+                conversations.append(self._conversation(record))
                 numbers.append(number)
             except MalformedRecord as error:
                 malformed.append((number, str(error)))
-        corpora: dict[str, Corpus] = {}
-        if self._task.kind == "instruct":
-            corpora[self._task.keys[0]], refused = self._encode_conversations(documents)
-            malformed.extend((numbers[index], reason) for index, reason in refused)
-        elif not check_only:
-            corpora = {key: self._encode_texts([texts[i] for texts in documents]) for i, key in enumerate(self._task.keys)}
-        return Encoded(corpora, len(malformed), sorted(malformed)[:SHOWN])
+        corpus, refused = self._encode_conversations(conversations)
+        malformed.extend((numbers[index], reason) for index, reason in refused)
+        return Encoded({self._task.keys[0]: corpus}, len(malformed), sorted(malformed)[:SHOWN])
 
-    def _texts(self, record: Mapping[str, Any]) -> tuple[str, ...]:
-        """Returns the text of a record under each key."""
-        if self._parallel is not None:
-            return (self._parallel.fill(record),)
-        return tuple(text_field(record, key) for key in self._task.keys)
-
-    def _encode_texts(self, texts: list[str]) -> Corpus:
-        kept: list[list[int]] = []
-        size = 0
-        for text, ids in zip(texts, self._tokenizer.encode_batch(texts), strict=True):
-            if ids:
-                if self._task.append_eod:
-                    ids.append(self._tokenizer.eod)
-                kept.append(ids)
-                size += len(text.encode())
-        lengths = np.fromiter(map(len, kept), np.int32, len(kept))
-        one = np.ones(len(kept), np.int32)
-        return Corpus(self._flat(kept, lengths), lengths, np.zeros(len(kept), np.int8), one, size, len(texts) - len(kept))
-
-    def _conversation(self, record: Mapping[str, Any]) -> list[Passage]:
+    def _conversation(self, record: Mapping[str, Any] | MalformedRecord) -> list[Passage]:
         """Returns a record's passages; none when no answer says anything."""
+        if isinstance(record, MalformedRecord):
+            raise record
         conversation = parse_conversation(record)
         if not any(turn.output.strip() for turn in conversation.turns):
             return []
@@ -177,7 +246,7 @@ class Encoder:
                     modes.append(passage.mode)
                     size += sum(len(part.encode()) for part in passage.parts if isinstance(part, str))
                 sequences.append(len(passages))
-        lengths = np.fromiter(map(len, tokens), np.int32, len(tokens))
+        lengths = _lengths(tokens)
         empty = len(conversations) - len(sequences) - len(refused)
         return Corpus(self._flat(tokens, lengths), lengths, np.array(modes, np.int8), np.array(sequences, np.int32), size, empty), refused
 
@@ -185,27 +254,13 @@ class Encoder:
         return np.fromiter(chain.from_iterable(tokens), self._task.dtype, int(lengths.sum()))
 
 
-def _record(line: bytes, format: str) -> Mapping[str, Any]:
-    """Reads one line.
+def _lengths(lists: Sequence[Sequence[Any]]) -> np.ndarray:
+    return np.fromiter(map(len, lists), np.int32, len(lists))
 
-    Raises:
-        MalformedRecord: it is not UTF-8, not JSON, or not an object.
-    """
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise MalformedRecord(f"not UTF-8 (byte {error.start} is 0x{line[error.start]:02x})") from error
-    if format == "text":
-        return {"text": text.removesuffix("\r")}
-    try:
-        record = json.loads(text)
-    except RecursionError as error:
-        raise MalformedRecord("JSON nested too deeply") from error
-    except ValueError as error:
-        raise MalformedRecord(f"not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise MalformedRecord(f"JSON, but {json_kind(record)} and not an object")
-    return record
+
+def _size(texts: Sequence[str]) -> int:
+    """Returns the UTF-8 bytes of all texts."""
+    return len("".join(texts).encode())
 
 
 def _merge(passage: Passage) -> Passage:

@@ -1,7 +1,6 @@
-"""What `preprocess` reads: files, globs and standard input, gzipped or not, in chunks of whole lines."""
+"""What `preprocess` reads: files, patterns and standard input, compressed or not, in chunks of whole records."""
 
 import glob
-import gzip
 import hashlib
 import io
 import os
@@ -9,14 +8,16 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
+
+from megatron_chatflow.data import parquet, unpack
 
 STDIN = "-"
-FORMATS = ("jsonl", "text")
+FORMATS = ("jsonl", "text", "parquet")
+_BUFFER = 1 << 16
 _BOM = b"\xef\xbb\xbf"
-_GZIP_MAGIC = b"\x1f\x8b"
+_COMPRESSED = (".gz", ".zst")
 _UNREADABLE = {
-    ".parquet": "write its text column as JSON lines",
-    ".zst": "unpack it into the standard input: zstd -dc {} | ... --input -",
     ".xz": "unpack it into the standard input: xz -dc {} | ... --input -",
     ".bz2": "unpack it into the standard input: bzip2 -dc {} | ... --input -",
     ".zip": "unpack it into the standard input: unzip -p {} | ... --input -",
@@ -27,27 +28,38 @@ _UNREADABLE = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole lines of a source.
+    """Whole records of a source: lines, or rows of a table.
 
     Attributes:
-        first_line: number of the first line, from 1.
-        data: the lines, newline characters included; only the last of a source may lack one.
-        format: `jsonl` or `text`.
+        first: number of the first record, from 1.
+        next: number of the first one of the next chunk.
+        data: lines, newline characters included (only the last of a source may lack one); or rows as `parquet` packs them.
+        format: one of `FORMATS`.
         position: bytes of the source read so far, as stored (compressed).
+        checksum: of all that was read of the source, this chunk included.
     """
 
-    first_line: int
+    first: int
+    next: int
     data: bytes
     format: str
     position: int
+    checksum: str
 
 
 class Source:
     """One file, or the standard input.
 
+    Attributes:
+        path: as given.
+        name: base name of the file.
+        size: bytes as stored; None of the standard input.
+        modified: when it was last modified, in nanoseconds; None of the standard input.
+        format: one of `FORMATS`.
+
     Args:
         path: the file, or `-`.
-        format: `jsonl` or `text`; None: by the name, `.txt` and `.txt.gz` are text and all else is JSON lines.
+        format: one of `FORMATS`; None: by the name, `.parquet` is a table, `.txt` is text and all else is JSON lines.
 
     Raises:
         ValueError: the file is missing, is a folder, or is of a kind that is not read.
@@ -57,11 +69,15 @@ class Source:
         self.path = path
         self.name = "standard input" if path == STDIN else os.path.basename(path)
         self.size: int | None = None
-        plain_name = self.name.lower().removesuffix(".gz")
-        self.format = format or ("text" if plain_name.endswith(".txt") else "jsonl")
+        self.modified: int | None = None
+        name = self.name.lower()
+        plain_name = next((name.removesuffix(suffix) for suffix in _COMPRESSED if name.endswith(suffix)), name)
+        self.format = format or {".txt": "text", ".parquet": "parquet"}.get(os.path.splitext(plain_name)[1], "jsonl")
         self._hash = hashlib.sha256()
         self._read = 0
         if path == STDIN:
+            if self.format == "parquet":
+                raise ValueError("--input - cannot be parquet, which is not read from start to end: name the file")
             return
         if os.path.isdir(path):
             raise ValueError(f"--input {path} is a folder: name files, or a pattern such as '{os.path.join(path, '*.jsonl')}'")
@@ -70,9 +86,19 @@ class Source:
                 raise ValueError(f"--input {path}: {suffix} files are not read: {cure.format(path)}")
         try:
             with open(path, "rb") as file:
-                self.size = os.fstat(file.fileno()).st_size
+                status = os.fstat(file.fileno())
         except OSError as error:
             raise ValueError(f"--input {path} cannot be read ({error.strerror}): check the path") from error
+        self.size, self.modified = status.st_size, status.st_mtime_ns
+        if self.format == "parquet":
+            parquet.check(path)
+        elif name.endswith(".zst"):
+            unpack.import_zstandard(path)
+
+    @property
+    def record(self) -> str:
+        """What a record is called in a message: `line` or `row`."""
+        return "row" if self.format == "parquet" else "line"
 
     @property
     def stored_bytes(self) -> int:
@@ -83,13 +109,30 @@ class Source:
         """Returns the sha256 (hex) of the bytes read so far, as stored."""
         return self._hash.hexdigest()
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
-        """Reads the source once, in chunks of whole lines of about `size` bytes, or as long as a longer line is.
+    def chunks(self, size: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
+        """Reads the source once, in chunks of whole records of about `size` bytes, or as long as a longer record is.
+
+        Args:
+            size: bytes of a chunk, unpacked.
+            columns: of a table, those that are needed; None for all.
 
         Raises:
-            ValueError: the file turns out to be damaged.
+            ValueError: the file turns out to be damaged, or to lack a column.
         """
-        first_line = 1
+        return self._rows(size, columns) if self.format == "parquet" else self._lines(size)
+
+    def _rows(self, size: int, columns: Sequence[str] | None) -> Iterator[Chunk]:
+        with open(self.path, "rb", buffering=0) as file:
+            while block := file.read(size):
+                self._count(block)
+        first = 1
+        for rows, data, done in parquet.batches(self.path, size, columns):
+            yield Chunk(first, first + rows, data, self.format, int(done * self._read), self.sha256())
+            first += rows
+
+    def _lines(self, size: int) -> Iterator[Chunk]:
+        first = 1
+        checksum = 0
         held: list[bytes] = []
         held_bytes = 0
         for block in self._blocks(max(size, len(_BOM))):
@@ -99,41 +142,49 @@ class Source:
                 held_bytes += len(block)
                 continue
             data = b"".join([*held, block[:end]])
-            yield Chunk(first_line, data, self.format, self._read)
-            first_line += data.count(b"\n")
+            following = first + data.count(b"\n")
+            checksum = zlib.crc32(data, checksum)
+            yield Chunk(first, following, data, self.format, self._read, f"{checksum:08x}")
+            first = following
             held, held_bytes = [block[end:]], len(block) - end
         data = b"".join(held)
         if data:
-            yield Chunk(first_line, data, self.format, self._read)
+            following = first + data.count(b"\n") + (not data.endswith(b"\n"))
+            yield Chunk(first, following, data, self.format, self._read, f"{zlib.crc32(data, checksum):08x}")
 
     def _blocks(self, size: int) -> Iterator[bytes]:
         try:
             with open(0 if self.path == STDIN else self.path, "rb", buffering=0, closefd=self.path != STDIN) as file:
-                stored = io.BufferedReader(_Tee(file, self), size)
-                zipped = stored.peek(2)[:2] == _GZIP_MAGIC
-                reader = gzip.GzipFile(fileobj=stored) if zipped else stored
+                reader = unpack.unpacked(io.BufferedReader(_Tee(file, self), max(size, _BUFFER)), self.name)
                 first = True
                 while block := reader.read(size):
                     yield block.removeprefix(_BOM) if first else block
                     first = False
-        except (OSError, EOFError, zlib.error) as error:
+        except unpack.DAMAGED as error:
             raise ValueError(f"{self.name} cannot be read to its end ({error}): the file is damaged or was cut off") from error
+
+    def _count(self, data: bytes | memoryview) -> None:
+        self._read += len(data)
+        self._hash.update(data)
 
 
 class _Tee(io.RawIOBase):
-    """Passes a file's bytes on and keeps their count and hash in the source."""
+    """Passes a file's bytes on, the first few of them together, and keeps their count and hash in the source."""
 
-    def __init__(self, file: io.RawIOBase, source: Source) -> None:
+    def __init__(self, file: BinaryIO, source: Source) -> None:
         self._file = file
         self._source = source
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
-        count = self._file.readinto(buffer) or 0
-        self._source._read += count
-        self._source._hash.update(buffer[:count])
+    def readinto(self, buffer: memoryview) -> int:
+        count = 0
+        while more := self._file.readinto(buffer[count:]):
+            count += more
+            if self._source.stored_bytes + count >= unpack.MAGIC_BYTES:
+                break
+        self._source._count(buffer[:count])
         return count
 
 

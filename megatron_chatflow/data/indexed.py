@@ -15,12 +15,13 @@
 All numbers are little endian.
 """
 
+import bisect
 import dataclasses
 import hashlib
 import os
 import struct
 from functools import cached_property
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 
@@ -50,8 +51,8 @@ class Header:
         num_documents: documents (D - 1).
         num_tokens: tokens in the `.bin`.
         multimodal: whether sequence modes are there.
-        contiguous: whether the first sequence starts the `.bin` and the last one ends it: what every writer of Megatron makes,
-            and as much as can be known without reading all pointers (`verify` reads them).
+        contiguous: whether the first sequence starts the `.bin`, and the last one and the last that is not empty end it: what every
+            writer of Megatron makes, and as much as can be known without reading all pointers (`verify` reads them).
     """
 
     dtype: np.dtype
@@ -70,7 +71,7 @@ class Header:
 
 
 def read_header(prefix: str | os.PathLike) -> Header:
-    """Reads and checks the header of a corpus: two opened files at a time, six small reads, whatever its size.
+    """Reads and checks the header of a corpus: one opened file at a time, six small reads (a few more where the last sequence is empty).
 
     Args:
         prefix: path of the corpus without `.bin` and `.idx`.
@@ -106,11 +107,18 @@ def read_header(prefix: str | os.PathLike) -> Header:
         def number(offset: int, kind: str) -> int:
             return struct.unpack(kind, _read_at(file, offset, struct.calcsize(kind)))[0]
 
-        first, end = 0, 0
+        pointers = HEADER.size + 4 * sequences
+
+        def end_of(sequence: int) -> int:
+            return number(pointers + 8 * sequence, "<q") + dtype.itemsize * number(HEADER.size + 4 * sequence, "<i")
+
+        end, contiguous = 0, bin_size == 0
         if sequences:
-            pointers = HEADER.size + 4 * sequences
-            first = number(pointers, "<q")
-            end = number(pointers + 8 * (sequences - 1), "<q") + dtype.itemsize * number(pointers - 4, "<i")
+            end = end_of(sequences - 1)
+            contiguous = number(pointers, "<q") == 0 and end == bin_size
+            if contiguous and end and number(pointers - 4, "<i") == 0:
+                filled = bisect.bisect_left(range(sequences), bin_size, key=lambda i: number(pointers + 8 * i, "<q"))
+                contiguous = filled > 0 and end_of(filled - 1) == bin_size
         if number(plain - 8 * documents, "<q") != 0 or number(plain - 8, "<q") != sequences:
             raise ValueError(f"corpus {prefix}: the documents in {prefix}.idx do not run from sequence 0 to {sequences}: preprocess the corpus again")
     if bin_size < end or bin_size % dtype.itemsize:
@@ -118,7 +126,7 @@ def read_header(prefix: str | os.PathLike) -> Header:
             f"corpus {prefix}: {prefix}.bin has {bin_size} bytes where the index asks for {end} (tokens of {dtype.name}): "
             "it was truncated or belongs to another index; copy or preprocess both again"
         )
-    return Header(dtype, sequences, documents - 1, bin_size // dtype.itemsize, size != plain, first == 0 and end == bin_size)
+    return Header(dtype, sequences, documents - 1, bin_size // dtype.itemsize, size != plain, contiguous)
 
 
 class IndexedDataset:
@@ -201,44 +209,89 @@ class IndexedDataset:
         *_, begin, end = self.header.offsets()
         return self._index[begin:end].view(np.int8) if self.header.multimodal else None
 
+    def read_array(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Reads a part of `sequence_lengths`, `sequence_pointers`, `document_indices` or `sequence_modes` from the file.
+
+        What goes through a whole corpus uses this: pages of a map would stay in the memory of the process.
+        """
+        number = ("sequence_lengths", "sequence_pointers", "document_indices", "sequence_modes").index(name)
+        dtype = np.dtype(("<i4", "<i8", "<i8", "i1")[number])
+        offset = self.header.offsets()[number] + start * dtype.itemsize
+        return np.fromfile(self.prefix + ".idx", dtype, stop - start, offset=offset)
+
     def sequence(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Returns `length` tokens of a sequence from `offset` on (by default all to its end), a view, dtype [length]."""
+        """Returns `length` tokens of a sequence from `offset` on (by default all to its end), a view, dtype [length].
+
+        Raises:
+            IndexError: there is no such sequence, or it has no such tokens.
+            ValueError: the index is damaged there.
+        """
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
         whole = int(self.sequence_lengths[index])
         stop = whole if length is None else offset + length
+        start, extra = divmod(int(self.sequence_pointers[index]), self.dtype.itemsize)
+        following = int(self.sequence_pointers[index + 1]) if index + 1 < self.num_sequences else self.num_tokens * self.dtype.itemsize
+        in_order = not self.header.contiguous or following == (start + whole) * self.dtype.itemsize
+        if extra or not (0 <= start <= start + whole <= self.num_tokens and in_order):
+            self._damaged(f"sequence {index}")
         if not 0 <= offset <= stop <= whole:
             raise IndexError(f"tokens {offset} to {stop} of a sequence of {whole}")
-        start = int(self.sequence_pointers[index]) // self.dtype.itemsize
         return self.tokens[start + offset : start + stop]
 
     def document(self, index: int) -> np.ndarray:
-        """Returns the tokens of a document, all its sequences one after the other, dtype [tokens]."""
+        """Returns the tokens of a document, all its sequences one after the other, dtype [tokens]; raises as `sequence`."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
         begin, end = (int(i) for i in self.document_indices[index : index + 2])
+        if not 0 <= begin <= end <= self.num_sequences:
+            self._damaged(f"document {index}")
         return np.concatenate([np.empty(0, self.dtype)] + [self.sequence(i) for i in range(begin, end)])
 
     def token_range(self, begin: int, end: int) -> tuple[int, int]:
         """Returns the positions in `tokens` at which the documents `begin` and `end` start (`num_documents`: the end of the `.bin`).
 
-        Reads four numbers from the file and maps nothing, so that a thousand corpora can be opened in little memory. Right for a
+        Reads a dozen numbers from the file and maps nothing, so that a thousand corpora can be opened in little memory. Right for a
         contiguous corpus.
+
+        Raises:
+            ValueError: the index is damaged at one of the two.
         """
-        _, pointers, documents, *_ = self.header.offsets()
-
-        def start(file: BinaryIO, document: int) -> int:
-            (sequence,) = struct.unpack("<q", _read_at(file, documents + 8 * document, 8))
-            if sequence >= self.num_sequences:
-                return self.num_tokens
-            return struct.unpack("<q", _read_at(file, pointers + 8 * sequence, 8))[0] // self.dtype.itemsize
-
         with open(self.prefix + ".idx", "rb", buffering=0) as file:
-            return start(file, begin), start(file, end)
+            first, last = (self._start(file, document) for document in (begin, end))
+        if first > last:
+            self._damaged(f"document {begin} or {end}")
+        return first, last
+
+    def _start(self, file: BinaryIO, document: int) -> int:
+        """Where a document starts in `tokens`, seen to agree with its neighbours in the index."""
+        if document in (0, self.num_documents):
+            return self.num_tokens if document else 0
+        lengths, pointers, documents, *_ = self.header.offsets()
+        before, sequence, after = struct.unpack("<3q", _read_at(file, documents + 8 * (document - 1), 24))
+        if not 0 <= before <= sequence <= after <= self.num_sequences:
+            self._damaged(f"document {document}")
+        if sequence in (0, self.num_sequences):
+            return self.num_tokens if sequence else 0
+        previous, pointer = struct.unpack("<2q", _read_at(file, pointers + 8 * (sequence - 1), 16))
+        (length,) = struct.unpack("<i", _read_at(file, lengths + 4 * (sequence - 1), 4))
+        if length < 0 or previous + length * self.dtype.itemsize != pointer or not 0 <= pointer <= self.num_tokens * self.dtype.itemsize:
+            self._damaged(f"sequence {sequence}")
+        return pointer // self.dtype.itemsize
+
+    def _damaged(self, where: str) -> NoReturn:
+        raise ValueError(f"corpus {self.prefix}: {self.prefix}.idx is damaged at {where}: see what tools/verify_dataset.py says of it")
 
     def document_starts(self, documents: np.ndarray) -> np.ndarray:
-        """Returns the position in `tokens` of the first token of each document, int64 [n]; of an empty one, where it would be."""
+        """Returns the position in `tokens` of the first token of each document, int64 [n]; of an empty one, where it would be.
+
+        Raises:
+            ValueError: the index is damaged at one of them.
+        """
         sequences = self.document_indices[documents]
+        wrong = (sequences < 0) | (sequences > self.num_sequences)
+        if wrong.any():
+            self._damaged(f"document {documents[np.argmax(wrong)]}")
         inside = sequences < self.num_sequences
         pointers = self.sequence_pointers[np.minimum(sequences, self.num_sequences - 1)]
         return np.where(inside, pointers // self.dtype.itemsize, self.num_tokens)

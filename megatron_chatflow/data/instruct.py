@@ -4,8 +4,9 @@ import numpy as np
 
 from megatron_chatflow.data.domain import Batch, WindowDomain, ranges, segments
 from megatron_chatflow.data.indexed import IndexedDataset
-from megatron_chatflow.data.packing import pack, positions
-from megatron_chatflow.data.verify import sequence_fault
+from megatron_chatflow.data.packing import positions
+from megatron_chatflow.data.packing_cache import cached_pack
+from megatron_chatflow.data.verify import index_faults
 
 
 class InstructDomain(WindowDomain):
@@ -16,7 +17,8 @@ class InstructDomain(WindowDomain):
     to another conversation than its token. What is longer than S + 1 tokens is cut there. What is left of a window is padded with
     token 0, loss_mask 0, and a segment of its own.
 
-    The packing is a function of the lengths and S alone, the same in every epoch; the windows are shuffled as a text domain's are.
+    The packing is a function of the lengths and S alone, the same in every epoch, and kept beside the corpus (`packing_cache.py`); the
+    windows are shuffled as a text domain's are.
 
     Args:
         name, dataset, seq_length, seed, documents: as in `WindowDomain`.
@@ -25,18 +27,17 @@ class InstructDomain(WindowDomain):
         packing: which conversations each window holds; conversations are numbered from `documents[0]`.
 
     Raises:
-        ValueError: the corpus has no sequence modes, or its sequences are not stored in order.
+        ValueError: the corpus has no sequence modes, its sequences are not stored in order, or its index is damaged.
     """
 
     def __init__(self, name: str, dataset: IndexedDataset, *, seq_length: int, seed: int, documents: tuple[int, int]) -> None:
         super().__init__(name, dataset, seq_length=seq_length, seed=seed, documents=documents)
         if dataset.sequence_modes is None:
             raise ValueError(f"corpus {dataset.prefix}: it has no sequence modes, so prompts and answers cannot be told apart")
-        fault = sequence_fault(dataset)
-        if fault:
+        for fault in index_faults(dataset):
             raise ValueError(f"corpus {dataset.prefix}: {fault}: preprocess it again")
         bounds = dataset.document_starts(np.arange(documents[0], documents[1] + 1))
-        self.packing = pack(np.diff(bounds), seq_length)
+        self.packing = cached_pack(dataset.prefix, np.diff(bounds), seq_length)
         self.num_samples = self.packing.num_windows
 
     @property

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-TOKENIZER_KEYS = ("type", "name", "hash", "vocab_size", "eod")
+_TOKENIZER_TYPES = {"type": str, "name": str, "hash": str, "vocab_size": int, "eod": int | None}
 _TYPES = {
     "tokenizer": dict,
     "dtype": str,
@@ -17,6 +18,8 @@ _TYPES = {
     "append_eod": bool,
     "conversations": bool,
 }
+_OPTIONAL = {"crc32": dict}
+_CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,7 @@ class Manifest:
         sources: the files that were read.
         append_eod: whether each document ends with the tokenizer's end-of-document token.
         conversations: whether the `.idx` has sequence modes (prompt, answer).
+        crc32: checksums of the `bin` and the `idx` (`file_crc32`); None where they were not taken.
     """
 
     tokenizer: Mapping[str, Any]
@@ -42,6 +46,16 @@ class Manifest:
     sources: Sequence[str]
     append_eod: bool
     conversations: bool
+    crc32: Mapping[str, str] | None = None
+
+
+def file_crc32(path: str) -> str:
+    """Returns the CRC-32 of a file, 8 hexadecimal digits. It finds every change of up to 32 bits in a row, and misses one other in 2**32."""
+    crc = 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
 
 
 def manifest_path(prefix: str | os.PathLike) -> str:
@@ -55,7 +69,8 @@ def write_manifest(prefix: str | os.PathLike, manifest: Manifest) -> None:
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(manifest), file, ensure_ascii=False, indent=2)
+            content = {key: value for key, value in dataclasses.asdict(manifest).items() if value is not None}
+            json.dump(content, file, ensure_ascii=False, indent=2)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
@@ -85,15 +100,24 @@ def read_manifest(prefix: str | os.PathLike) -> Manifest | None:
         raise _refusal(path, f"is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise _refusal(path, f"holds {type(content).__name__} in place of a mapping")
-    for key in sorted(_TYPES.keys() ^ content.keys()):
+    for key in sorted(_TYPES.keys() ^ (content.keys() - _OPTIONAL)):
         raise _refusal(path, f"{'lacks the' if key in _TYPES else 'has the unknown'} key `{key}`")
-    for key, expected in _TYPES.items():
-        if not isinstance(content[key], expected) or (expected is int and isinstance(content[key], bool)):
+    for key, expected in (_TYPES | _OPTIONAL).items():
+        if (key in _TYPES or content.get(key) is not None) and not _fits(content[key], expected):
             raise _refusal(path, f"has {content[key]!r} under `{key}`, where {expected.__name__} is expected")
-    for key in TOKENIZER_KEYS:
+    for key, expected in _TOKENIZER_TYPES.items():
         if key not in content["tokenizer"]:
             raise _refusal(path, f"lacks `{key}` under `tokenizer`")
+        if not _fits(content["tokenizer"][key], expected):
+            raise _refusal(path, f"has {content['tokenizer'][key]!r} under `tokenizer`, `{key}`")
+    if set(content.get("crc32") or ("bin", "idx")) != {"bin", "idx"}:
+        raise _refusal(path, f"has {content['crc32']!r} under `crc32`, where `bin` and `idx` are expected")
     return Manifest(**content)
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    """Whether a value of a manifest has its type; a truth value is no number, and no number is negative."""
+    return isinstance(value, expected) and isinstance(value, bool) == (expected is bool) and not (isinstance(value, int) and value < 0)
 
 
 def _refusal(path: str, problem: str) -> ValueError:

@@ -1,74 +1,35 @@
 """Text to `.bin/.idx`: the pipeline behind `tools/preprocess_data.py`.
 
-The input is read (and unpacked) in chunks of whole lines, processes parse and encode them, and what they return is written in the order of the
-input: the output is the same for every number of workers, and memory is bounded by the chunks in flight. Nothing appears under the final names
-before everything is written.
+The input is read (and unpacked) in chunks of whole records, processes parse and encode them, and what they return is written in the order of
+the input: the output is the same for every number of workers, and memory is bounded by the chunks in flight. Everything is written into a
+folder beside the output, from which a killed run can go on (`unfinished.py`); nothing appears under the final names before everything is there.
 """
 
+import dataclasses
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from itertools import accumulate
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from megatron_chatflow.data.builder import IndexedDatasetBuilder
-from megatron_chatflow.data.encode import KINDS, SHOWN, Corpus, Encoded, Task
-from megatron_chatflow.data.formats import FORMATS, Source, open_sources
-from megatron_chatflow.data.indexed import best_dtype
-from megatron_chatflow.data.manifest import Manifest
-from megatron_chatflow.data.templates import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE, ENDS_WITH_EOD, ParallelTemplate
-from megatron_chatflow.data.workers import encoders
+from megatron_chatflow import __version__
+from megatron_chatflow.data.encode import SHOWN, Encoded, Task
+from megatron_chatflow.data.formats import Chunk, Source, open_sources
+from megatron_chatflow.data.manifest import Manifest, file_crc32, read_manifest, write_manifest
+from megatron_chatflow.data.preprocess_settings import PreprocessSettings, check, check_sources
+from megatron_chatflow.data.sentences import NLTK_LANGUAGES, Splitting
+from megatron_chatflow.data.shuffle import shuffle
+from megatron_chatflow.data.spool import Spool
+from megatron_chatflow.data.templates import ENDS_WITH_EOD
+from megatron_chatflow.data.unfinished import Place, State, claimed, discard_state, has_state, load_state, publish, save_state
+from megatron_chatflow.data.workers import Numbered, encoders
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 _CHUNK = 1 << 18
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessSettings:
-    """What to read, how, and where to write it; the names are those of the flags of `tools/preprocess_data.py`.
-
-    Attributes:
-        input: files, glob patterns, `-` for the standard input.
-        output_prefix: the corpora are `<output_prefix>_<key>_document` (text), `<output_prefix>_text_document` (parallel) or
-            `<output_prefix>_document` (instruct).
-        tokenizer_type: see `load_tokenizer`, as for the four that follow.
-        kind: `text`, `parallel` or `instruct`.
-        json_keys: keys of a record that become a corpus each (text).
-        template: `{en}\\n{zh}` (parallel); `chatflow`, `alpaca` or `chatml` (instruct, default chatflow).
-        append_eod: end each document with the end-of-document token (chatflow and alpaca do so in any case).
-        workers: processes that encode; 1 encodes in this one.
-        skip_malformed: leave malformed lines out, rather than write nothing.
-        input_format: `jsonl` or `text`; by the file's name when None.
-        lang: language of the text, for the manifest.
-        log_interval: documents between two lines of progress.
-    """
-
-    input: tuple[str, ...]
-    output_prefix: str
-    tokenizer_type: str
-    tokenizer_model: str | None = None
-    vocab_file: str | None = None
-    merge_file: str | None = None
-    vocab_size: int | None = None
-    kind: str = "text"
-    json_keys: tuple[str, ...] = ("text",)
-    template: str | None = None
-    append_eod: bool = False
-    workers: int = 1
-    skip_malformed: bool = False
-    input_format: str | None = None
-    lang: str | None = None
-    log_interval: int = 1000
-
-    def tokenizer_arguments(self) -> dict[str, Any]:
-        """Returns the arguments of `load_tokenizer`."""
-        names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
-        return {name: getattr(self, name) for name in names}
+_CHECKPOINT_SECONDS = 1.0
+_CHECKPOINT_SHARE = 0.02
+"""How often the state is saved: about every second, and less often where that would take more than this share of the time."""
 
 
 @dataclass
@@ -77,9 +38,10 @@ class Summary:
 
     Attributes:
         corpora: the manifest of each corpus written, by its prefix.
-        malformed: malformed lines left out.
-        shown: the first few of them, with file, line number and reason.
+        malformed: malformed records left out.
+        shown: the first few of them, with file, number and reason.
         empty: documents left out because they encode to nothing.
+        bytes: UTF-8 bytes of text that this process and its workers encoded.
         seconds: wall time.
     """
 
@@ -87,201 +49,298 @@ class Summary:
     malformed: int
     shown: tuple[str, ...]
     empty: int
+    bytes: int
     seconds: float
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: documents, bytes of text, seconds, and the share of the stored input that is done (None when its size is not known)."""
+    """How far a run has come.
+
+    Attributes:
+        documents: written so far.
+        bytes: UTF-8 bytes of their text.
+        seconds: since this process began.
+        done: share of the stored input that is done; None when its size is not known.
+        rate: bytes of text a second, since this process began to encode.
+        left: seconds until the input is done; None when that is not known.
+    """
 
     documents: int
     bytes: int
     seconds: float
     done: float | None
+    rate: float
+    left: float | None
 
 
 class MalformedInput(ValueError):
-    """The input has malformed lines and nothing was written; the message names the first few."""
+    """The input has malformed records and nothing was written; the message names the first few."""
 
 
-def preprocess(settings: PreprocessSettings, progress: Callable[[Progress], None] = lambda _: None) -> Summary:
+class InputChanged(ValueError):
+    """An input is not what the unfinished run read."""
+
+
+def preprocess(
+    settings: PreprocessSettings, progress: Callable[[Progress], None] = lambda _: None, note: Callable[[str], None] = lambda _: None
+) -> Summary:
     """Encodes the input and writes the corpora with their manifests.
 
     Args:
         settings: what to do.
         progress: called about every `log_interval` documents.
+        note: told what the user should know, a sentence at a time.
 
     Raises:
-        ValueError: a setting, an input file or the tokenizer is wrong, or no document is left to write.
-        MalformedInput: a line is malformed and `skip_malformed` is off; all input was looked through for the count.
+        ValueError: a setting, an input file or the tokenizer is wrong, no document is left to write, or there is an unfinished run that `resume`
+            does not fit.
+        MalformedInput: a record is malformed and `skip_malformed` is off; all input was looked through for the count.
         WorkerDied: a worker was killed.
         OSError: the output cannot be written.
     """
     start = time.perf_counter()
-    keys, template = _check(settings)
+    check(settings)
     sources = open_sources(settings.input, settings.input_format)
-    _check_text_sources(settings, sources)
+    check_sources(settings, sources)
+    splitting = settings.splitting()
     tokenizer = load_tokenizer(**settings.tokenizer_arguments())
-    task = Task(settings.kind, tuple(keys), template, settings.append_eod, np.dtype(best_dtype(tokenizer.vocab_size)).name)
-    run = _Run(settings, task, tokenizer, sources, progress, start)
-    with ExitStack() as stack:
-        stack.enter_context(_output_folder(os.path.dirname(settings.output_prefix)))
-        conversations = settings.kind == "instruct"
-        builders = {key: stack.enter_context(_Writer(prefix, task.dtype, multimodal=conversations)) for key, prefix in keys.items()}
-        run.feed(builders)
-        run.check_result(builders)
-        manifests = {key: run.manifest(key, builder) for key, builder in builders.items()}
-        for key, builder in builders.items():
-            builder.finalize(manifests[key])
-    corpora = {builder.prefix: manifests[key] for key, builder in builders.items()}
-    return Summary(corpora, run.malformed.total(), tuple(run.shown), run.empty.total(), time.perf_counter() - start)
+    task = settings.task(tokenizer, splitting)
+    folder = settings.unfinished()
+    with claimed(folder):
+        state = _begin(settings, _decides(settings, task, tokenizer, sources), len(sources), note)
+        if splitting is not None and splitting.lang in NLTK_LANGUAGES and splitting.method != "punkt":
+            note(_without_punkt(splitting))
+        run = _Run(settings, task, tokenizer, sources, state, progress, start)
+        try:
+            if not state.whole:
+                run.write()
+        except InputChanged:
+            raise
+        except ValueError:
+            discard_state(folder)
+            raise
+        for key, prefix in settings.prefixes().items():
+            publish(run.path(key), prefix)
+        discard_state(folder)
+    corpora = {prefix: read_manifest(prefix) for prefix in settings.prefixes().values()}
+    return Summary(corpora, sum(state.malformed), tuple(state.shown), sum(state.empty), run.new_bytes, time.perf_counter() - start)
 
 
-def _check(settings: PreprocessSettings) -> tuple[dict[str, str], str | None]:
-    """Checks the settings against each other; returns the prefix of each corpus by its key, and the template."""
-    prefix, kind, template = settings.output_prefix, settings.kind, settings.template
-    if kind not in KINDS:
-        raise ValueError(f"--kind {kind} is unknown: give one of {', '.join(KINDS)}")
-    if settings.input_format not in (None, *FORMATS):
-        raise ValueError(f"--input-format {settings.input_format} is unknown: give one of {', '.join(FORMATS)}")
-    if settings.workers < 1:
-        raise ValueError(f"--workers {settings.workers} is too few: give at least 1")
-    if not os.path.basename(prefix):
-        raise ValueError(f"--output-prefix {prefix!r} is no prefix of a file name: give one such as out/en")
-    if settings.vocab_size is not None and settings.tokenizer_type not in ("NullTokenizer", "TikTokenizer"):
-        raise ValueError(f"--vocab-size has no meaning for {settings.tokenizer_type}, whose files say it: drop the flag")
-    if kind != "text" and settings.json_keys != ("text",):
-        raise ValueError(f"--json-keys has no meaning with --kind {kind}: drop the flag")
-    if kind == "text":
-        if template is not None:
-            raise ValueError("--template has no meaning with --kind text: add --kind parallel or --kind instruct")
-        if not settings.json_keys or len(set(settings.json_keys)) != len(settings.json_keys):
-            raise ValueError(f"--json-keys {' '.join(settings.json_keys)} must name at least one key, each once")
-        return {key: f"{prefix}_{key}_document" for key in settings.json_keys}, None
-    if kind == "parallel":
-        if template is None:
-            raise ValueError("--kind parallel needs --template, such as '{en}\\n{zh}' with the fields of a record")
-        ParallelTemplate(template)
-        return {"text": f"{prefix}_text_document"}, template
-    template = DEFAULT_CHAT_TEMPLATE if template is None else template
-    if template not in CHAT_TEMPLATES:
-        raise ValueError(f"--template {template} is unknown: give one of {', '.join(CHAT_TEMPLATES)}")
-    return {"conversations": f"{prefix}_document"}, template
+def _begin(settings: PreprocessSettings, decides: dict[str, Any], sources: int, note: Callable[[str], None]) -> State:
+    """Returns the state to go on from, or a new one."""
+    folder = settings.unfinished()
+    if has_state(folder):
+        if not settings.resume:
+            raise ValueError(f"{folder} holds an unfinished run of this output: go on from there with --resume, or delete the folder to start over")
+        state = load_state(folder, decides)
+        documents = next(iter(state.counts.values())).documents
+        note(f"going on with the run in {folder}, which has {documents:,} documents")
+        return state
+    if settings.resume:
+        note("--resume: there is no unfinished run of this output, so this one starts at the beginning")
+    return State(decides, malformed=[0] * sources, empty=[0] * sources)
 
 
-def _check_text_sources(settings: PreprocessSettings, sources: list[Source]) -> None:
-    for source in sources:
-        if source.format == "text" and (settings.kind != "text" or settings.json_keys != ("text",)):
-            raise ValueError(f"--input {source.path} is plain text without keys: drop --kind and --json-keys, or write it as JSON lines")
+def _decides(settings: PreprocessSettings, task: Task, tokenizer: Tokenizer, sources: list[Source]) -> dict[str, Any]:
+    """Returns what the output depends on, by flag or in words, as JSON holds it."""
+    return {
+        "version of megatron_chatflow": __version__,
+        "--kind": task.kind,
+        "--json-keys": list(task.keys),
+        "--template": task.template,
+        "--append-eod": task.append_eod,
+        "--split-sentences": dataclasses.asdict(task.splitting) if task.splitting else None,
+        "--seed": settings.chosen_seed(),
+        "--skip-malformed": settings.skip_malformed,
+        "--lang": settings.lang,
+        "--input-format": [source.format for source in sources],
+        "tokenizer": tokenizer.identity(),
+        "--input": [[source.name, source.size] for source in sources],
+    }
 
 
-@contextmanager
-def _output_folder(path: str) -> Iterator[None]:
-    """Makes the folder if there is none, and takes it away again if nothing was written."""
-    if not path or os.path.isdir(path):
-        yield
-        return
-    os.makedirs(path)
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            os.rmdir(path)
-        raise
-
-
-class _Writer(IndexedDatasetBuilder):
-    """A builder that takes many documents at once: one by one costs more than short texts take to encode."""
-
-    def add_corpus(self, corpus: Corpus) -> None:
-        self._bin.write(corpus.tokens.astype(self.dtype.newbyteorder("<"), copy=False).data)
-        self.num_tokens += corpus.tokens.size
-        self._documents.frombytes((np.cumsum(corpus.sequences, dtype=np.int64) + len(self._lengths)).tobytes())
-        self._lengths.frombytes(corpus.lengths.tobytes())
-        if self.multimodal:
-            self._modes.frombytes(corpus.modes.tobytes())
+def _without_punkt(splitting: Splitting) -> str:
+    return (
+        f"NLTK has no data for {splitting.lang} here, so sentences are split by a rule (docs/corpora.md#sentences): to have NLTK's, run "
+        "`python -m nltk.downloader punkt_tab` where there is a network, and set NLTK_DATA to the folder it fills"
+    )
 
 
 @dataclass
 class _Run:
-    """The state of a run: what was counted so far, `malformed` and `empty` by the number of the source."""
+    """A run at work: its state, and what is counted since this process began."""
 
     settings: PreprocessSettings
     task: Task
     tokenizer: Tokenizer
     sources: list[Source]
+    state: State
     progress: Callable[[Progress], None]
     start: float
-    documents: int = 0
-    bytes: dict[str, int] = field(default_factory=dict)
-    malformed: Counter[int] = field(default_factory=Counter)
-    empty: Counter[int] = field(default_factory=Counter)
-    shown: list[str] = field(default_factory=list)
+    failed: bool = False
+    new_bytes: int = 0
+    began: tuple[float, float] | None = None
     reported: int = 0
+    due: float = 0.0
 
-    def feed(self, builders: Mapping[str, _Writer]) -> None:
-        """Reads all sources and writes their documents."""
-        starts = [0, *accumulate(source.size for source in self.sources)] if all(source.size is not None for source in self.sources) else None
-        chunks = ((number, chunk) for number, source in enumerate(self.sources) for chunk in source.chunks(_CHUNK))
+    def path(self, key: str, shuffled: bool | None = None) -> str:
+        """Returns where the files of a corpus are until they are published."""
+        name = os.path.basename(self.settings.prefixes()[key])
+        shuffled = self.settings.shuffle if shuffled is None else shuffled
+        return os.path.join(self.settings.unfinished(), name + ".shuffled" * shuffled)
+
+    def write(self) -> None:
+        """Reads the rest of the sources and writes everything that is to be published."""
+        with ExitStack() as stack:
+            spools = {
+                key: stack.enter_context(Spool(self.path(key, False), self.task.dtype, self.task.kind == "instruct", self.state.counts.get(key)))
+                for key in self.task.keys
+            }
+            self.state.counts = {key: spool.counts for key, spool in spools.items()}
+            self._encode(spools)
+            self._check_result()
+            self._save(spools, Place(len(self.sources)))
+            if self.settings.shuffle:
+                spools = {key: stack.enter_context(shuffle(spool, self.path(key), self.settings.chosen_seed())) for key, spool in spools.items()}
+            for spool in spools.values():
+                spool.write_index(spool.path + ".idx")
+                write_manifest(spool.path, self._manifest(spool))
+        self.state.whole = True
+        save_state(self.settings.unfinished(), self.state)
+
+    def _encode(self, spools: dict[str, Spool]) -> None:
+        sizes = [source.size for source in self.sources]
+        total = None if None in sizes else sum(sizes)
+        self.due = time.perf_counter() + _CHECKPOINT_SECONDS
         with encoders(self.settings.workers, self.tokenizer, self.settings.tokenizer_arguments(), self.task) as encode:
-            for number, position, encoded in encode(chunks, self._failed):
-                self._add(number, encoded, builders)
-                self._report((starts[number] + position) / starts[-1] if starts else None)
+            for done, encoded in encode(self._chunks(), lambda: self.failed):
+                self._add(done.source, encoded, spools)
+                if self.failed:
+                    continue
+                if time.perf_counter() >= self.due:
+                    began = time.perf_counter()
+                    self._save(spools, Place(done.source, done.next, done.checksum))
+                    now = time.perf_counter()
+                    self.due = now + max(_CHECKPOINT_SECONDS, (now - began) / _CHECKPOINT_SHARE)
+                self._report((sum(sizes[: done.source]) + done.position) / total if total else None)
 
-    def _failed(self) -> bool:
-        return bool(self.malformed) and not self.settings.skip_malformed
+    def _chunks(self) -> Iterator[Numbered]:
+        """Gives the chunks that are not in the state yet."""
+        place = self.state.place
+        for number, source in enumerate(self.sources):
+            if number < place.source:
+                _skip(source, self.state.read[number])
+            elif number == place.source:
+                yield from ((number, chunk) for chunk in _rest(source, place, self.task.columns()))
+            else:
+                yield from ((number, chunk) for chunk in source.chunks(_CHUNK, self.task.columns()))
 
-    def _add(self, source: int, encoded: Encoded, builders: Mapping[str, _Writer]) -> None:
-        name = self.sources[source].name
-        self.shown.extend(f"{name}, line {number}: {reason}" for number, reason in encoded.shown[: SHOWN - len(self.shown)])
-        if encoded.malformed:
-            self.malformed[source] += encoded.malformed
-        if self._failed():
+    def _add(self, source: int, encoded: Encoded, spools: dict[str, Spool]) -> None:
+        named = self.sources[source]
+        shown = self.state.shown
+        shown.extend(f"{named.name}, {named.record} {number}: {reason}" for number, reason in encoded.shown[: SHOWN - len(shown)])
+        self.state.malformed[source] += encoded.malformed
+        self.failed = self.failed or (encoded.malformed > 0 and not self.settings.skip_malformed)
+        if self.failed:
             return
         for key, corpus in encoded.corpora.items():
-            builders[key].add_corpus(corpus)
-            self.bytes[key] = self.bytes.get(key, 0) + corpus.bytes
-            self.empty[source] += corpus.empty
-            self.documents += len(corpus.sequences)
+            spools[key].append(corpus)
+            self.state.empty[source] += corpus.empty
+            self.new_bytes += corpus.bytes
+
+    def _save(self, spools: dict[str, Spool], place: Place) -> None:
+        for spool in spools.values():
+            spool.sync()
+        self.state.place = place
+        for source in self.sources[len(self.state.read) : place.source]:
+            self.state.read.append({"size": source.stored_bytes, "sha256": source.sha256(), "modified": source.modified})
+        save_state(self.settings.unfinished(), self.state)
 
     def _report(self, done: float | None) -> None:
-        if self.documents - self.reported >= self.settings.log_interval:
-            self.reported = self.documents
-            self.progress(Progress(self.documents, sum(self.bytes.values()), time.perf_counter() - self.start, done))
+        seconds = time.perf_counter() - self.start
+        if self.began is None:
+            self.began = (seconds, done or 0.0)
+        documents = sum(counts.documents for counts in self.state.counts.values())
+        if documents - self.reported < self.settings.log_interval:
+            return
+        self.reported = documents
+        passed, advance = seconds - self.began[0], (done or 0.0) - self.began[1]
+        left = passed * (1 - done) / advance if done is not None and advance > 0 else None
+        text = sum(counts.bytes for counts in self.state.counts.values())
+        self.progress(Progress(documents, text, seconds, done, self.new_bytes / seconds, left))
 
-    def _described(self, number: int, source: Source) -> dict[str, Any]:
-        how = {"kind": self.task.kind, "template": self.task.template, "lang": self.settings.lang}
-        return {
-            "name": source.name,
-            "size": source.stored_bytes,
-            "sha256": source.sha256(),
-            **{name: value for name, value in how.items() if value is not None},
-            "malformed": self.malformed[number],
-            "empty": self.empty[number],
-        }
-
-    def check_result(self, builders: Mapping[str, _Writer]) -> None:
+    def _check_result(self) -> None:
         """Refuses a run that has nothing to publish."""
-        malformed = self.malformed.total()
-        if self._failed():
+        malformed, empty = sum(self.state.malformed), sum(self.state.empty)
+        if self.failed:
             raise MalformedInput(
-                "\n".join(self.shown) + f"\n{malformed:,} malformed line{'s' * (malformed > 1)}, so nothing was written: "
-                "mend the input, or leave such lines out with --skip-malformed"
+                "\n".join(self.state.shown) + f"\n{malformed:,} malformed record{'s' * (malformed > 1)}, so nothing was written: "
+                "mend the input, or leave them out with --skip-malformed"
             )
-        for builder in builders.values():
-            if builder.num_documents == 0:
-                skipped = f"{malformed:,} malformed lines and {self.empty.total():,} empty documents were left out"
-                raise ValueError(f"no document is left for {builder.prefix} ({skipped}), so nothing was written: check --input")
+        for key, counts in self.state.counts.items():
+            if counts.documents == 0:
+                skipped = f"{malformed:,} malformed records and {empty:,} empty documents were left out"
+                raise ValueError(f"no document is left for {self.settings.prefixes()[key]} ({skipped}), so nothing was written: check --input")
 
-    def manifest(self, key: str, builder: _Writer) -> Manifest:
-        """Returns the manifest of a corpus."""
+    def _manifest(self, spool: Spool) -> Manifest:
         return Manifest(
             tokenizer=self.tokenizer.identity(),
             dtype=self.task.dtype,
-            documents=builder.num_documents,
-            tokens=builder.num_tokens,
-            bytes=self.bytes[key],
+            documents=spool.counts.documents,
+            tokens=spool.counts.tokens,
+            bytes=spool.counts.bytes,
             sources=[self._described(number, source) for number, source in enumerate(self.sources)],
             append_eod=self.task.append_eod or self.task.template in ENDS_WITH_EOD,
             conversations=self.task.kind == "instruct",
+            crc32={"bin": f"{spool.counts.crc32:08x}", "idx": file_crc32(spool.path + ".idx")},
         )
+
+    def _described(self, number: int, source: Source) -> dict[str, Any]:
+        splitting = self.task.splitting
+        how = {
+            "kind": self.task.kind,
+            "template": self.task.template,
+            "lang": splitting.lang if splitting else self.settings.lang,
+            "sentences": splitting.method if splitting else None,
+            "shuffled": self.settings.chosen_seed(),
+        }
+        read = self.state.read[number]
+        return {
+            "name": source.name,
+            "size": read["size"],
+            "sha256": read["sha256"],
+            **{name: value for name, value in how.items() if value is not None},
+            "malformed": self.state.malformed[number],
+            "empty": self.state.empty[number],
+        }
+
+
+def _skip(source: Source, read: dict[str, Any]) -> None:
+    """Passes over a source that was read to its end, and looks at its content only if it was modified since."""
+    if source.modified is not None and source.modified == read["modified"]:
+        return
+    for _ in source.chunks(_CHUNK):
+        pass
+    if source.sha256() != read["sha256"]:
+        raise _changed(source)
+
+
+def _rest(source: Source, place: Place, columns: list[str] | None) -> Iterator[Chunk]:
+    """Gives the chunks of a source from a place on; what stands before is read, and compared by its checksum."""
+    chunks = source.chunks(_CHUNK, columns)
+    seen, unread = "", None
+    for chunk in chunks:
+        if chunk.next > place.next:
+            unread = chunk
+            break
+        seen = chunk.checksum
+    if seen != place.checksum or (unread is not None and unread.first != place.next):
+        raise _changed(source)
+    if unread is not None:
+        yield unread
+        yield from chunks
+
+
+def _changed(source: Source) -> InputChanged:
+    return InputChanged(f"--resume: {source.name} is not what the unfinished run read: restore it, or delete the unfinished run to start over")

@@ -2,14 +2,18 @@
 
 import argparse
 import difflib
+import os
 import signal
 import sys
 import textwrap
 from collections.abc import Sequence
+from typing import TextIO
 
 from megatron_chatflow.data.encode import KINDS
 from megatron_chatflow.data.formats import FORMATS
-from megatron_chatflow.data.preprocess import MalformedInput, PreprocessSettings, Progress, Summary, preprocess
+from megatron_chatflow.data.preprocess import MalformedInput, Progress, Summary, preprocess
+from megatron_chatflow.data.preprocess_settings import DEFAULT_SEED, PreprocessSettings
+from megatron_chatflow.data.unfinished import has_state
 from megatron_chatflow.data.workers import WorkerDied
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 
@@ -28,7 +32,11 @@ examples:
   python tools/preprocess_data.py --input chat.jsonl --kind instruct --output-prefix data/instruct ...
                                                                  -> data/instruct_document.{bin,idx,json}
   # standard input
-  zstd -dc big.jsonl.zst | python tools/preprocess_data.py --input - --output-prefix data/big ...
+  xz -dc big.jsonl.xz | python tools/preprocess_data.py --input - --output-prefix data/big ...
+  # in a random order; and after a kill the same again with --resume: the output is byte for byte that of a run that was left alone
+  python tools/preprocess_data.py --input 'crawl/*.parquet' --json-keys text --shuffle --resume --output-prefix data/en ...
+  # a sequence a sentence                                        -> data/zh_text_sentence.{bin,idx,json}
+  python tools/preprocess_data.py --input zh.jsonl.zst --split-sentences --lang chinese --output-prefix data/zh ...
 
 exit codes: 0 written, 1 nothing written because of what the input holds, a worker that died or a disk that is full, 2 a setting or a file is wrong,
 130 and 143 interrupted.
@@ -37,8 +45,6 @@ exit codes: 0 written, 1 nothing written because of what the input holds, a work
 _ORDER = "documents always keep the order of the input; drop the flag"
 _TUNING = "the pipeline keeps every process busy by itself; drop the flag and give --workers the number of cores"
 _REFUSED = {
-    "--split-sentences": "documents are not split into sentences here; drop the flag",
-    "--keep-newlines": "it belongs to --split-sentences, and documents are kept as they are; drop the flag",
     "--partitions": "one run uses all --workers on all files, zipped ones included; drop the flag",
     "--keep-sequential-samples": _ORDER,
     "--find-optimal-num-workers": _TUNING,
@@ -57,6 +63,9 @@ _REFUSED = {
 }
 
 
+_BAR = 30
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(message)
@@ -73,13 +82,15 @@ def make_parser() -> argparse.ArgumentParser:
     description = "Text to Megatron's .bin/.idx, with a manifest beside it."
     parser = _Parser(prog="preprocess_data.py", description=description, epilog=_EXAMPLES, formatter_class=_Help, allow_abbrev=False)
     data = parser.add_argument_group("input")
-    data.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, patterns in quotes, - for standard input; gzip is unpacked")
-    data.add_argument("--input-format", choices=FORMATS, help="JSON lines, or a document a line (by default only .txt and .txt.gz are text)")
+    data.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, patterns in quotes, - for standard input; .gz, .zst unpacked")
+    data.add_argument("--input-format", choices=FORMATS, help="JSON lines, a document a line, or a table; by default .txt is text, .parquet a table")
     data.add_argument("--kind", choices=KINDS, default="text", help="text under --json-keys, parallel text, or conversations")
     data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that become a corpus each (--kind text; default: text)")
     data.add_argument("--template", help="'{en}\\n{zh}' (--kind parallel); chatflow, alpaca or chatml (--kind instruct, by default chatflow)")
-    data.add_argument("--skip-malformed", action="store_true", help="leave malformed lines out and count them; without it they stop the run")
-    data.add_argument("--lang", help="language of the text, noted in the manifest")
+    data.add_argument("--skip-malformed", action="store_true", help="leave malformed records out and count them; without it they stop the run")
+    data.add_argument("--lang", help="language of the text, noted in the manifest; of --split-sentences, by default english")
+    data.add_argument("--split-sentences", action="store_true", help="make each sentence a sequence: by NLTK where its data is, else by a rule")
+    data.add_argument("--keep-newlines", action="store_true", help="with --split-sentences: a sentence keeps the white space that follows it")
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument("--tokenizer-type", required=True, metavar="TYPE", help=", ".join(TOKENIZER_TYPES))
     tokenizer.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece model, tokenizer.json or its folder, or tiktoken JSON")
@@ -89,8 +100,12 @@ def make_parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--append-eod", action="store_true", help="end documents with the end-of-document token (chatflow and alpaca do anyway)")
     output = parser.add_argument_group("output and run")
     output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="files are PREFIX_<key>_document.bin, .idx and .json")
-    output.add_argument("--workers", type=int, default=1, metavar="N", help="processes that encode; the output is the same for every number")
-    output.add_argument("--log-interval", type=int, default=1000, metavar="N", help="documents between two lines of progress (at most one a second)")
+    output.add_argument("--shuffle", action="store_true", help="write the documents in a random order")
+    output.add_argument("--seed", type=int, metavar="N", help=f"of --shuffle, by default {DEFAULT_SEED}")
+    output.add_argument("--resume", action="store_true", help="go on where an earlier run with the same settings and inputs was killed")
+    cores = len(os.sched_getaffinity(0))
+    output.add_argument("--workers", type=int, default=cores, metavar="N", help="processes that encode, by default one a core")
+    output.add_argument("--log-interval", type=int, default=1000, metavar="N", help="documents between two reports of progress, at most one a second")
     return parser
 
 
@@ -117,20 +132,22 @@ def parse_arguments(argv: Sequence[str]) -> PreprocessSettings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code that the examples in `--help` list."""
     signal.signal(signal.SIGTERM, _terminated)
+    settings: PreprocessSettings | None = None
     try:
         settings = parse_arguments(sys.argv[1:] if argv is None else argv)
-        summary = preprocess(settings, _ProgressLines())
+        with _ProgressBar(sys.stderr) as progress:
+            summary = preprocess(settings, progress, _note)
     except MalformedInput as error:
         return _refuse(1, str(error))
     except ValueError as error:
         return _refuse(2, str(error))
     except WorkerDied as error:
-        return _refuse(1, str(error))
+        return _refuse(1, f"{error}; {_what_is_left(settings)}")
     except OSError as error:
         where = error.filename or "the output"
-        return _refuse(1, f"{where} cannot be written ({error.strerror}), so nothing was written: check the path and the space on the disk")
+        return _refuse(1, f"{where} cannot be written ({error.strerror}): check the path and the space on the disk; {_what_is_left(settings)}")
     except KeyboardInterrupt as error:
-        return _refuse(143 if isinstance(error, _Terminated) else 130, "interrupted, so nothing was written: start it again")
+        return _refuse(143 if isinstance(error, _Terminated) else 130, f"interrupted; {_what_is_left(settings)}")
     _conclude(settings, summary)
     return 0
 
@@ -143,32 +160,65 @@ def _terminated(*_: object) -> None:
     raise _Terminated
 
 
-class _ProgressLines:
-    """Prints a line of progress, at most one a second."""
+def _what_is_left(settings: PreprocessSettings | None) -> str:
+    if settings is None or not has_state(settings.unfinished()):
+        return "nothing was written: start it again"
+    return f"what is done is kept in {settings.unfinished()}: the same command with --resume goes on from there"
 
-    def __init__(self) -> None:
+
+class _ProgressBar:
+    """Shows progress at most once a second: a bar that is drawn again and again on a terminal, lines anywhere else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._drawn = False
         self._last = 0.0
+
+    def __enter__(self) -> "_ProgressBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._drawn:
+            print(file=self._stream)
 
     def __call__(self, progress: Progress) -> None:
         if progress.seconds - self._last < 1:
             return
         self._last = progress.seconds
-        line = f"{progress.documents:,} documents, {progress.bytes / 1e6:,.1f} MB of text, {progress.bytes / 1e6 / progress.seconds:.2f} MB/s"
-        if progress.done:
-            left = round(progress.seconds * (1 - progress.done) / progress.done)
-            line += f", {progress.done:.0%} of the input, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        print(line, file=sys.stderr, flush=True)
+        if self._stream.isatty():
+            self._drawn = True
+            print(f"\r{_bar(progress)}{_line(progress)}\x1b[K", end="", file=self._stream, flush=True)
+        else:
+            print(_line(progress), file=self._stream, flush=True)
+
+
+def _bar(progress: Progress) -> str:
+    return "" if progress.done is None else f"[{'#' * round(_BAR * progress.done):<{_BAR}}] "
+
+
+def _line(progress: Progress) -> str:
+    line = f"{progress.documents:,} documents, {progress.bytes / 1e6:,.1f} MB of text, {progress.rate / 1e6:.2f} MB/s"
+    if progress.done is not None:
+        line += f", {progress.done:.0%} of the input"
+    if progress.left is not None:
+        left = round(progress.left)
+        line += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+    return line
+
+
+def _note(sentence: str) -> None:
+    print(f"preprocess_data.py: {sentence}", file=sys.stderr, flush=True)
 
 
 def _conclude(settings: PreprocessSettings, summary: Summary) -> None:
     for line in summary.shown:
-        print(f"preprocess_data.py: left out: {line}", file=sys.stderr)
-    total = sum(manifest.bytes for manifest in summary.corpora.values())
+        _note(f"left out: {line}")
     for prefix, manifest in summary.corpora.items():
         what = "conversations" if manifest.conversations else "documents"
         print(f"{prefix}.bin, .idx and .json: {manifest.documents:,} {what}, {manifest.tokens:,} tokens, {manifest.bytes:,} bytes of text")
-    skipped = f"; left out: {summary.malformed:,} malformed lines, {summary.empty:,} empty documents" if summary.malformed or summary.empty else ""
-    print(f"{summary.seconds:.1f} s, {total / 1e6 / summary.seconds:.2f} MB/s on {settings.workers} worker{'s' * (settings.workers > 1)}{skipped}")
+    skipped = f"; left out: {summary.malformed:,} malformed records, {summary.empty:,} empty documents" if summary.malformed or summary.empty else ""
+    workers = f"{settings.workers} worker{'s' * (settings.workers > 1)}"
+    print(f"{summary.seconds:.1f} s, {summary.bytes / 1e6 / summary.seconds:.2f} MB/s on {workers}{skipped}")
 
 
 def _refuse(code: int, message: str) -> int:

@@ -102,6 +102,9 @@ class TextDomain(WindowDomain):
         start = self.begin + windows * self.seq_length
         stop = np.minimum(start + self.seq_length, self.end)
         first, last = self.dataset.documents_at(np.concatenate([start, stop - 1])).reshape(2, -1)
-        window, within = ranges(last - first)
+        window, within = ranges(np.maximum(last - first, 0))
         column = self.dataset.document_starts(first[window] + 1 + within) - start[window]
+        if np.any(last < first) or np.any((column < 1) | (column >= self.seq_length)):
+            prefix = self.dataset.prefix
+            raise ValueError(f"corpus {prefix}: the documents in {prefix}.idx do not follow one another: see what tools/verify_dataset.py says")
         return window * self.seq_length + column

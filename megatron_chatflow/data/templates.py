@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,17 @@ def text_field(record: Mapping[str, Any], key: str) -> str:
     if key not in record:
         raise MalformedRecord(f"no key {key!r}")
     return _text(record[key], repr(key))
+
+
+def texts_field(record: Mapping[str, Any], key: str) -> str | list[str]:
+    """Returns the text under `key`, or the sentences where it holds a list of them.
+
+    Raises:
+        MalformedRecord: as `text_field`; or the list holds something else than texts.
+    """
+    if not isinstance(record.get(key), list):
+        return text_field(record, key)
+    return [_text(item, f"item {number} of {key!r}") for number, item in enumerate(record[key])]
 
 
 def parse_conversation(record: Mapping[str, Any]) -> Conversation:
@@ -167,6 +178,9 @@ ENDS_WITH_EOD = frozenset({"chatflow", "alpaca"})
 class ParallelTemplate:
     r"""A text with the fields of a record in braces, such as `{en}\n{zh}`.
 
+    Attributes:
+        fields: names of the fields, in their order in the text.
+
     Args:
         template: `\n`, `\t` and `\\` may be written out, as a shell passes them on; `{{` and `}}` stand for braces.
 
@@ -181,6 +195,8 @@ class ParallelTemplate:
         except ValueError as error:
             raise ValueError(f"--template {template!r} cannot be read ({error}): name fields in braces, as in '{{en}}\\n{{zh}}'") from error
         self._pieces = [(literal, name) for literal, name, _, _ in pieces]
+        self._format = "".join(literal.replace("%", "%%") + ("%s" if name else "") for literal, name in self._pieces)
+        self.fields = [name for _, name in self._pieces if name]
         if not any(name for _, name in self._pieces) or any(name == "" or spec or conversion for _, name, spec, conversion in pieces):
             raise ValueError(f"--template {template!r} must name the fields of a record in braces and nothing else, as in '{{en}}\\n{{zh}}'")
 
@@ -191,3 +207,7 @@ class ParallelTemplate:
             MalformedRecord: a field is missing, or is no text.
         """
         return "".join(literal + (text_field(record, name) if name else "") for literal, name in self._pieces)
+
+    def fill_all(self, columns: Sequence[Sequence[str]]) -> list[str]:
+        """Returns the texts for many records, given the values of each of `fields`."""
+        return [self._format % values for values in zip(*columns, strict=True)]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_chatflow.data.encode import Encoded, Encoder, Task
@@ -22,8 +23,20 @@ _MAX_PENDING = 8
 
 Numbered = tuple[int, Chunk]
 """A chunk and the number of its source."""
-EncodeChunks = Callable[[Iterable[Numbered], Callable[[], bool]], Iterator[tuple[int, int, Encoded]]]
-"""Encodes chunks; asks its second argument whether only to check lines, from now on; yields a chunk's source, position and tokens, in order."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of a chunk that is encoded: number of its source, and as in `Chunk`."""
+
+    source: int
+    next: int
+    checksum: str
+    position: int
+
+
+EncodeChunks = Callable[[Iterable[Numbered], Callable[[], bool]], Iterator[tuple[Done, Encoded]]]
+"""Encodes chunks; asks its second argument whether only to look for malformed records, from now on; yields what became of them, in order."""
 
 
 class WorkerDied(RuntimeError):
@@ -34,7 +47,8 @@ class WorkerDied(RuntimeError):
 def encoders(workers: int, tokenizer: Tokenizer, tokenizer_arguments: Mapping[str, Any], task: Task) -> Iterator[EncodeChunks]:
     """Yields what encodes chunks, on `workers` processes of which this one is one; the others end with the `with` block.
 
-    This process reads the chunks and hands them out; when the others have enough to do it encodes one itself.
+    This process reads the chunks and hands them out; when the others have enough to do it encodes one itself, and always the first: no process is
+    started for a small input.
 
     Args:
         workers: number of processes.
@@ -52,25 +66,26 @@ def encoders(workers: int, tokenizer: Tokenizer, tokenizer_arguments: Mapping[st
         # Spawned, not forked: tokenizer libraries have threads of their own, which do not survive a fork.
         pool = ProcessPoolExecutor(others, multiprocessing.get_context("spawn"), _start_worker, (dict(tokenizer_arguments), task))
 
-    def encode(chunks: Iterable[Numbered], check_only: Callable[[], bool]) -> Iterator[tuple[int, int, Encoded]]:
-        pending: deque[tuple[int, int, Future[Encoded]]] = deque()
-        for source, chunk in chunks:
-            work = (chunk.data, chunk.first_line, chunk.format, check_only())
-            if sum(not future.done() for _, _, future in pending) < _AHEAD * others:
+    def encode(chunks: Iterable[Numbered], check_only: Callable[[], bool]) -> Iterator[tuple[Done, Encoded]]:
+        pending: deque[tuple[Done, Future[Encoded]]] = deque()
+        for number, (source, chunk) in enumerate(chunks):
+            done = Done(source, chunk.next, chunk.checksum, chunk.position)
+            work = (chunk.data, chunk.first, chunk.format, check_only())
+            if number and sum(not future.done() for _, future in pending) < _AHEAD * others:
                 with _interrupts_held_back():
-                    pending.append((source, chunk.position, pool.submit(_work, *work)))
+                    pending.append((done, pool.submit(_work, *work)))
             else:
-                pending.append((source, chunk.position, _done(encoder.encode(*work))))
-            while pending and (pending[0][2].done() or len(pending) > _MAX_PENDING * workers):
-                source, position, future = pending.popleft()
-                yield source, position, future.result()
-        for source, position, future in pending:
-            yield source, position, future.result()
+                pending.append((done, _done(encoder.encode(*work))))
+            while pending and (pending[0][1].done() or len(pending) > _MAX_PENDING * workers):
+                done, future = pending.popleft()
+                yield done, future.result()
+        for done, future in pending:
+            yield done, future.result()
 
     try:
         yield encode
     except BrokenProcessPool as error:
-        raise WorkerDied("a worker process was killed, so nothing was written: look for a lack of memory, and try fewer --workers") from error
+        raise WorkerDied("a worker process was killed: look for a lack of memory, and try fewer --workers") from error
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
@@ -109,6 +124,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(data: bytes, first_line: int, format: str, check_only: bool) -> Encoded:
+def _work(data: bytes, first: int, format: str, check_only: bool) -> Encoded:
     assert _encoder is not None
-    return _encoder.encode(data, first_line, format, check_only)
+    return _encoder.encode(data, first, format, check_only)

@@ -61,7 +61,7 @@ def open_model(config: Config, launch: Launch, inputs: Any) -> Iterator[Session]
     from megatron_chatflow.model.spec import choose_transformer_impl
     from megatron_chatflow.training import checkpoint
 
-    impl, _ = choose_transformer_impl(config.model.transformer_impl)
+    impl, _ = choose_transformer_impl(config)
     distributed.initialize(launch, config.parallel, config.model.num_layers)
     try:
         model_parallel_cuda_manual_seed(config.training.seed)

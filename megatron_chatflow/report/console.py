@@ -59,14 +59,15 @@ def duration(seconds: float) -> str:
 
 
 def validation_lines(iteration: int, results: Mapping[str, Mapping[str, float]], total: Mapping[str, float]) -> list[str]:
-    """Megatron's validation line over all domains, then a line for each domain.
+    """Megatron's validation line over all domains, then a line for each domain and each named validation set.
 
     Args:
         iteration: where the weights stand.
-        results: {domain: {"loss" in nats, "ppl", "bits_per_byte" or None, "tokens"}}.
-        total: the same over all tokens of all domains.
+        results: {name: {"loss" in nats, "ppl", "bits_per_byte" or None, "tokens"}}.
+        total: the same over all tokens of all domains; loss None where no domain holds any out.
     """
-    lines = [f" validation loss at iteration {iteration} | lm loss value: {total['loss']:.6E} | lm loss PPL: {total['ppl']:.6E} |"]
+    over_domains = f" lm loss value: {total['loss']:.6E} | lm loss PPL: {total['ppl']:.6E} |" if total["loss"] is not None else ""
+    lines = [f" validation loss at iteration {iteration} |{over_domains}"]
     width = max(map(len, results), default=0)
     for name, r in results.items():
         bits = f" | bits per byte {r['bits_per_byte']:.4f}" if r.get("bits_per_byte") is not None else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_chatflow.config import Config, UsageError, total_samples
 from megatron_chatflow.curriculum import BlendPlan, Curriculum, capacities, constant_curriculum, load_curriculum
-from megatron_chatflow.data import open_domains, read_manifest
+from megatron_chatflow.data import Manifest, open_domains, read_manifest
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -26,6 +26,10 @@ class Inputs:
     """int64 [vocab_size]: UTF-8 bytes each token stands for; zeros where no tokenizer is given."""
     domains: Mapping[str, Any]
     """The training part of every domain."""
+    held_out: Mapping[str, Any]
+    """What is validated on, by name: the domains' validation parts, then the named validation sets; empty where nothing is validated."""
+    tokenizer_flags: str
+    """How the tokenizer that made the corpora is given."""
     notes: tuple[str, ...]
     """Sentences that the user should see once."""
 
@@ -35,28 +39,62 @@ class Inputs:
         return {name: domain.num_samples for name, domain in self.domains.items()}
 
 
-def open_inputs(config: Config) -> Inputs:
-    """Open the curriculum, the tokenizer and every corpus. Raises ValueError (UsageError among them) where they do not fit together."""
+def open_inputs(config: Config, *, held_out: bool = False) -> Inputs:
+    """Open the curriculum, the tokenizer and every corpus, those for validation where `held_out` is set.
+
+    Raises:
+        ValueError: (UsageError among them) they do not fit together.
+    """
     curriculum = _curriculum(config)
     tokenizer = _tokenizer(config)
-    vocab_size = _vocab_size(config, tokenizer)
-    domains = open_subset(config, curriculum, tokenizer, "train")
-    for name, domain in curriculum.domains.items():
-        _check_manifest(name, domain.path, tokenizer, vocab_size)
-    notes = []
+    domains = _open_subset(config, curriculum, tokenizer, "train")
+    validated = _open_held_out(config, curriculum, tokenizer) if held_out else {}
+    prefixes = {f"domain {name}": domain.dataset.prefix for name, domain in domains.items()}
+    prefixes |= {f"validation {name}": domain.dataset.prefix for name, domain in validated.items()}
+    manifests = {label: read_manifest(prefix) for label, prefix in prefixes.items()}
+    flags = _tokenizer_flags(manifests)
+    vocab_size = _vocab_size(config, tokenizer, manifests, flags)
+    _check_manifests(prefixes, manifests, tokenizer, vocab_size)
+    notes = _held_out_notes(config, curriculum, validated, held_out)
     token_bytes = np.zeros(vocab_size, np.int64)
     if tokenizer is None:
-        notes.append("bits per byte are not reported: no tokenizer is given (--tokenizer-type, --tokenizer-model)")
+        notes.append(f"bits per byte are not reported: no tokenizer is given ({flags})")
     else:
         table = tokenizer.token_bytes()
         token_bytes[: len(table)] = table
     if config.data.reset_position_ids and config.model.position_embedding_type == "rope":
         notes.append("reset_position_ids has no effect with rope: rotary positions are relative, --reset-attention-mask alone keeps documents apart")
-    return Inputs(curriculum, tokenizer, vocab_size, token_bytes, domains, tuple(notes))
+    return Inputs(curriculum, tokenizer, vocab_size, token_bytes, domains, validated, flags, tuple(notes))
 
 
-def open_subset(config: Config, curriculum: Curriculum, tokenizer: Tokenizer | None, subset: str) -> Mapping[str, Any]:
-    """The domains of one split (train, valid or test)."""
+def _open_held_out(config: Config, curriculum: Curriculum, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The domains' validation parts and the named validation sets. Raises UsageError where all of them are empty."""
+    validated = dict(_open_subset(config, curriculum, tokenizer, "valid"))
+    for name, entry in curriculum.validation.items():
+        alone = replace(curriculum, domains={name: replace(entry, valid=entry.path)})
+        try:
+            validated |= _open_subset(config, alone, tokenizer, "valid")
+        except ValueError as error:
+            raise UsageError(f"validation {name}: {error.__cause__ or error}") from None
+    if not any(domain.num_samples for domain in validated.values()):
+        raise UsageError(
+            f"split {config.data.split} leaves no validation documents in any domain; give --split a larger second part, or name validation "
+            "corpora in the curriculum (domains.NAME.valid, or validation)"
+        )
+    return validated
+
+
+def _held_out_notes(config: Config, curriculum: Curriculum, validated: Mapping[str, Any], held_out: bool) -> list[str]:
+    own = [f"domains.{name}.valid" for name, domain in curriculum.domains.items() if domain.valid]
+    if (own or curriculum.validation) and not held_out:
+        keys = ", ".join([*own, *(f"validation.{name}" for name in curriculum.validation)])
+        return [f"not read without --eval-interval: {keys}"]
+    empty = [name for name, domain in validated.items() if not domain.num_samples]
+    return [f"nothing held out, so no validation loss: {', '.join(empty)} (split {config.data.split})"] if empty else []
+
+
+def _open_subset(config: Config, curriculum: Curriculum, tokenizer: Tokenizer | None, subset: str) -> Mapping[str, Any]:
+    """The domains of one split (train or valid)."""
     data = config.data
     return open_domains(
         curriculum,
@@ -120,17 +158,29 @@ def _tokenizer(config: Config) -> Tokenizer | None:
     )
 
 
-def _vocab_size(config: Config, tokenizer: Tokenizer | None) -> int:
+def _vocab_size(config: Config, tokenizer: Tokenizer | None, manifests: Mapping[str, Manifest | None], flags: str) -> int:
+    """As given, or the tokenizer's, or what every manifest names."""
     given = config.tokenizer.vocab_size
     if tokenizer is None:
-        if not given:
-            raise UsageError("the size of the vocabulary is not known; give --tokenizer-type and --tokenizer-model, or --vocab-size")
-        return given
+        told = [manifest.tokenizer.get("vocab_size") if manifest else None for manifest in manifests.values()]
+        if not given and not all(told):
+            raise UsageError(f"the size of the vocabulary is not known; give {flags}, or --vocab-size")
+        return given or max(told)
     if given and given < tokenizer.vocab_size:
         raise UsageError(
             f"vocab_size {given} is smaller than the {tokenizer.vocab_size} tokens of {tokenizer.name}; raise --vocab-size or leave it out"
         )
     return given or tokenizer.vocab_size
+
+
+def _tokenizer_flags(manifests: Mapping[str, Manifest | None]) -> str:
+    """The flags that give the tokenizer of the first corpus that names one."""
+    made_with = next((manifest.tokenizer for manifest in manifests.values() if manifest), {})
+    kind, name = made_with.get("type"), made_with.get("name")
+    if not kind:
+        return "--tokenizer-type and --tokenizer-model"
+    files = {"GPT2BPETokenizer": " with --vocab-file and --merge-file", "ByteLevelTokenizer": "", "NullTokenizer": ""}
+    return f"--tokenizer-type {kind}{files.get(kind, f' --tokenizer-model .../{name}')}"
 
 
 def _eod(config: Config, tokenizer: Tokenizer | None) -> int | None:
@@ -139,16 +189,21 @@ def _eod(config: Config, tokenizer: Tokenizer | None) -> int | None:
     return tokenizer.eod if tokenizer else None
 
 
-def _check_manifest(name: str, prefix: str, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-    manifest = read_manifest(prefix)
-    if manifest is None:
-        return
-    made_with = manifest.tokenizer
-    if tokenizer is not None and made_with.get("hash") and made_with["hash"] != tokenizer.fingerprint():
-        raise UsageError(
-            f"domain {name}: {Path(prefix).name} was made with the tokenizer {made_with.get('name')} ({made_with.get('type')}), "
-            f"not with {tokenizer.name} of this run; "
-            "give that tokenizer, or preprocess the corpus again"
-        )
-    if made_with.get("vocab_size") and made_with["vocab_size"] > vocab_size:
-        raise UsageError(f"domain {name}: its tokenizer has {made_with['vocab_size']} tokens, more than vocab_size {vocab_size}; raise --vocab-size")
+def _check_manifests(
+    prefixes: Mapping[str, str], manifests: Mapping[str, Manifest | None], tokenizer: Tokenizer | None, vocab_size: int
+) -> None:
+    """Raises UsageError for a corpus that another tokenizer made: than this run's, or, where none is given, than the corpora before it."""
+    wanted = None if tokenizer is None else (tokenizer.fingerprint(), f"{tokenizer.name} of this run", "give that tokenizer")
+    for label, manifest in manifests.items():
+        if manifest is None:
+            continue
+        made_with = manifest.tokenizer
+        if made_with.get("hash"):
+            wanted = wanted or (made_with["hash"], f"{made_with.get('name')} of {label}", "use one tokenizer for all")
+            if made_with["hash"] != wanted[0]:
+                raise UsageError(
+                    f"{label}: {Path(prefixes[label]).name} was made with the tokenizer {made_with.get('name')} ({made_with.get('type')}), "
+                    f"not with {wanted[1]}; {wanted[2]}, or preprocess the corpus again"
+                )
+        if made_with.get("vocab_size") and made_with["vocab_size"] > vocab_size:
+            raise UsageError(f"{label}: its tokenizer has {made_with['vocab_size']} tokens, more than vocab_size {vocab_size}; raise --vocab-size")

@@ -5,22 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_chatflow.config import Config, UsageError
-from megatron_chatflow.curriculum import BlendPlan
+from megatron_chatflow.curriculum import BlendPlan, Curriculum
+from megatron_chatflow.training.inputs import Inputs
 
 
-def resume_plan(saved: str, wanted: BlendPlan, consumed: int, *, amend: bool) -> BlendPlan:
+def resume_plan(ledger: BlendPlan, wanted: BlendPlan, consumed: int, *, amend: bool, curriculum: Curriculum) -> BlendPlan:
     """The plan to go on with after `consumed` samples.
 
     Args:
-        saved: the ledger of the checkpoint (`BlendPlan.to_json`).
+        ledger: the plan of the checkpoint.
         wanted: the plan that the curriculum file and the run's settings tell now.
         consumed: samples already trained on.
         amend: whether the user allows the file to tell another past (--amend-curriculum).
+        curriculum: what `wanted` was made from.
 
     Raises:
         UsageError: the file tells another past and `amend` is off; names the first sample that differs and both cures.
     """
-    ledger = BlendPlan.from_json(saved)
     if ledger.seq_length != wanted.seq_length:
         raise UsageError(
             f"seq_length is {wanted.seq_length} here and {ledger.seq_length} in the checkpoint, so its samples are other tokens; use "
@@ -33,18 +34,30 @@ def resume_plan(saved: str, wanted: BlendPlan, consumed: int, *, amend: bool) ->
     if amend:
         return ledger.amend_with(at=consumed, plan=wanted)
     raise UsageError(
-        f"the curriculum tells another past than the checkpoint's ledger, first at sample {first} of the {consumed} already trained on; "
-        "restore the file, or add --amend-curriculum to keep the past as it was and follow the file from here on"
+        f"the curriculum tells another past than the checkpoint's ledger, first at sample {first} of the {consumed} already trained on"
+        f"{_moved_knots(ledger, wanted, curriculum)}; restore the file, or add --amend-curriculum to keep the past as it was and follow the file "
+        "from here on"
     )
 
 
-def data_identity(config: Config, domains: Any) -> dict[str, Any]:
+def _moved_knots(ledger: BlendPlan, wanted: BlendPlan, curriculum: Curriculum) -> str:
+    """What moved the stages of a file that may not have changed: the length of the run, or the batch size."""
+    if wanted.num_samples != ledger.num_samples and any(stage.relative for stage in curriculum.stages):
+        return f" (percentages were of {ledger.num_samples} samples and are of {wanted.num_samples} now)"
+    if wanted.global_batch_size != ledger.global_batch_size and curriculum.clock == "iterations":
+        return f" (iterations were of {ledger.global_batch_size} samples and are of {wanted.global_batch_size} now)"
+    return ""
+
+
+def data_identity(config: Config, inputs: Inputs) -> dict[str, Any]:
     """What fixes the tokens behind every (domain, ordinal): saved with a checkpoint, compared on resume."""
-    data = config.data
+    data, tokenizer = config.data, inputs.tokenizer
     return {
         "seed": config.training.seed,
         "split": data.split,
-        "corpora": {name: domain.dataset.fingerprint() for name, domain in domains.items()},
+        "tokenizer": tokenizer and {"name": tokenizer.name, "hash": tokenizer.fingerprint()},
+        "corpora": {name: domain.dataset.fingerprint() for name, domain in inputs.domains.items()},
+        "documents": {name: list(domain.documents) for name, domain in inputs.domains.items()},
     }
 
 
@@ -56,9 +69,23 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
                 f"{key} is {now[key]} here and {saved[key]} in the checkpoint, which would read samples twice; use "
                 f"{flag} {saved[key]}, or --finetune to start afresh"
             )
+    before, here = saved["tokenizer"], now["tokenizer"]
+    if before and here and before["hash"] != here["hash"]:
+        raise UsageError(
+            f"the tokenizer is {here['name']} here and another one, {before['name']}, in the checkpoint, whose embeddings are for that one; give it "
+            "with --tokenizer-type and --tokenizer-model"
+        )
     for name, fingerprint in now["corpora"].items():
         if saved["corpora"].get(name, fingerprint) != fingerprint:
             raise UsageError(
                 f"domain {name}: its corpus is not the one the checkpoint was trained on; restore the files, give the new "
                 "corpus a name of its own, or --finetune to start afresh"
+            )
+        wanted = now["documents"][name]
+        trained = saved["documents"].get(name, wanted)
+        if trained != wanted:
+            raise UsageError(
+                f"domain {name}: documents {wanted[0]} to {wanted[1]} would be trained on, and were {trained[0]} to {trained[1]} so far, which would "
+                f"read samples twice; restore domains.{name}.valid as it was (other text can be named under validation), or --finetune to start "
+                "afresh"
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches, update_num_microbatches
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
@@ -15,15 +16,14 @@ from megatron_chatflow.config import to_yaml
 from megatron_chatflow.data import Loader
 from megatron_chatflow.engine.distributed import data_parallel
 from megatron_chatflow.evaluation.loss import evaluate_domains
-from megatron_chatflow.model.forward import SUMS
+from megatron_chatflow.model.forward import SUMS, make_forward_step
 from megatron_chatflow.model.gpt import flops_per_token
 from megatron_chatflow.report import console
 from megatron_chatflow.report.writers import MetricsWriter, TensorBoardWriter
 from megatron_chatflow.training import checkpoint
 from megatron_chatflow.training.domain_loss import by_domain, loss_values
-from megatron_chatflow.training.inputs import open_subset
 from megatron_chatflow.training.ledger import data_identity
-from megatron_chatflow.training.length import count_iterations
+from megatron_chatflow.training.length import batches_state, count_iterations
 from megatron_chatflow.training.run_directory import METRICS, trim_metrics, write_atomically
 from megatron_chatflow.training.setup import Run
 from megatron_chatflow.training.step import NonFiniteError, seed_iteration, train_step
@@ -34,7 +34,7 @@ class Reporter:
 
     def __init__(self, run: Run, train_iters: int) -> None:
         config = run.config
-        self.run, self.total, self.train_iters = run, run.total, train_iters
+        self.run, self.total, self.train_iters = run, run.outlook.total, train_iters
         self.active = run.is_first_rank
         self.metrics: MetricsWriter | None = None
         self.board: TensorBoardWriter | None = None
@@ -64,7 +64,7 @@ class Reporter:
             return
         before, after, target = plan.counts(start), plan.counts(stop), plan.shares(start)
         total = loss_values(sums.sum(0))
-        domains = {}
+        domains, epoch_samples = {}, run.inputs.epoch_samples
         for i, (name, values) in enumerate(by_domain(plan.domain_names, sums).items()):
             count = int(after[i] - before[i])
             domains[name] = {
@@ -74,7 +74,7 @@ class Reporter:
                 "loss": values["loss"],
                 "bits_per_byte": values["bits_per_byte"],
                 "tokens": int(after[i]) * run.config.data.seq_length,
-                "epoch": int(after[i]) / run.inputs.epoch_samples[name],
+                "epoch": int(after[i]) / max(epoch_samples[name], 1),
             }
         record = {
             "iteration": run.iteration,
@@ -131,11 +131,11 @@ class Reporter:
         self.window, self.window_sums = [], np.zeros_like(self.window_sums)
 
     def validation(self, sums: np.ndarray) -> dict[str, Any]:
-        """Print and keep the held-out losses; returns them by domain."""
-        results = {name: v for name, v in by_domain(self.run.plan.domain_names, sums).items() if v["tokens"]}
-        if not self.active or not results:
+        """Print and keep the held-out losses; returns them by name. Megatron's `lm loss validation` is that of the domains together."""
+        results = {name: v for name, v in by_domain(self.run.held_out_names, sums).items() if v["tokens"]}
+        if not self.active:
             return results
-        total = loss_values(sums.sum(0))
+        total = loss_values(sums[: len(self.run.plan.domain_names)].sum(0))
         for line in console.validation_lines(self.run.iteration, results, total):
             console.say(line)
         if self.board:
@@ -159,10 +159,9 @@ class Reporter:
 def train(run: Run) -> None:
     """Train to the end of the run. Raises NonFiniteError, with the iteration and its samples, when the loss or the gradients are not finite."""
     config = run.config
-    total = run.total
+    total = run.outlook.total
     interval = config.validation.eval_interval
-    reporter = Reporter(run, count_iterations(config, total))
-    held_out = open_subset(config, run.inputs.curriculum, run.inputs.tokenizer, "valid") if interval else {}
+    reporter = Reporter(run, count_iterations(run.batches, total))
     rank, size = data_parallel()
     loader = Loader(
         run.blend,
@@ -171,18 +170,17 @@ def train(run: Run) -> None:
         data_parallel_size=size,
     )
     saved = run.iteration if run.iteration else None
-    baseline = _validate(run, reporter, held_out) if interval and run.iteration == 0 else {}
+    baseline = _validate(run, reporter) if interval and run.iteration == 0 else {}
     latest = baseline
-    if run.is_first_rank and run.consumed >= total:
-        reporter.say(
-            f"nothing to do: the run of {total} samples is already at sample {run.consumed}; raise --train-samples or --train-iters to go on"
-        )
     try:
         update_num_microbatches(run.consumed)
+        if run.consumed + get_current_global_batch_size() > total:
+            reporter.say(_nothing_to_do(run, get_current_global_batch_size()))
+            return
         while run.consumed + get_current_global_batch_size() <= total:
             _iterate(run, reporter, loader)
             if interval and run.iteration % interval == 0:
-                latest = _validate(run, reporter, held_out)
+                latest = _validate(run, reporter)
             due = config.checkpoint.save_interval and run.iteration % config.checkpoint.save_interval == 0
             leave = config.training.exit_interval and run.iteration % config.training.exit_interval == 0
             if config.checkpoint.save and (due or leave):
@@ -195,14 +193,21 @@ def train(run: Run) -> None:
                 )
                 return
             update_num_microbatches(run.consumed)
-        if interval and run.iteration % interval and run.iteration:
-            latest = _validate(run, reporter, held_out)
+        if interval and run.iteration % interval:
+            latest = _validate(run, reporter)
         if config.checkpoint.save and saved != run.iteration:
             _save(run, reporter)
     finally:
         loader.close()
         reporter.close()
     _summary(run, reporter, baseline, latest)
+
+
+def _nothing_to_do(run: Run, batch: int) -> str:
+    where = f"nothing to do: {run.consumed} of {run.outlook.total} samples are trained on, and an iteration is {batch}"
+    if run.outlook.ending:
+        return f"{where}; {run.outlook.ending}: raise its max_epochs, or lower its weights from here on and add --amend-curriculum"
+    return f"{where}; raise --train-samples or --train-iters to go on"
 
 
 def _iterate(run: Run, reporter: Reporter, loader: Loader) -> None:
@@ -228,13 +233,15 @@ def _iterate(run: Run, reporter: Reporter, loader: Loader) -> None:
     reporter.step(start, stop, result.sums, result.grad_norm, lr, time.perf_counter() - begin)
 
 
-def _validate(run: Run, reporter: Reporter, held_out: Any) -> dict[str, Any]:
-    config = run.config
+def _validate(run: Run, reporter: Reporter) -> dict[str, Any]:
+    config, names = run.config, run.held_out_names
     most = config.validation.eval_iters * config.training.global_batch_size
-    sums = evaluate_domains(
-        run.forward_step, run.model, held_out, run.plan.domain_names, most, config.training.micro_batch_size, run.shape, run.device
+    token_bytes = torch.from_numpy(run.inputs.token_bytes).to(run.device)
+    step = make_forward_step(len(names), token_bytes, run.transformer_impl == "transformer_engine")
+    held_out = run.inputs.held_out
+    return reporter.validation(
+        evaluate_domains(step, run.model, held_out, names, most, config.training.micro_batch_size, run.shape, run.device)
     )
-    return reporter.validation(sums)
 
 
 def _save(run: Run, reporter: Reporter) -> None:
@@ -244,7 +251,8 @@ def _save(run: Run, reporter: Reporter) -> None:
         "consumed_train_samples": run.consumed,
         "optimizer": not config.checkpoint.no_save_optim,
         "opt_param_scheduler": run.scheduler.state_dict(),
-        "data": data_identity(config, run.inputs.domains),
+        "data": data_identity(config, run.inputs),
+        "batches": batches_state(run.batches),
         "plan": run.plan.to_json(),
     }
     folder = checkpoint.save(
@@ -254,6 +262,8 @@ def _save(run: Run, reporter: Reporter) -> None:
 
 
 def _summary(run: Run, reporter: Reporter, baseline: dict[str, Any], latest: dict[str, Any]) -> None:
+    if run.outlook.ending:
+        reporter.say(f"the run ends {run.plan.num_samples - run.consumed} samples before its planned {run.plan.num_samples}: {run.outlook.ending}")
     for name, values in latest.items():
         if name in baseline:
             reporter.say(

@@ -13,6 +13,7 @@ from megatron_chatflow.data import Blend
 from megatron_chatflow.engine.launch import Launch
 from megatron_chatflow.training.inputs import Inputs, make_plan
 from megatron_chatflow.training.ledger import check_identity, data_identity, resume_plan
+from megatron_chatflow.training.length import Batches, batch_history, fix_length
 from megatron_chatflow.training.run_directory import find_checkpoint, read_state
 
 
@@ -20,22 +21,21 @@ from megatron_chatflow.training.run_directory import find_checkpoint, read_state
 class Start:
     """Where the run begins: known before any process group is made."""
 
+    config: Config
+    """The settings, with the length that they mean from here on (`fix_length`)."""
     blend: Blend
-    total: int
-    """Samples that the run will have read at its end."""
+    batches: tuple[Batches, ...]
+    """The batch sizes of the run so far and from here on."""
     iteration: int
     consumed: int
     checkpoint: Path | None
     """Folder to load weights from."""
     state: dict[str, Any] | None
     """The checkpoint's state when the run is resumed; None when it starts afresh (also under --finetune)."""
-    notes: tuple[str, ...]
-    """Sentences that the user should see once."""
 
 
 def find_start(config: Config, inputs: Inputs) -> Start:
     """Resume, finetune or start afresh, and with which plan. Raises UsageError where checkpoint and settings contradict each other."""
-    plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
     where = config.checkpoint
     checkpoint = find_checkpoint(where.load, where.ckpt_step) if where.load else None
     if where.load and checkpoint is None and (where.exit_on_missing_checkpoint or where.finetune or where.ckpt_step is not None):
@@ -44,19 +44,45 @@ def find_start(config: Config, inputs: Inputs) -> Start:
         raise UsageError(f"save {where.save} already holds checkpoints of a run; add --load {where.save} to resume it, or give --save another folder")
     if config.data.amend_curriculum and (checkpoint is None or where.finetune):
         raise UsageError("amend_curriculum has no effect without a run to resume; drop --amend-curriculum or give --load")
-    state, iteration, consumed = None, 0, 0
-    if checkpoint is not None and not where.finetune:
-        state = read_state(checkpoint)
-        iteration, consumed = state["iteration"], state["consumed_train_samples"]
-        check_identity(state["data"], data_identity(config, inputs.domains))
-        plan = resume_plan(state["plan"], plan, consumed, amend=config.data.amend_curriculum)
-    blend = Blend(plan, inputs.domains)
+    if checkpoint is None or where.finetune:
+        plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
+        return Start(config, Blend(plan, inputs.domains), batch_history(config), 0, 0, checkpoint, None)
+    state = read_state(checkpoint)
+    iteration, consumed = state["iteration"], state["consumed_train_samples"]
+    check_identity(state["data"], data_identity(config, inputs))
+    config = fix_length(config, iteration, consumed)
+    wanted = make_plan(config, inputs.curriculum, inputs.epoch_samples)
+    ledger = BlendPlan.from_json(state["plan"])
+    plan = resume_plan(ledger, wanted, consumed, amend=config.data.amend_curriculum, curriculum=inputs.curriculum)
+    batches = batch_history(config, state["batches"], iteration, consumed)
+    return Start(config, Blend(plan, inputs.domains), batches, iteration, consumed, checkpoint, state)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """How far the run will get."""
+
+    total: int
+    """Samples that it may read: fewer than the plan's where a domain runs out under `on_exhausted: stop`."""
+    ending: str | None
+    """Why it ends before the plan's end."""
+    notes: tuple[str, ...]
+    """Sentences that the user should see once."""
+
+
+def look_ahead(start: Start, inputs: Inputs) -> Outlook:
+    """Checks that every domain can give what the plan asks of it. Raises ValueError where one cannot."""
+    plan = start.blend.plan
     check_exhaustion(plan, inputs.epoch_samples)
     outlook = forecast(plan, inputs.epoch_samples)
-    notes = list(outlook.warnings)
+    ending = None
     if outlook.end < plan.num_samples:
-        notes.append(f"the run ends at sample {outlook.end} of {plan.num_samples}, where a domain runs out (on_exhausted: stop)")
-    return Start(blend, outlook.end, iteration, consumed, checkpoint, state, tuple(notes))
+        first = next(domain.name for domain in outlook.domains if domain.exhausted_at == outlook.end)
+        ending = f"{first} runs out at sample {outlook.end} (on_exhausted: stop)"
+    notes = list(outlook.warnings)
+    if start.state is not None and len(plan.segments) > 1 and plan.segments[-1].start == start.consumed:
+        notes.insert(0, f"amended at sample {start.consumed}: the past stays as it was, the curriculum is followed from here on")
+    return Outlook(outlook.end, ending, tuple(notes))
 
 
 @dataclass
@@ -67,7 +93,8 @@ class Run:
     launch: Launch
     inputs: Inputs
     blend: Blend
-    total: int
+    outlook: Outlook
+    batches: tuple[Batches, ...]
     device: Any
     transformer_impl: str
     model: list[Any]
@@ -84,13 +111,19 @@ class Run:
         return self.blend.plan
 
     @property
+    def held_out_names(self) -> tuple[str, ...]:
+        """What is validated on: the plan's domains, then the named validation sets."""
+        return (*self.plan.domain_names, *self.inputs.curriculum.validation)
+
+    @property
     def is_first_rank(self) -> bool:
         """Whether this process writes and prints."""
         return self.launch.rank == 0
 
 
-def assemble(config: Config, launch: Launch, inputs: Inputs, start: Start, say: Callable[[str], None]) -> Run:
+def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say: Callable[[str], None]) -> Run:
     """Process groups, model, optimizer and, where there is one, the checkpoint. `say` prints a line (on one rank only)."""
+    config = start.config
     from megatron_chatflow.engine import cpu, distributed
 
     distributed.hide_engine_warnings()
@@ -105,7 +138,7 @@ def assemble(config: Config, launch: Launch, inputs: Inputs, start: Start, say: 
     from megatron_chatflow.training import checkpoint
     from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler, restore_scheduler
 
-    impl, reason = choose_transformer_impl(config.model.transformer_impl)
+    impl, reason = choose_transformer_impl(config)
     if reason:
         say(reason)
     distributed.initialize(launch, config.parallel, config.model.num_layers)
@@ -141,5 +174,6 @@ def assemble(config: Config, launch: Launch, inputs: Inputs, start: Start, say: 
     step = make_forward_step(len(names), token_bytes, impl == "transformer_engine")
     shape = schedule_shape(config.data.seq_length, config.training.micro_batch_size, impl == "transformer_engine")
     return Run(
-        config, launch, inputs, start.blend, start.total, device, impl, model, optimizer, scheduler, step, shape, start.iteration, start.consumed
-    )
+        config, launch, inputs, start.blend, outlook, start.batches, device, impl, model, optimizer, scheduler, step, shape,
+        start.iteration, start.consumed,
+    )  # fmt: skip

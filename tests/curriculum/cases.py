@@ -62,9 +62,16 @@ def weights(draw: st.DrawFn, size: int) -> np.ndarray:
 
 @st.composite
 def stage_lists(draw: st.DrawFn, num_samples: int, sizes: tuple[int, ...] = (1, 2, 3, 4, 7, 16, 33, 128), most: int = 5) -> list[dict[str, Any]]:
-    """Stages at absolute samples, the first at 0; the last may lie beyond the run."""
+    """Stages at absolute samples, the first at 0; the last may lie beyond the run. A few of them, or many (`most` of them, from a few kinds)."""
     size = draw(st.sampled_from(sizes))
-    places = sorted(draw(st.sets(st.integers(1, num_samples + num_samples // 4), max_size=most - 1)))
+    end = num_samples + num_samples // 4
+    if most > 5 and draw(st.booleans()):
+        rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+        places, kinds = np.unique(rng.integers(1, end, most)).tolist(), [draw(weights(size)) for _ in range(4)]
+        vectors = [rng.permutation(kinds[rng.integers(4)]) for _ in range(len(places) + 1)]
+        ramps = rng.choice(RAMPS, len(places) + 1).tolist()
+        return [{"at": at, "weights": named(v), "ramp": ramp} for at, v, ramp in zip([0, *places], vectors, ramps, strict=True)]
+    places = sorted(draw(st.sets(st.integers(1, end), max_size=min(most, 5) - 1)))
     return [{"at": at, "weights": named(draw(weights(size))), "ramp": draw(st.sampled_from(RAMPS))} for at in [0, *places]]
 
 

@@ -13,12 +13,16 @@ from tests.curriculum.cases import quick, weights
 
 def slowly(tree: Tree, shares: list[Fraction], owed: list[Fraction], length: int) -> list[tuple[int, int]]:
     """(domain, ordinal) of the first samples: every node's whole sequence, merged from its children's by exact due times."""
-    share, behind = dict(enumerate(shares)), dict(enumerate(owed))
+    share, behind, members = dict(enumerate(shares)), dict(enumerate(owed)), dict.fromkeys(range(len(owed)), 1)
     sequence = {leaf: [(leaf, j) for j in range(length)] for leaf in share}
+    makes_up_for = dict(behind)
     for node in range(tree.size, tree.root + 1):
         children = [int(tree.left[node]), int(tree.right[node])]
-        share[node], behind[node] = (sum(part[child] for child in children) for part in (share, behind))
-        due = [((j + Fraction(1, 2) - behind[child]) / share[child], side, j) for side, child in enumerate(children) for j in range(length)]
+        share[node], behind[node], members[node] = (sum(part[child] for child in children) for part in (share, behind, members))
+        size = abs(behind[node])
+        size = max(size - Fraction(members[node] - 1, 4), min(size, Fraction(1, 2)))
+        makes_up_for[node] = size if behind[node] > 0 else -size
+        due = [((j + Fraction(1, 2) - makes_up_for[child]) / share[child], side, j) for side, child in enumerate(children) for j in range(length)]
         sequence[node] = [sequence[children[side]][j] for _, side, j in sorted(due)[:length]]
     return sequence[tree.root]
 

@@ -165,7 +165,9 @@ MALFORMED = [
     (b"17", "JSON, but a number and not an object"),
     (b'{"txt": "a"}', "no key 'text'"),
     (b'{"text": null}', "'text' is null, not text"),
-    (b'{"text": ["a"]}', "'text' is a list, not text"),
+    (b'{"text": {"a": "b"}}', "'text' is an object, not text"),
+    (b'{"text": ["a", 1]}', "item 1 of 'text' is a number, not text"),
+    (b'{"text": "a"} {"text": "b"}', "not JSON (Extra data"),
     (b'{"text": true}', "'text' is a boolean, not text"),
     (b'{"text": "\xff"}', "not UTF-8 (byte 10 is 0xff)"),
     (b'{"text": "a\\ud83d"}', "'text' has a lone surrogate at character 1"),
@@ -179,7 +181,7 @@ def test_a_malformed_line_is_named_and_nothing_is_written(run, line, reason):
         run({"good.jsonl": [{"text": "a"}], "bad.jsonl": b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n'})
     named, conclusion = str(error.value).split("\n")
     assert named.startswith(f"bad.jsonl, line 3: {reason}")
-    assert conclusion.startswith("1 malformed line, so nothing was written: mend the input, or leave such lines out with --skip-malformed")
+    assert conclusion.startswith("1 malformed record, so nothing was written: mend the input, or leave them out with --skip-malformed")
     assert not run.folder.exists()
 
 
@@ -198,7 +200,7 @@ def test_of_many_malformed_lines_the_first_are_named_and_all_are_counted(run, wo
         run({"bad.jsonl": b"\n".join(lines)}, workers=workers)
     named = str(error.value).split("\n")
     assert [line.split(":")[0] for line in named[:-1]] == [f"bad.jsonl, line {1 + 3 * i}" for i in range(10)]
-    assert named[-1].startswith("3,000 malformed lines")
+    assert named[-1].startswith("3,000 malformed records")
 
 
 def test_byte_order_marks_windows_line_ends_and_blank_lines_are_no_text(run):
@@ -267,7 +269,7 @@ def test_plain_text_has_no_keys(run):
 
 
 def test_an_empty_input_gives_no_corpus(run):
-    with pytest.raises(ValueError, match=r"no document is left for .*x_text_document \(0 malformed lines and 0 empty documents were left out\)"):
+    with pytest.raises(ValueError, match=r"no document is left for .*x_text_document \(0 malformed records and 0 empty documents were left out\)"):
         run({"a.jsonl": b""})
     assert not run.folder.exists()
 

@@ -1,5 +1,6 @@
 """tools/preprocess_data.py as a program."""
 
+import io
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import psutil
 import pytest
 
 from megatron_chatflow.data import IndexedDataset, read_manifest
+from megatron_chatflow.data.preprocess import Progress
+from megatron_chatflow.data.preprocess_command import _ProgressBar
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 LINE = json.dumps({"text": "x" * 1000}).encode() + b"\n"
@@ -58,7 +61,8 @@ def test_it_reads_the_standard_input(folder):
     [
         (["--partitions", "4"], "--partitions is not taken: one run uses all --workers on all files"),
         (["--find-optimal-num-workers"], "--find-optimal-num-workers is not taken: the pipeline keeps every process busy"),
-        (["--split_sentences=1"], "--split-sentences is not taken: documents are not split into sentences here; drop the flag"),
+        (["--vocab_extra_ids=1"], "--vocab-extra-ids is not taken: extend the tokenizer itself; drop the flag"),
+        (["--keep-newlines"], "--keep-newlines has no meaning without --split-sentences: documents are kept as they are; drop the flag"),
         (["--apend-eod"], "--apend-eod is unknown: did you mean --append-eod?"),
         (["--append"], "--append is unknown: did you mean --append-eod?"),
         (["--workers", "two"], "argument --workers: invalid int value: 'two'"),
@@ -79,12 +83,12 @@ def test_a_malformed_line_is_exit_code_1_and_left_out_lines_are_exit_code_0(fold
     result = run(folder, *arguments())
     assert result.returncode == 1
     assert result.stderr.startswith(b"preprocess_data.py: a.jsonl, line 2: not JSON")
-    assert b"preprocess_data.py: 1 malformed line, so nothing was written" in result.stderr
+    assert b"preprocess_data.py: 1 malformed record, so nothing was written" in result.stderr
     assert not (folder / "out").exists()
     result = run(folder, *arguments("--skip-malformed"))
     assert result.returncode == 0
     assert b"left out: a.jsonl, line 2: not JSON" in result.stderr
-    assert b"left out: 1 malformed lines, 0 empty documents" in result.stdout
+    assert b"left out: 1 malformed records, 0 empty documents" in result.stdout
 
 
 def test_an_output_that_cannot_be_written_is_exit_code_1(folder):
@@ -141,7 +145,7 @@ def test_an_interrupted_run_leaves_nothing_and_no_process(started, tmp_path, num
     else:
         started.send_signal(number)
     assert started.wait(20) == code
-    assert started.stderr.read().decode() == "preprocess_data.py: interrupted, so nothing was written: start it again\n"
+    assert started.stderr.read().decode() == "preprocess_data.py: interrupted; nothing was written: start it again\n"
     assert list(tmp_path.iterdir()) == []
     worker.wait(10)
 
@@ -155,7 +159,7 @@ def test_a_killed_worker_is_exit_code_1_and_leaves_nothing(started, tmp_path):
     except BrokenPipeError:
         pass
     assert started.wait(20) == 1
-    assert b"a worker process was killed, so nothing was written: look for a lack of memory" in started.stderr.read()
+    assert b"a worker process was killed: look for a lack of memory" in started.stderr.read()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,4 +167,48 @@ def test_workers_end_with_a_killed_parent(started, tmp_path):
     worker = wait_for_worker(started)
     started.kill()
     worker.wait(10)
-    assert [path.suffix for path in tmp_path.rglob("*.*")] == [".tmp"]
+    assert all(path.suffix == ".unfinished" or path.parent.suffix == ".unfinished" for path in tmp_path.glob("out/**/*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_stopped_run_has_done_is_kept_and_the_same_input_and_resume_go_on_from_there(started, tmp_path, number):
+    lines = [LINE * 3000]
+    state = tmp_path / "out" / "a_text_document.unfinished" / "state.json"
+    deadline = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < deadline:
+        lines.append(LINE * 300)
+        started.stdin.write(lines[-1])
+        started.stdin.flush()
+        time.sleep(0.05)
+    started.send_signal(number)
+    started.wait(20)
+    if number == signal.SIGTERM:
+        kept = "what is done is kept in out/a_text_document.unfinished: the same command with --resume goes on from there"
+        assert started.stderr.read().decode().endswith(f"preprocess_data.py: interrupted; {kept}\n")
+    flags = ("--input", "-", "--output-prefix", "out/a", "--tokenizer-type", "ByteLevelTokenizer")
+    result = run(tmp_path, *flags, input=b"")
+    assert result.returncode == 2 and b"holds an unfinished run of this output: go on from there with --resume, or delete" in result.stderr
+    result = run(tmp_path, *flags, "--resume", input=b"".join(lines))
+    assert result.returncode == 0, result.stderr
+    assert b"going on with the run" in result.stderr
+    assert IndexedDataset(tmp_path / "out" / "a_text_document").num_tokens == 1000 * b"".join(lines).count(b"\n")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"a_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
+    progress = Progress(documents=1500, bytes=3_000_000, seconds=2.0, done=0.5, rate=1_500_000.0, left=3725.4)
+    words = "1,500 documents, 3.0 MB of text, 1.50 MB/s, 50% of the input, 1:02:05 left"
+    for terminal, expected in ((False, f"{words}\n"), (True, f"\r[{'#' * 15}{' ' * 15}] {words}\x1b[K\n")):
+        stream = io.StringIO()
+        stream.isatty = lambda terminal=terminal: terminal
+        with _ProgressBar(stream) as bar:
+            bar(progress)
+            bar(progress)  # less than a second later
+        assert stream.getvalue() == expected
+
+
+def test_of_an_input_of_unknown_size_progress_tells_what_is_known():
+    stream = io.StringIO()
+    with _ProgressBar(stream) as bar:
+        bar(Progress(documents=1, bytes=1000, seconds=2.0, done=None, rate=500_000.0, left=None))
+    assert stream.getvalue() == "1 documents, 0.0 MB of text, 0.50 MB/s\n"
