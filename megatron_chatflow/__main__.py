@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "a checkpoint's held-out loss and bits per byte on each domain",
     "generate": "text from a checkpoint",
     "doctor": "what this machine can run, with the reason for each answer",
+    "preflight": "a cluster configuration checked without the cluster",
 }
 
 EXIT_USAGE = 2

@@ -10,6 +10,22 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/tools/venv.sh"
 use_environment "$root" requirements-dev.txt
 
+# What the FP8 reference is held against, apart from the environment (requirements-oracle.txt says why).
+oracle="$root/build/oracle"
+wanted=$(python -V && cat "$root/requirements-oracle.txt")
+if [ "$(cat "$oracle/made-from" 2>/dev/null)" != "$wanted" ]; then
+    echo "[setup] installing requirements-oracle.txt into $oracle"
+    rm -rf "$oracle"
+    if python -m pip install --quiet --disable-pip-version-check --no-deps --target "$oracle" -r "$root/requirements-oracle.txt"; then
+        printf '%s\n' "$wanted" >"$oracle/made-from"
+    elif [ -n "${CI:-}" ]; then
+        exit 1
+    else
+        rm -rf "$oracle"
+        echo "[setup] that failed: the tests against Transformer Engine's Python will be skipped"
+    fi
+fi
+
 marks=(-m "not slow")
 arguments=()
 for argument in "$@"; do

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "megatron_chatflow"
 LAYERS = (
     {"config", "curriculum", "report", "tokenizer"},
     {"data", "engine", "planner"},
+    {"precision"},
     {"model"},
     {"training", "evaluation"},
     {"commands", "__main__"},
@@ -25,7 +26,7 @@ PARTNERS = ({"training", "evaluation"}, {"commands", "__main__"})
 """Rooms of one layer that may use each other: a run validates itself, and the evaluation of a checkpoint takes the run's steps."""
 
 WITHOUT_TORCH = {"config", "curriculum", "data", "planner", "report", "tokenizer"}
-WITH_MEGATRON = {"model", "engine", "training", "evaluation"}
+WITH_MEGATRON = {"model", "engine", "precision", "training", "evaluation"}
 LATE = {"commands", "__main__"}
 """The command line: starts at once, so what is heavy is imported inside functions."""
 
@@ -121,7 +122,8 @@ def test_transformer_engine_is_imported_in_one_file_at_most():
         ("megatron_chatflow/planner/memory.py", "from megatron_chatflow.training.step import step"),
         ("megatron_chatflow/model/gpt.py", "from megatron_chatflow.training import loop"),
         ("megatron_chatflow/engine/cpu.py", "from megatron_chatflow.model import gpt"),
-        ("megatron_chatflow/model/spec.py", "import transformer_engine.pytorch as te"),
+        ("megatron_chatflow/precision/te.py", "import transformer_engine.pytorch as te"),
+        ("megatron_chatflow/precision/linear.py", "from megatron_chatflow.model.spec import block_spec"),
         ("megatron_chatflow/commands/plan.py", "def run():\n    from megatron.core import parallel_state"),
         ("megatron_chatflow/commands/plan.py", "import torch"),
         ("megatron_chatflow/__main__.py", "try:\n    import torch\nexcept ImportError:\n    torch = None"),
@@ -136,7 +138,7 @@ def test_the_checker_finds_an_import_against_the_rules(path: str, source: str):
     [
         ("megatron_chatflow/data/blend.py", "import numpy\nfrom megatron_chatflow.curriculum import BlendPlan\nfrom .indexed import X"),
         ("megatron_chatflow/training/loop.py", "import torch\nfrom megatron.core import utils\nfrom megatron_chatflow.data import open_blend"),
-        ("megatron_chatflow/model/spec.py", "def spec():\n    import transformer_engine.pytorch as te"),
+        ("megatron_chatflow/precision/te.py", "def reason():\n    import transformer_engine.pytorch as te"),
         ("megatron_chatflow/commands/train.py", "def run():\n    import torch\n    from megatron_chatflow.training import loop"),
         ("megatron_chatflow/__main__.py", "from megatron_chatflow import __version__"),
     ],

@@ -7,6 +7,7 @@ import dataclasses
 import math
 
 from megatron_chatflow.config.parse import UsageError
+from megatron_chatflow.config.precision import check_precision
 from megatron_chatflow.config.settings import Config, OptimizerSettings
 
 
@@ -31,6 +32,7 @@ def resolve(config: Config, world_size: int) -> Config:
     _resolve_model(config)
     dp = _check_layout(config, world_size)
     _check_batches(config, dp)
+    check_precision(config)
     _check_optimizer(config)
     return config
 

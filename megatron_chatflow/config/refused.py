@@ -24,9 +24,13 @@ _GROUPS: dict[str, str] = {
     "activation recomputation is not available yet; lower --micro-batch-size instead": (
         "--recompute-granularity --recompute-method --recompute-num-layers --recompute-modules --recompute-activations --distribute-saved-activations"
     ),
-    "FP8 training is not available yet; write --bf16": (
-        "--fp8-format --fp8-recipe --fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --fp8-param-gather"
-    ),
+    "Transformer Engine 2 takes this flag and ignores it, weight gradients are in FP8 all the same; drop the flag": "--no-fp8-wgrad",
+    "weight gradients are always in FP8; drop the flag": "--fp8-wgrad",
+    "scales are updated in every micro-batch, as Transformer Engine does since 1.8; drop the flag": "--fp8-interval",
+    "only the recipes of --fp8-recipe are supported; drop the flag": "--fp8-quantizer-factory",
+    "attention stays in bfloat16; drop the flag": "--fp8-dot-product-attention --fp8-multi-head-attention",
+    "FP8 parameters are not supported with --fp8-recipe mxfp8; drop the flag": "--reuse-grad-buf-for-mxfp8-param-ag",
+    "FP4 is not supported; write --fp8-format": "--fp4-format --fp4-recipe --fp4-param-gather --fp4-quantizer-factory",
     "dropout is a function of seed and iteration here, so no random state is stored; drop the flag": "--no-save-rng --no-load-rng",
     "`evaluate` and `generate` always read the checkpoint's config.yaml; for `train` give --config RUN/config.yaml": (
         "--use-checkpoint-args --use-mp-args-from-checkpoint-args"

@@ -137,6 +137,34 @@ class TrainingSettings:
 
 
 @dataclass
+class PrecisionSettings:
+    """FP8: the products of the linear layers inside the transformer layers, beside --bf16 for all the rest."""
+
+    fp8_format: str | None = _choice(None, "hybrid", "e4m3")
+    """Compute in FP8: hybrid is E4M3 forward and E5M2 for gradients, e4m3 is E4M3 everywhere; off by default. On a machine without CUDA a reference
+    in plain torch stands in for Transformer Engine."""
+    fp8_recipe: str = _choice("delayed", "delayed", "tensorwise", "blockwise", "mxfp8")
+    """Where scales come from: delayed (magnitudes of earlier iterations), tensorwise (the tensor's own), blockwise (128 values at a time, Hopper),
+    mxfp8 (32 values at a time, Blackwell). The last two want --fp8-format e4m3."""
+    fp8_margin: int = 0
+    """Powers of two of headroom in the scales of --fp8-recipe delayed."""
+    fp8_amax_history_len: int = 1
+    """Iterations that --fp8-recipe delayed looks back."""
+    fp8_amax_compute_algo: str = _choice("most_recent", "most_recent", "max")
+    """Which magnitude of the history --fp8-recipe delayed takes."""
+    fp8_param_gather: bool = False
+    """Keep the weights of the linear layers in FP8 and gather them so; needs Transformer Engine and --use-distributed-optimizer."""
+    tp_only_amax_red: bool = False
+    """Under --fp8-recipe delayed share magnitudes among the tensor-parallel processes only, not with the data-parallel ones."""
+    first_last_layers_bf16: bool = False
+    """Keep the first and the last layers in bfloat16."""
+    num_layers_at_start_in_bf16: int = 1
+    """Layers kept at the start by --first-last-layers-bf16."""
+    num_layers_at_end_in_bf16: int = 1
+    """Layers kept at the end by --first-last-layers-bf16."""
+
+
+@dataclass
 class OptimizerSettings:
     """The optimizer, its learning rate and its weight decay."""
 
@@ -291,6 +319,7 @@ class Config:
     model: ModelSettings = field(default_factory=ModelSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     data: DataSettings = field(default_factory=DataSettings)

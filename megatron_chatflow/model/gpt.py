@@ -9,15 +9,21 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_chatflow.config import Config, padded_vocab_size
+from megatron_chatflow.config import Config, UsageError, padded_vocab_size
 from megatron_chatflow.engine import cpu
 from megatron_chatflow.engine.distributed import virtual_pipeline_size
 from megatron_chatflow.model.init import initialize_weights
 from megatron_chatflow.model.spec import block_spec
+from megatron_chatflow.precision.recipe import transformer_settings
+from megatron_chatflow.precision.scope import Scope, delayed_scaling
+from megatron_chatflow.precision.te import forget_validation
 
 
-def transformer_config(config: Config) -> TransformerConfig:
-    """megatron-core's configuration for resolved settings; on a CPU the fused CUDA kernels are off (`engine.cpu`)."""
+def transformer_config(config: Config, transformer_impl: str) -> TransformerConfig:
+    """megatron-core's configuration for resolved settings; on a CPU the fused CUDA kernels are off (`engine.cpu`).
+
+    FP8 stands in it for Transformer Engine's layers only: megatron-core takes it for their presence.
+    """
     model, parallel, training = config.model, config.parallel, config.training
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     virtual = virtual_pipeline_size(parallel, model.num_layers)
@@ -54,6 +60,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         use_cpu_initialization=training.use_cpu_initialization,
         gradient_accumulation_fusion=False,
     )
+    if transformer_impl == "transformer_engine":
+        settings |= transformer_settings(config.precision)
     if cpu.is_needed():
         settings |= cpu.TRANSFORMER_SETTINGS
     if settings["use_cpu_initialization"]:  # `initialize_weights` draws them all
@@ -65,12 +73,14 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def build_chunk(config: Config, core: TransformerConfig, vocab_size: int, transformer_impl: str, vp_stage: int | None) -> MegatronModule:
+def build_chunk(
+    config: Config, core: TransformerConfig, vocab_size: int, transformer_impl: str, vp_stage: int | None, scope: Scope | None
+) -> MegatronModule:
     """One model chunk, with its initial weights, in the run's precision, not yet wrapped for data parallelism."""
     where = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     model = GPTModel(
         core,
-        block_spec(core, transformer_impl, vp_stage),
+        block_spec(core, transformer_impl, vp_stage, config.precision, scope),
         padded_vocab_size(config, vocab_size),
         config.model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**where),
@@ -83,6 +93,10 @@ def build_chunk(config: Config, core: TransformerConfig, vocab_size: int, transf
         rope_scaling_factor=config.model.rope_scaling_factor,
         vp_stage=vp_stage,
     )
+    if scope is not None:
+        scope.watch(model.decoder)
+    elif config.precision.fp8_recipe == "delayed" and core.fp8:
+        forget_validation(model.decoder)
     if core.use_cpu_initialization:
         initialize_weights(model, config.training.seed, config.model.init_method_std)
     model.cuda(torch.cuda.current_device())
@@ -98,9 +112,14 @@ def build_model(config: Config, vocab_size: int, transformer_impl: str, *, wrap:
         transformer_impl: "transformer_engine" or "local".
         wrap: whether to wrap for data parallelism (gradient buffers), as training needs.
     """
-    core = transformer_config(config)
+    core = transformer_config(config, transformer_impl)
+    in_reference = config.precision.fp8_format is not None and transformer_impl == "local"
+    delayed = delayed_scaling(config.precision) if in_reference else None
+    if delayed is not None:
+        _check_recompute(core)
     stages = range(core.virtual_pipeline_model_parallel_size) if core.virtual_pipeline_model_parallel_size else [None]
-    chunks = [build_chunk(config, core, vocab_size, transformer_impl, stage) for stage in stages]
+    scopes = [Scope(config.precision, delayed) if in_reference else None for _ in stages]
+    chunks = [build_chunk(config, core, vocab_size, transformer_impl, stage, scope) for stage, scope in zip(stages, scopes, strict=True)]
     if not wrap:
         return chunks
     ddp = DistributedDataParallelConfig(
@@ -108,8 +127,17 @@ def build_model(config: Config, vocab_size: int, transformer_impl: str, *, wrap:
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        fp8_param_gather=config.precision.fp8_param_gather,
     )
     return [DistributedDataParallel(core, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+
+
+def _check_recompute(core: TransformerConfig) -> None:
+    if core.recompute_granularity and set(core.recompute_modules or ["layers"]) != {"core_attn"}:
+        raise UsageError(
+            "recompute_granularity does not go with fp8_recipe delayed without CUDA: the second forward pass would count as another; "
+            "choose another --fp8-recipe, or recompute core_attn only"
+        )
 
 
 def count_parameters(config: Config, vocab_size: int) -> int:

@@ -2,61 +2,132 @@
 
 from __future__ import annotations
 
+import copy
+from typing import ClassVar
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_chatflow.config import UsageError
+from megatron_chatflow.config import Config, UsageError
+from megatron_chatflow.config.settings import PrecisionSettings
 from megatron_chatflow.engine import cpu
 from megatron_chatflow.model.attention import PortableAttention
+from megatron_chatflow.precision.linear import ReferenceColumnParallelLinear, ReferenceRowParallelLinear
+from megatron_chatflow.precision.recipe import is_bf16_layer
+from megatron_chatflow.precision.scope import Scope
+from megatron_chatflow.precision.te import device_reason, transformer_engine_reason
+
+__all__ = ["PortableNorm", "SeparateNorm", "block_spec", "choose_transformer_impl", "transformer_engine_reason"]
 
 
 class PortableNorm:
     """torch's LayerNorm or RMSNorm, marked so that megatron-core reduces its gradients under sequence parallelism."""
 
+    kinds: ClassVar[dict[str, type[torch.nn.Module]]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: object) -> torch.nn.Module:
         """A norm over the last dimension of size `hidden_size`."""
-        kind = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        norm = cls.kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
 
 
-def transformer_engine_reason() -> str | None:
-    """Why Transformer Engine layers cannot run here, or None where they can."""
-    if cpu.is_needed():
-        return "there is no CUDA device"
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError as error:
-        return f"transformer_engine does not import ({error})"
-    return None
+class _EmptyState:
+    """Transformer Engine's norms have a state in checkpoints, always an empty one; with it here, the keys of both implementations are the same."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: object) -> None:
+        """There is nothing to take."""
 
 
-def choose_transformer_impl(wanted: str | None) -> tuple[str, str | None]:
-    """(the implementation, the reason where it is the slower one and nobody asked for it). Raises UsageError where the wanted one cannot run."""
-    reason = transformer_engine_reason()
+class _LayerNorm(_EmptyState, torch.nn.LayerNorm):
+    pass
+
+
+class _RMSNorm(_EmptyState, torch.nn.RMSNorm):
+    pass
+
+
+class SeparateNorm(PortableNorm):
+    """A norm that Transformer Engine does not fuse into the linear layer after it: the final one, and those of queries and keys."""
+
+    kinds: ClassVar[dict[str, type[torch.nn.Module]]] = {"LayerNorm": _LayerNorm, "RMSNorm": _RMSNorm}
+
+
+def choose_transformer_impl(config: Config) -> tuple[str, str | None]:
+    """(the implementation, the reason where it is the slower one and nobody asked for it, or where FP8 is the reference).
+
+    Raises UsageError where the wanted one cannot run, and where FP8 was asked for and this machine would not run it as such.
+    """
+    wanted, precision, reason = config.model.transformer_impl, config.precision, transformer_engine_reason()
     if wanted == "transformer_engine" and reason:
         raise UsageError(f"transformer_impl transformer_engine cannot run: {reason}; write --transformer-impl local or leave it out")
-    if wanted:
-        return wanted, None
-    return ("local", f"layers are the portable ones: {reason}") if reason else ("transformer_engine", None)
+    chosen = wanted or ("local" if reason else "transformer_engine")
+    if precision.fp8_format is not None:
+        return chosen, _fp8_note(precision, chosen, reason)
+    return chosen, f"layers are the portable ones: {reason}" if reason and not wanted else None
 
 
-def block_spec(config: TransformerConfig, transformer_impl: str, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The spec of the layers of this pipeline rank's model chunk, final norm included."""
+def _fp8_note(precision: PrecisionSettings, chosen: str, reason: str | None) -> str | None:
+    asked = f"fp8_format {precision.fp8_format}"
+    if chosen == "transformer_engine":
+        device = device_reason(precision.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda)
+        if device:
+            raise UsageError(f"{asked} with fp8_recipe {precision.fp8_recipe} cannot run: {device}; choose another --fp8-recipe or drop --fp8-format")
+        return None
+    if not cpu.is_needed():
+        cause = reason or "transformer_impl is local"
+        raise UsageError(
+            f"{asked} needs Transformer Engine on CUDA, and {cause}; "
+            + ("repair the installation or drop --fp8-format" if reason else "drop --transformer-impl or --fp8-format")
+        )
+    if precision.fp8_param_gather:
+        raise UsageError("fp8_param_gather needs Transformer Engine, and there is no CUDA device; drop --fp8-param-gather")
+    return (
+        f"FP8 ({precision.fp8_recipe}) is the reference in plain torch, for rehearsal: its values and scales are Transformer Engine's, "
+        f"its speed is not; layers are the portable ones: {reason}"
+    )
+
+
+def block_spec(
+    config: TransformerConfig, transformer_impl: str, vp_stage: int | None, precision: PrecisionSettings, scope: Scope | None
+) -> TransformerBlockSubmodules:
+    """The spec of the layers of this pipeline rank's model chunk, final norm included. With a `scope`, the portable layers compute in FP8."""
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
     if transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
-    else:
-        layer, norm = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization), PortableNorm
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = PortableNorm
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = PortableAttention
-        attention.q_layernorm = attention.k_layernorm = PortableNorm if config.qk_layernorm else IdentityOp
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
+        return TransformerBlockSubmodules([get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)] * count, TENorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = PortableNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PortableAttention
+    attention.q_layernorm = attention.k_layernorm = SeparateNorm if config.qk_layernorm else IdentityOp
+    layers = [layer] * count
+    if scope is not None:
+        first, fp8 = get_transformer_layer_offset(config, vp_stage), _in_fp8(layer, scope)
+        layers = [layer if is_bf16_layer(precision, first + i, config.num_layers) else fp8 for i in range(count)]
+    return TransformerBlockSubmodules(layers, SeparateNorm)
+
+
+def _in_fp8(layer: ModuleSpec, scope: Scope) -> ModuleSpec:
+    """The same layer with the four linear layers of the reference."""
+    column, row = (ModuleSpec(module, params={"scope": scope}) for module in (ReferenceColumnParallelLinear, ReferenceRowParallelLinear))
+    attention = copy.copy(layer.submodules.self_attention)
+    attention.submodules = copy.copy(attention.submodules)
+    attention.submodules.linear_qkv, attention.submodules.linear_proj = column, row
+    mlp = copy.copy(layer.submodules.mlp)
+    mlp.submodules = copy.copy(mlp.submodules)
+    mlp.submodules.linear_fc1, mlp.submodules.linear_fc2 = column, row
+    submodules = copy.copy(layer.submodules)
+    submodules.self_attention, submodules.mlp = attention, mlp
+    return ModuleSpec(layer.module, params=layer.params, submodules=submodules)

@@ -94,7 +94,7 @@ def test_a_wrong_file_is_one_sentence_with_key_value_and_cure(tmp_path: Path, te
         (["--num-layers", "x"], ["--num-layers", "'x'", "a whole number"]),
         (["--num-layers"], ["--num-layers"]),
         (["--fp16"], ["--fp16", "--bf16"]),
-        (["--fp8-format=hybrid"], ["--fp8-format"]),
+        (["--fp4-format=e2m1"], ["--fp4-format"]),
         (["file.yaml"], ["unexpected argument 'file.yaml'"]),
         (["--config", "none.yaml"], ["none.yaml", "cannot be read"]),
     ],
