@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 ROWS = 1024
-"""History rows of a written state: zeros beyond the run's own length."""
+"""History rows of a written state, at least: zeros beyond the run's own length. Transformer Engine stops at a state with more."""
 TENSORS = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
 
 
 def pack(tensors: dict[str, torch.Tensor], *, hybrid: bool) -> torch.Tensor:
     """uint8 [bytes] of `TENSORS`: scales [n] and histories [length, n]."""
-    state: dict[str, Any] = {name: _resized(value, ROWS) if value.dim() == 2 else value.clone() for name, value in tensors.items()}
+    state: dict[str, Any] = {name: _resized(value, max(ROWS, len(value))) if value.dim() == 2 else value.clone() for name, value in tensors.items()}
     state["extra_fp8_variables"] = {"num_gemms": 1}
     if not hybrid:
         # Transformer Engine would take the state for hybrid and go on with other formats; at a recipe it does not know it stops.

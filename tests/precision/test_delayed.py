@@ -58,9 +58,10 @@ def tensors(length: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("hybrid", [True, False])
-def test_a_state_is_read_back_as_it_was(hybrid: bool) -> None:
-    saved = tensors(5)
-    found = state.unpack(state.pack(saved, hybrid=hybrid), 5)
+@pytest.mark.parametrize("length", [1, 5, 1030])
+def test_a_state_is_read_back_as_it_was(length: int, hybrid: bool) -> None:
+    saved = tensors(length)
+    found = state.unpack(state.pack(saved, hybrid=hybrid), length)
     assert set(found) == set(saved) and all(torch.equal(found[name], saved[name]) for name in saved)
 
 

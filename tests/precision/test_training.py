@@ -71,7 +71,7 @@ def test_the_reference_says_once_that_it_is_one(pool: Pool, sample: Path) -> Non
     assert "reference" not in other
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["delayed", "mxfp8", *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("tensorwise", "blockwise"))])
 def test_tensor_parallelism_changes_little_and_sequence_parallelism_next_to_nothing(pool: Pool, sample: Path, one: dict, recipe: str) -> None:
     split = run(pool, sample, f"{recipe}-tp", 2, *RECIPES[recipe], *TP, "--train-iters", "6")
     sharded = run(pool, sample, f"{recipe}-sp", 2, *RECIPES[recipe], *TP, *SP, "--train-iters", "6")
@@ -83,10 +83,10 @@ def test_tensor_parallelism_changes_little_and_sequence_parallelism_next_to_noth
 def test_delayed_scaling_is_the_same_for_every_pipeline(pool: Pool, sample: Path, one: dict) -> None:
     pipeline = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1", "--train-iters", "6"]
     piped = run(pool, sample, "pp", 2, *RECIPES["delayed"], *pipeline)
-    assert [record["lm loss"] for record in piped] == [record["lm loss"] for record in one["delayed"][:6]]
+    assert largest_difference(piped, one["delayed"][:6]) < 1e-6
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_delayed_scaling_resumes_to_the_same_bits_whenever_it_is_validated(pool: Pool, sample: Path, world: int) -> None:
     flags = [*RECIPES["delayed"], "--train-iters", "6", "--micro-batch-size", "2"]
     whole = run(pool, sample, f"whole-{world}", world, *flags)
