@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from megatron_chatflow.commands.common import run_values, usage_errors
 from megatron_chatflow.config import UsageError, make_parser, parse, resolve
+from megatron_chatflow.config.settings import PrecisionSettings
 from megatron_chatflow.engine.launch import read_launch
 from megatron_chatflow.report import console
 
@@ -40,6 +41,11 @@ def main(argv: Sequence[str]) -> int:
                 f"generate runs as one process or with tensor parallelism over all {launch.world_size}; give "
                 f"--tensor-model-parallel-size {launch.world_size}"
             )
+        if config.parallel.sequence_parallel:
+            raise UsageError("generate reads prompts of any length, which sequence_parallel cannot split; drop --sequence-parallel")
+        if not all(args.prompt):
+            raise UsageError("a prompt is empty; give --prompt some text")
+        config.precision = PrecisionSettings()  # one row of any length: FP8 layers want multiples of 8 tokens
         config = resolve(config, launch.world_size)
         from megatron_chatflow.training.inputs import open_inputs
 
@@ -53,8 +59,6 @@ def main(argv: Sequence[str]) -> int:
 
         for prompt in args.prompt:
             ids = inputs.tokenizer.encode(prompt)
-            if inputs.tokenizer.bos is not None and not ids:
-                ids = [inputs.tokenizer.bos]
             new = generate(session, ids, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, seed=config.training.seed)
             if launch.rank == 0:
                 console.say(inputs.tokenizer.decode(ids + new))

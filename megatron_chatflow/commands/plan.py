@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
         outlook = forecast(plan, inputs.epoch_samples)
     sizes = {"num_samples": plan.num_samples, "seq_length": plan.seq_length, "end": outlook.end}
     console.say(plan_table(outlook.stages, outlook.domains, **sizes, warnings=outlook.warnings))
+    for note in inputs.notes:
+        console.say(note)
     with usage_errors():
         check_exhaustion(plan, inputs.epoch_samples)
         if args.plot:

@@ -114,10 +114,12 @@ class Tree:
             low = np.minimum(low, cells - 1)
         position, value = pacing.knots[low], pacing.values[low]
         share = before + rise * value
-        slope = rise * (pacing.values[low + 1] - value) / (pacing.knots[low + 1] - position)
+        width = pacing.knots[low + 1] - position
+        slope = rise * (pacing.values[low + 1] - value) / width
         missing = np.maximum(inner - (before * position + rise * pacing.integral[low]), 0.0)
         divisor = share + np.sqrt(np.maximum(share * share + 2 * slope * missing, 0.0))
-        return position + 2 * missing / np.where(divisor > 0, divisor, 1.0) + (target - inner) / mean
+        within = np.minimum(2 * missing / np.where(divisor > 0, divisor, 1.0), width)  # where the share goes to 0, rounding may lead beyond
+        return position + within + (target - inner) / mean
 
     def _settled(self, owed: np.ndarray) -> np.ndarray:
         """What each node makes up for. A domain: all it is owed. A set of domains: its sum, less what each of them can go on owing or being owed.

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_chatflow.config import Config, UsageError, total_samples
 from megatron_chatflow.curriculum import BlendPlan, Curriculum, capacities, constant_curriculum, load_curriculum
-from megatron_chatflow.data import Manifest, open_domains, read_manifest
+from megatron_chatflow.data import InstructDomain, Manifest, open_domains, read_manifest
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -55,7 +55,7 @@ def open_inputs(config: Config, *, held_out: bool = False) -> Inputs:
     flags = _tokenizer_flags(manifests)
     vocab_size = _vocab_size(config, tokenizer, manifests, flags)
     _check_manifests(prefixes, manifests, tokenizer, vocab_size)
-    notes = _held_out_notes(config, curriculum, validated, held_out)
+    notes = _held_out_notes(config, curriculum, validated, held_out) + _cut_notes(domains)
     token_bytes = np.zeros(vocab_size, np.int64)
     if tokenizer is None:
         notes.append(f"bits per byte are not reported: no tokenizer is given ({flags})")
@@ -91,6 +91,15 @@ def _held_out_notes(config: Config, curriculum: Curriculum, validated: Mapping[s
         return [f"not read without --eval-interval: {keys}"]
     empty = [name for name, domain in validated.items() if not domain.num_samples]
     return [f"nothing held out, so no validation loss: {', '.join(empty)} (split {config.data.split})"] if empty else []
+
+
+def _cut_notes(domains: Mapping[str, Any]) -> list[str]:
+    return [
+        f"domain {name}: {domain.num_cut:,} conversations are longer than {domain.seq_length + 1} tokens, of which only the first are read; "
+        "raise --seq-length"
+        for name, domain in domains.items()
+        if isinstance(domain, InstructDomain) and domain.num_cut
+    ]
 
 
 def _open_subset(config: Config, curriculum: Curriculum, tokenizer: Tokenizer | None, subset: str) -> Mapping[str, Any]:
@@ -189,9 +198,7 @@ def _eod(config: Config, tokenizer: Tokenizer | None) -> int | None:
     return tokenizer.eod if tokenizer else None
 
 
-def _check_manifests(
-    prefixes: Mapping[str, str], manifests: Mapping[str, Manifest | None], tokenizer: Tokenizer | None, vocab_size: int
-) -> None:
+def _check_manifests(prefixes: Mapping[str, str], manifests: Mapping[str, Manifest | None], tokenizer: Tokenizer | None, vocab_size: int) -> None:
     """Raises UsageError for a corpus that another tokenizer made: than this run's, or, where none is given, than the corpora before it."""
     wanted = None if tokenizer is None else (tokenizer.fingerprint(), f"{tokenizer.name} of this run", "give that tokenizer")
     for label, manifest in manifests.items():

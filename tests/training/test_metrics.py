@@ -87,3 +87,15 @@ def test_training_learns(reference: Path) -> None:
     assert len(checks) == 3
     for name in ("en", "zh", "en-zh", "instruct"):
         assert checks[-1][name]["loss"] < checks[0][name]["loss"] - 0.5
+
+
+def test_conversations_that_are_cut_are_counted_on_the_console(pool: Pool, sample: Path) -> None:
+    """Against the index itself: an instruction window of S positions takes S + 1 tokens of a conversation."""
+    from megatron_chatflow.data import IndexedDataset
+
+    corpus = IndexedDataset(sample / "instruct_document")
+    training = range(round(0.9 * corpus.num_documents))
+    longer = sum(len(corpus.document(i)) > 65 for i in training)
+    ((code, out, _),) = pool.run(1, train, sample, "--train-iters", "1", "--lr-warmup-iters", "0")
+    assert code == 0 and longer > 10
+    assert f"domain instruct: {longer} conversations are longer than 65 tokens" in out
