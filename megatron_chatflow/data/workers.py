@@ -99,11 +99,14 @@ def _done(result: Encoded) -> "Future[Encoded]":
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Workers that start in here never see Ctrl-C: it reaches the whole process group, and ending them is for this process to do."""
+    """No signal breaks into the pool while it starts a worker, which would leave one that nobody ends.
+
+    Workers that start in here never see Ctrl-C: it reaches the whole process group, and ending them is for this process to do.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -115,6 +118,7 @@ _encoder: Encoder | None = None
 
 def _start_worker(tokenizer_arguments: dict[str, Any], task: Task) -> None:
     global _encoder
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _encoder = Encoder(load_tokenizer(**tokenizer_arguments), task)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
