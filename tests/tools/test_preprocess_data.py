@@ -105,11 +105,18 @@ def test_help_has_an_example_of_every_kind(folder):
         assert words in result.stdout
 
 
+def _hear_interrupts():
+    """A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def started(tmp_path):
     """The tool with two processes, fed by hand through its standard input until both are at work."""
     arguments = ("--input", "-", "--output-prefix", "out/a", "--tokenizer-type", "ByteLevelTokenizer", "--workers", "2")
-    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command(*arguments), cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=_hear_interrupts
+    )
     process.stdin.write(LINE * 3000)
     process.stdin.flush()
     yield process
