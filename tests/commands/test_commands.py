@@ -73,6 +73,7 @@ def test_evaluate_gives_the_losses_that_training_logged(pool: Pool, reference: P
 def test_evaluate_agrees_on_every_layout(pool: Pool, reference: Path) -> None:
     ((_, out, _),) = pool.run(1, command, "evaluate", "--load", str(reference), "--json")
     one = json.loads(out)["validation"]
+    ((_, whole, _),) = pool.run(1, command, "evaluate", "--load", str(reference), "--json", "--eval-iters", "1000")
     for world, flags in (
         (2, ["--pipeline-model-parallel-size", "2"]),
         (2, ["--tensor-model-parallel-size", "2"]),
@@ -80,7 +81,6 @@ def test_evaluate_agrees_on_every_layout(pool: Pool, reference: Path) -> None:
     ):
         (code, out, err), *_ = pool.run(world, command, "evaluate", "--load", str(reference), "--json", *flags, "--eval-iters", "1000")
         assert code == 0, err
-        ((_, whole, _),) = pool.run(1, command, "evaluate", "--load", str(reference), "--json", "--eval-iters", "1000")
         for name, values in json.loads(whole)["validation"].items():
             other = json.loads(out)["validation"][name]
             assert other["tokens"] == values["tokens"] > one[name]["tokens"]

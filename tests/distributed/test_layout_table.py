@@ -1,4 +1,4 @@
-"""Every layout on up to eight ranks against one process, as a table; and checkpoints from each into each."""
+"""Every layout on up to eight ranks against one process, as a table."""
 
 from __future__ import annotations
 
@@ -66,31 +66,3 @@ def test_every_layout_gives_the_loss_and_gradient_norm_of_one_process(
     assert len(rows) >= 14
     assert all(loss < bound for _, _, loss, _ in rows), rows
     assert all(norm < (1e-5 if not precision else 5e-2) for *_, norm in rows), rows
-
-
-MATRIX = {
-    "TP2": (2, _flags(2, 1, 0, ZERO)),
-    "PP2": (2, _flags(1, 2, 0, ZERO)),
-    "PP2 interleaved": (2, _flags(1, 2, 1, ZERO)),
-    "DP2": (2, _flags(1, 1, 0, ZERO)),
-    "one": (1, _flags(1, 1, 0, ZERO)),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero", [True, False])
-def test_a_checkpoint_of_each_layout_goes_on_in_each_other(pool: Pool, sample: Path, zero: bool) -> None:
-    def flags_of(name: str) -> list[str]:
-        return [flag for flag in MATRIX[name][1] if zero or flag != ZERO]
-
-    whole = metrics(run(pool, sample, f"matrix-{zero}", 1, flags_of("one")))
-    for origin, (world, _) in MATRIX.items():
-        start = run(pool, sample, f"from-{origin}-{zero}", world, [*flags_of(origin), "--exit-interval", "5"])
-        for target, (size, _) in MATRIX.items():
-            folder = start.with_name(f"{start.name}-into-{target}".replace(" ", "-"))
-            shutil.copytree(start, folder)
-            words = ["--save", str(folder), "--load", str(folder), *GROUPS, *flags_of(target)]
-            for code, out, err in pool.run(size, train, sample, *words):
-                assert code == 0, (origin, target, out, err)
-            assert largest_difference(metrics(folder), whole) < 1e-5, (origin, target)
-            shutil.rmtree(folder)
