@@ -77,7 +77,7 @@ def parse_conversation(record: Mapping[str, Any]) -> Conversation:
     Raises:
         MalformedRecord: the record is neither, or the messages are empty or in another order.
     """
-    if "messages" in record:
+    if record.get("messages") is not None:
         return _from_messages(record["messages"])
     if "instruction" not in record:
         raise MalformedRecord("neither 'messages' nor 'instruction'")

@@ -83,6 +83,7 @@ def test_chatml_writes_the_marks_as_text_where_the_tokenizer_lacks_them():
     ("record", "reason"),
     [
         ({"text": "a"}, "neither 'messages' nor 'instruction'"),
+        ({"messages": None}, "neither 'messages' nor 'instruction'"),
         ({"instruction": "a"}, "no key 'output'"),
         ({"instruction": "a", "input": 3, "output": "b"}, "'input' is a number, not text"),
         ({"messages": "a"}, "'messages' is no list of messages"),
