@@ -7,6 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
+
 from megatron_chatflow.curriculum import BlendPlan
 from tests.pool import Pool, command
 
@@ -70,6 +72,7 @@ def test_evaluate_gives_the_losses_that_training_logged(pool: Pool, reference: P
     assert json.loads(out)["validation"] == logged[1]["validation"]
 
 
+@pytest.mark.slow
 def test_evaluate_agrees_on_every_layout(pool: Pool, reference: Path) -> None:
     ((_, out, _),) = pool.run(1, command, "evaluate", "--load", str(reference), "--json")
     one = json.loads(out)["validation"]

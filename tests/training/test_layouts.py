@@ -21,7 +21,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+SLOW = {"TP2 with sequence parallelism", "TP2 x PP2"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS])
 def test_a_layout_trains_as_one_process_does(pool: Pool, sample: Path, reference: Path, name: str) -> None:
     world, flags = LAYOUTS[name]
     run = sample / name.replace(" ", "-")
@@ -54,6 +57,7 @@ GPT2 = "--position-embedding-type learned_absolute --normalization LayerNorm --n
 QWEN = "--qk-layernorm --add-qkv-bias --no-untie-embeddings-and-output-weights --rotary-percent 0.5 --use-rope-scaling"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "words"), [("gpt-2", GPT2 + " --reset-position-ids --reset-attention-mask"), ("qwen", QWEN)])
 def test_other_architectures_train_alike_on_every_layout(pool: Pool, sample: Path, name: str, words: str) -> None:
     """Tied embeddings live on the first and the last pipeline rank; biases and head norms are sharded or replicated."""
