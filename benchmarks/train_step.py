@@ -5,7 +5,8 @@
 
 Both train the same LLaMA-style model (hidden 512, 8 layers, 8 heads, 4 groups, feed-forward 1408, vocabulary 8192, sequence 512, batch 4) in
 bfloat16 over float32 main weights on two threads: this project's own step, as `chatflow train --bf16` runs it, and Hugging Face's
-LlamaForCausalLM under bf16 autocast with fused AdamW and clipping, which is what its Trainer does; the same again under torch.compile.
+LlamaForCausalLM under bf16 autocast with fused AdamW and clipping, which is what its Trainer does; the same again under torch.compile. Then this
+project's step with each FP8 recipe of the reference, whose time over bf16's is `fp8_<recipe>_over_bf16`: what a rehearsal in FP8 costs.
 The steps take turns, round after round; medians are compared, so a slow moment of the machine meets all of them alike.
 """
 
@@ -29,16 +30,18 @@ WORDS = (
     f"--hidden-dropout 0 --untie-embeddings-and-output-weights --seq-length {SEQ} --micro-batch-size {BATCH} --global-batch-size {BATCH} "
     "--train-iters 1000 --lr 1e-4 --bf16 --weight-decay 0.1"
 )
+FP8 = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
 WAYS = ("ours", "huggingface", "compiled")
 
 
-def ours() -> Callable[[], float]:
-    """One step of this project: forward, backward, clipping and AdamW on random tokens; returns the loss."""
+def ours(recipe: str | None = None) -> Callable[[], float]:
+    """One step of this project: forward, backward, clipping and AdamW on random tokens; returns the loss. `recipe`: of FP8, None for bf16."""
     from megatron_chatflow.config import make_parser, parse, resolve
     from megatron_chatflow.engine import cpu, distributed
     from megatron_chatflow.engine.launch import Launch
 
-    config = resolve(parse(make_parser("chatflow train", ""), WORDS.split())[0], 1)
+    fp8 = f" --fp8-format {FP8[recipe]} --fp8-recipe {recipe}" if recipe else ""
+    config = resolve(parse(make_parser("chatflow train", ""), (WORDS + fp8).split())[0], 1)
     distributed.hide_engine_warnings()
     distributed.initialize(Launch("single", 0, 1, 0, None, None), config.parallel, LAYERS)
     import numpy as np
@@ -108,7 +111,7 @@ def serve(way: str) -> None:
     import torch
 
     torch.set_num_threads(THREADS)
-    step = ours() if way == "ours" else huggingface(way == "compiled")
+    step = huggingface(way == "compiled") if way in WAYS[1:] else ours(way if way in FP8 else None)
     for _ in range(2):
         step()
     print("ready", flush=True)
@@ -166,27 +169,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8, help="turns of each way. Default: 8.")
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn. Default: 4.")
-    parser.add_argument("--serve", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=(*WAYS, *FP8), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve(args.serve)
         return
-    results = measure(WAYS, args.rounds, args.steps)
+    results = measure(WAYS, args.rounds, args.steps) | measure(tuple(FP8), max(1, args.rounds // 4), args.steps)
     median = {way: statistics.median(r["seconds"]) for way, r in results.items()}
     memory = {way: max(r["megabytes"]) for way, r in results.items()}
     products = 6 * BATCH * SEQ * (LAYERS * HIDDEN * (2 * HIDDEN + 2 * HIDDEN * GROUPS // HEADS + 3 * FFN) + HIDDEN * VOCAB)
     peak = matmul_peak()
-    print(f"{'':<12} {'ms a step':>10} {'tokens/s':>10} {'peak MB':>9} {'of peak':>8}")
-    for way in WAYS:
+    print(f"{'':<15} {'ms a step':>10} {'tokens/s':>10} {'peak MB':>9} {'of peak':>8}")
+    for way in (*WAYS, *FP8):
         rate, share = BATCH * SEQ / median[way], products / median[way] / 1e9 / peak
-        print(f"{way:<12} {median[way] * 1e3:>10.0f} {rate:>10.0f} {memory[way]:>9.0f} {share:>8.0%}")
+        print(f"{'FP8 ' + way if way in FP8 else way:<15} {median[way] * 1e3:>10.0f} {rate:>10.0f} {memory[way]:>9.0f} {share:>8.0%}")
     print(f"peak: {peak:.0f} GFLOP/s in a bf16 product on {THREADS} threads; the products of a step are {products / 1e9:.0f} GFLOP")
     ratios = {
         "tokens_per_second_ratio": median["huggingface"] / median["ours"],
         "compiled_ratio": median["compiled"] / median["ours"],
         "memory_ratio": memory["huggingface"] / memory["ours"],
         "peak_share": products / median["ours"] / 1e9 / peak,
-    }
+    } | {f"fp8_{recipe}_over_bf16": median[recipe] / median["ours"] for recipe in FP8}
     print(json.dumps({name: round(value, 4) for name, value in ratios.items()}))
 
 

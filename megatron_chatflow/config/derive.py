@@ -8,6 +8,7 @@ import math
 
 from megatron_chatflow.config.parse import UsageError
 from megatron_chatflow.config.precision import check_precision
+from megatron_chatflow.config.recompute import check_recompute
 from megatron_chatflow.config.settings import Config, OptimizerSettings
 
 
@@ -31,6 +32,7 @@ def resolve(config: Config, world_size: int) -> Config:
                 raise UsageError(f"{f.name} is {value}; give {_flag(f.name)} a number that is not negative")
     _resolve_model(config)
     dp = _check_layout(config, world_size)
+    check_recompute(config)
     _check_batches(config, dp)
     check_precision(config)
     _check_optimizer(config)

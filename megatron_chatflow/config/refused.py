@@ -20,10 +20,12 @@ _GROUPS: dict[str, str] = {
     "loss scaling belongs to fp16, which is not supported; write --bf16 and drop the flag": (
         "--loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis"
     ),
-    "context parallelism is not available yet; use --tensor-model-parallel-size with --sequence-parallel": "--context-parallel-size",
-    "activation recomputation is not available yet; lower --micro-batch-size instead": (
-        "--recompute-granularity --recompute-method --recompute-num-layers --recompute-modules --recompute-activations --distribute-saved-activations"
+    "documents of any length share a window here, and context parallelism wants each of them to be a multiple of twice its size; use "
+    "--tensor-model-parallel-size with --sequence-parallel, and --recompute-granularity for long windows": (
+        "--context-parallel-size --cp-comm-type --hierarchical-context-parallel-sizes"
     ),
+    "write --recompute-granularity selective": "--recompute-activations",
+    "use --sequence-parallel: what it saves is split over the tensor-parallel processes already": "--distribute-saved-activations",
     "Transformer Engine 2 takes this flag and ignores it, weight gradients are in FP8 all the same; drop the flag": "--no-fp8-wgrad",
     "weight gradients are always in FP8; drop the flag": "--fp8-wgrad",
     "scales are updated in every micro-batch, as Transformer Engine does since 1.8; drop the flag": "--fp8-interval",

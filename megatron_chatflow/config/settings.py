@@ -128,6 +128,15 @@ class TrainingSettings:
     """Compute in bfloat16 with float32 main parameters; float32 throughout by default."""
     accumulate_allreduce_grads_in_fp32: bool = _switch(True, off="--grad-reduce-in-bf16")
     """Accumulate and reduce gradients in float32 under --bf16 (always on here unless --grad-reduce-in-bf16 is given)."""
+    recompute_granularity: str | None = _choice(None, "full", "selective")
+    """Keep fewer activations and compute them again in the backward pass: full for whole layers, selective for parts of each; off by default."""
+    recompute_method: str | None = _choice(None, "uniform", "block")
+    """Which layers --recompute-granularity full means: uniform takes all of them in groups of --recompute-num-layers, block the first so many of each
+    pipeline stage (of each model chunk, when interleaved)."""
+    recompute_num_layers: int | None = None
+    """Layers in a group of --recompute-method uniform, or layers that --recompute-method block computes again."""
+    recompute_modules: list[str] | None = None
+    """Parts that --recompute-granularity selective computes again: core_attn (the default), mlp, layernorm."""
     check_for_nan_in_loss_and_grad: bool = True
     """Stop with an error when a loss or a gradient norm is not finite."""
     exit_interval: int | None = None

@@ -1,4 +1,4 @@
-"""Portable attention: megatron-core's core_attention over torch's scaled_dot_product_attention, with packed segments."""
+"""Portable attention: megatron-core's core_attention in blocks (`blocked_attention`) or over torch's scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_chatflow.model.blocked_attention import attention
 
 
 class PortableAttention(MegatronModule):
@@ -24,7 +26,7 @@ class PortableAttention(MegatronModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
-        self.softmax_scale = softmax_scale
+        self.softmax_scale = softmax_scale or config.kv_channels**-0.5
 
     def forward(
         self,
@@ -41,9 +43,11 @@ class PortableAttention(MegatronModule):
         Returns [s, b, heads x d]. One query against t > 1 keys (generation with a cache) sees all of them.
         """
         assert packed_seq_params is None, "packed windows reach the portable attention as a mask (model/segments.py)"
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if not dropout and len(query) == len(key):
+            return attention(query, key, value, attention_mask, self.softmax_scale).reshape(*query.shape[:2], -1)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask = None if attention_mask is None else ~attention_mask
-        dropout = self.config.attention_dropout if self.training else 0.0
         fork = get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else contextlib.nullcontext()
         with fork:
             out = torch.nn.functional.scaled_dot_product_attention(

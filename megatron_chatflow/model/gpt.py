@@ -9,9 +9,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_chatflow.config import Config, UsageError, padded_vocab_size
+from megatron_chatflow.config import Config, padded_vocab_size
 from megatron_chatflow.engine import cpu
 from megatron_chatflow.engine.distributed import virtual_pipeline_size
+from megatron_chatflow.engine.kernels import gradient_accumulation_reason
+from megatron_chatflow.model import fused
 from megatron_chatflow.model.init import initialize_weights
 from megatron_chatflow.model.spec import block_spec
 from megatron_chatflow.precision.recipe import transformer_settings
@@ -58,15 +60,31 @@ def transformer_config(config: Config, transformer_impl: str) -> TransformerConf
         calculate_per_token_loss=True,
         attention_softmax_in_fp32=True,
         use_cpu_initialization=training.use_cpu_initialization,
-        gradient_accumulation_fusion=False,
+        recompute_granularity=training.recompute_granularity,
+        recompute_method=training.recompute_method,
+        recompute_num_layers=training.recompute_num_layers,
+        recompute_modules=training.recompute_modules,
     )
     if transformer_impl == "transformer_engine":
-        settings |= transformer_settings(config.precision)
+        settings |= transformer_settings(config.precision) | _cuda_kernels(config)
     if cpu.is_needed():
         settings |= cpu.TRANSFORMER_SETTINGS
+    if transformer_impl == "local":
+        settings |= fused.settings(swiglu=model.swiglu, rope=model.position_embedding_type == "rope")
     if settings["use_cpu_initialization"]:  # `initialize_weights` draws them all
         settings |= dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), _leave)
     return TransformerConfig(**settings)
+
+
+def _cuda_kernels(config: Config) -> dict[str, bool]:
+    """The fused kernels that Megatron-LM turns on by default."""
+    model = config.model
+    return {
+        "bias_activation_fusion": model.swiglu or model.add_bias_linear,
+        "bias_dropout_fusion": True,
+        "apply_rope_fusion": model.position_embedding_type == "rope",
+        "gradient_accumulation_fusion": gradient_accumulation_reason() is None,
+    }
 
 
 def _leave(tensor: torch.Tensor) -> torch.Tensor:
@@ -115,8 +133,6 @@ def build_model(config: Config, vocab_size: int, transformer_impl: str, *, wrap:
     core = transformer_config(config, transformer_impl)
     in_reference = config.precision.fp8_format is not None and transformer_impl == "local"
     delayed = delayed_scaling(config.precision) if in_reference else None
-    if delayed is not None:
-        _check_recompute(core)
     stages = range(core.virtual_pipeline_model_parallel_size) if core.virtual_pipeline_model_parallel_size else [None]
     scopes = [Scope(config.precision, delayed) if in_reference else None for _ in stages]
     chunks = [build_chunk(config, core, vocab_size, transformer_impl, stage, scope) for stage, scope in zip(stages, scopes, strict=True)]
@@ -130,14 +146,6 @@ def build_model(config: Config, vocab_size: int, transformer_impl: str, *, wrap:
         fp8_param_gather=config.precision.fp8_param_gather,
     )
     return [DistributedDataParallel(core, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
-
-
-def _check_recompute(core: TransformerConfig) -> None:
-    if core.recompute_granularity and set(core.recompute_modules or ["layers"]) != {"core_attn"}:
-        raise UsageError(
-            "recompute_granularity does not go with fp8_recipe delayed without CUDA: the second forward pass would count as another; "
-            "choose another --fp8-recipe, or recompute core_attn only"
-        )
 
 
 def count_parameters(config: Config, vocab_size: int) -> int:

@@ -17,6 +17,7 @@ from megatron_chatflow.config import Config, UsageError
 from megatron_chatflow.config.settings import PrecisionSettings
 from megatron_chatflow.engine import cpu
 from megatron_chatflow.model.attention import PortableAttention
+from megatron_chatflow.model.fused import FusedRMSNorm, PortableSwiGLU
 from megatron_chatflow.precision.linear import ReferenceColumnParallelLinear, ReferenceRowParallelLinear
 from megatron_chatflow.precision.recipe import is_bf16_layer
 from megatron_chatflow.precision.scope import Scope
@@ -26,9 +27,9 @@ __all__ = ["PortableNorm", "SeparateNorm", "block_spec", "choose_transformer_imp
 
 
 class PortableNorm:
-    """torch's LayerNorm or RMSNorm, marked so that megatron-core reduces its gradients under sequence parallelism."""
+    """LayerNorm or RMSNorm, marked so that megatron-core reduces its gradients under sequence parallelism."""
 
-    kinds: ClassVar[dict[str, type[torch.nn.Module]]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+    kinds: ClassVar[dict[str, type[torch.nn.Module]]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": FusedRMSNorm}
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: object) -> torch.nn.Module:
         """A norm over the last dimension of size `hidden_size`."""
@@ -52,7 +53,7 @@ class _LayerNorm(_EmptyState, torch.nn.LayerNorm):
     pass
 
 
-class _RMSNorm(_EmptyState, torch.nn.RMSNorm):
+class _RMSNorm(_EmptyState, FusedRMSNorm):
     pass
 
 
@@ -71,9 +72,22 @@ def choose_transformer_impl(config: Config) -> tuple[str, str | None]:
     if wanted == "transformer_engine" and reason:
         raise UsageError(f"transformer_impl transformer_engine cannot run: {reason}; write --transformer-impl local or leave it out")
     chosen = wanted or ("local" if reason else "transformer_engine")
+    if chosen == "local":
+        _check_recompute(config)
     if precision.fp8_format is not None:
         return chosen, _fp8_note(precision, chosen, reason)
     return chosen, f"layers are the portable ones: {reason}" if reason and not wanted else None
+
+
+def _check_recompute(config: Config) -> None:
+    t, p = config.training, config.precision
+    if "layernorm" in (t.recompute_modules or ()):
+        raise UsageError("recompute_modules layernorm needs Transformer Engine, where megatron-core looks for FP8 state; drop layernorm")
+    if t.recompute_granularity and p.fp8_format is not None and p.fp8_recipe == "delayed" and t.recompute_modules != ["core_attn"]:
+        raise UsageError(
+            f"recompute_granularity {t.recompute_granularity} does not go with fp8_recipe delayed without CUDA: the second forward pass would count "
+            "as another; choose another --fp8-recipe, or recompute core_attn only"
+        )
 
 
 def _fp8_note(precision: PrecisionSettings, chosen: str, reason: str | None) -> str | None:
@@ -112,6 +126,8 @@ def block_spec(
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PortableAttention
     attention.q_layernorm = attention.k_layernorm = SeparateNorm if config.qk_layernorm else IdentityOp
+    if config.use_te_activation_func:
+        layer.submodules.mlp.submodules.activation_func = PortableSwiGLU
     layers = [layer] * count
     if scope is not None:
         first, fp8 = get_transformer_layer_offset(config, vp_stage), _in_fp8(layer, scope)

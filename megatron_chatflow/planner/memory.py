@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_chatflow.config import Config, padded_vocab_size
+from megatron_chatflow.config.recompute import layers_of_a_chunk
 from megatron_chatflow.planner.batches import chunks_in_flight, micro_batches
 from megatron_chatflow.planner.parameters import Layout, head_widths, layer_matrices, stage_layers, stage_parameters
 
@@ -70,29 +71,50 @@ def layer_activations(config: Config, *, fp8: bool = False) -> int:
     """Bytes that one token leaves behind in one layer on one rank, until its backward pass.
 
     Attention is taken to be fused (Transformer Engine, or scaled_dot_product_attention): nothing of the size seq_length x seq_length is kept, only
-    its output and a float32 a head. Norms are taken to keep their input and float32 statistics. The activation function and the rotation of queries
-    and keys are taken to be unfused, as megatron-core is configured here.
+    its output and a float32 a head. Norms are taken to keep their input and float32 statistics; SwiGLU its input. What `recompute_granularity
+    selective` computes again is left out; what `full` does is `stage_activations`' matter.
 
     Args:
         config: resolved settings.
         fp8: whether the layer computes in FP8: then the inputs of its four products are kept in one byte.
     """
-    m, p, e = config.model, config.parallel, element_size(config)
+    m, p, t, e = config.model, config.parallel, config.training, element_size(config)
     tp, h, ffn = p.tensor_model_parallel_size, m.hidden_size, m.ffn_hidden_size
     heads, groups = head_widths(config)
+    again = t.recompute_modules if t.recompute_granularity == "selective" else []
     product = 1 if fp8 else e
     rotary = m.position_embedding_type == "rope"
     statistics = 8 if m.normalization == "LayerNorm" else 4
-    outside = 2 * (h * e + statistics) + 2 * h * product  # inputs of both norms; inputs of query-key-value and of the first feed-forward product
+    outside = 2 * h * e  # inputs of both norms
+    if "layernorm" not in again:  # their statistics; inputs of query-key-value and of the first feed-forward product
+        outside += 2 * statistics + h * product + h * (e if "mlp" in again else product)
     outside += 2 * h if m.hidden_dropout else 0  # two masks
-    attention = (heads + 2 * groups) * e + heads * e + 4 * m.num_attention_heads  # q, k and v in one buffer; the output; log-sum-exp
+    attention = (heads + 2 * groups) * e + heads * e  # q, k and v in one buffer; the output
+    attention += 4 * m.num_attention_heads if "core_attn" not in again else 0  # log-sum-exp
     attention += (heads + groups) * e if rotary or m.qk_layernorm else 0  # q and k rotated or normalised, while v holds the buffer
     attention += statistics * (heads + groups) // m.kv_channels if m.qk_layernorm else 0
     attention += heads * e if groups < heads and (m.qk_layernorm or not rotary) else 0  # q of several heads a group, taken out of the buffer
     attention += heads if fp8 else 0  # the projection's input, beside the output that attention itself needs
-    gated = 4 * ffn if m.swiglu else ffn  # the product before the activation function; under SwiGLU also silu(gate) and up
-    tables = 4 * int(m.kv_channels * m.rotary_percent) * e // config.training.micro_batch_size if rotary else 0  # cosines and sines for q and for k
-    return outside // (tp if p.sequence_parallel else 1) + (attention + gated * e + ffn * product) // tp + tables
+    feed_forward = (2 * ffn if m.swiglu else ffn) * e + ffn * product if "mlp" not in again else 0  # before and after the activation function
+    tables = 2 * int(m.kv_channels * m.rotary_percent) * e // t.micro_batch_size if rotary else 0  # cosines and sines for q and for k
+    return outside // (tp if p.sequence_parallel else 1) + (attention + feed_forward) // tp + tables
+
+
+def chunk_activations(config: Config, layer: float) -> tuple[float, float]:
+    """(Bytes that one token leaves behind in one model chunk, bytes that it takes for a while where layers are computed again).
+
+    Args:
+        config: resolved settings.
+        layer: bytes of one of its layers without `recompute_granularity full`.
+    """
+    t, layers = config.training, layers_of_a_chunk(config)
+    if t.recompute_granularity != "full":
+        return layers * layer, 0
+    whole = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    border = config.model.hidden_size * element_size(config) / whole  # what goes into a group of layers
+    if t.recompute_method == "uniform":
+        return layers / t.recompute_num_layers * border, t.recompute_num_layers * layer
+    return t.recompute_num_layers * border + (layers - t.recompute_num_layers) * layer, layer
 
 
 def stage_activations(config: Config, layout: Layout, stage: int) -> int:
@@ -104,7 +126,8 @@ def stage_activations(config: Config, layout: Layout, stage: int) -> int:
     in_fp8 = fp8_layers(config, layers)
     a_token = in_fp8 * layer_activations(config, fp8=True) + (len(layers) - in_fp8) * layer_activations(config)
     flying = chunks_in_flight(layout, stage, micro_batches(config, layout))
-    held = tokens * a_token * flying // layout.vpp
+    kept, again = chunk_activations(config, a_token / len(layers))
+    held = int(tokens * (kept * flying + again))
     if stage == 0 and m.hidden_dropout:
         held += tokens * m.hidden_size // whole * -(-flying // layout.vpp)  # the embedding's mask
     if layout.pp > 1:
@@ -166,6 +189,8 @@ def cures(config: Config, dp: int, activations: float) -> str:
     """
     p, t = config.parallel, config.training
     found = ["raise --tensor-model-parallel-size or --pipeline-model-parallel-size"]
+    if activations > 0.3 and t.recompute_granularity != "full":
+        found.insert(0, "add --recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
     if t.micro_batch_size > 1 and activations > 0.3:
         found.insert(0, "lower --micro-batch-size")
     if p.tensor_model_parallel_size > 1 and not p.sequence_parallel:

@@ -1,0 +1,62 @@
+"""Activation recomputation: what its four settings must say together."""
+
+from __future__ import annotations
+
+from megatron_chatflow.config.parse import UsageError
+from megatron_chatflow.config.settings import Config
+
+MODULES = ("core_attn", "mlp", "layernorm")
+"""Parts of a layer that can be computed again."""
+
+
+def layers_of_a_chunk(config: Config) -> int:
+    """Layers that one model chunk of a pipeline rank holds."""
+    p = config.parallel
+    return p.num_layers_per_virtual_pipeline_stage or config.model.num_layers // p.pipeline_model_parallel_size
+
+
+def check_recompute(config: Config) -> None:
+    """Refuse what has no effect or no meaning. The layout is checked already. Raises UsageError with the settings' names and the cure."""
+    t = config.training
+    if t.recompute_granularity is None:
+        for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):
+            if getattr(t, name) is not None:
+                raise UsageError(f"{name} has no effect without recompute_granularity; add --recompute-granularity full or selective, or drop it")
+    elif t.recompute_granularity == "full":
+        _check_full(config)
+    else:
+        _check_selective(config)
+
+
+def _check_full(config: Config) -> None:
+    t, layers = config.training, layers_of_a_chunk(config)
+    if t.recompute_modules is not None:
+        raise UsageError("recompute_modules belongs to recompute_granularity selective; drop --recompute-modules or write selective")
+    if t.recompute_method is None or t.recompute_num_layers is None:
+        raise UsageError(
+            "recompute_granularity full needs recompute_method and recompute_num_layers; add --recompute-method uniform --recompute-num-layers 1"
+        )
+    if not 1 <= t.recompute_num_layers <= layers:
+        raise UsageError(f"recompute_num_layers is {t.recompute_num_layers}, and a model chunk has {layers} layers; give a number from 1 to {layers}")
+    if t.recompute_method == "uniform" and layers % t.recompute_num_layers:
+        raise UsageError(
+            f"{layers} layers of a model chunk are not a multiple of recompute_num_layers {t.recompute_num_layers}, which recompute_method uniform "
+            "needs; change it or write --recompute-method block"
+        )
+
+
+def _check_selective(config: Config) -> None:
+    t = config.training
+    for name in ("recompute_method", "recompute_num_layers"):
+        if getattr(t, name) is not None:
+            raise UsageError(f"{name} belongs to recompute_granularity full; drop --{name.replace('_', '-')} or write full")
+    t.recompute_modules = t.recompute_modules or ["core_attn"]
+    for name in t.recompute_modules:
+        if name not in MODULES:
+            raise UsageError(f"recompute_modules has {name!r}; the parts of a layer are {', '.join(MODULES)}")
+    p = config.precision
+    if "layernorm" in t.recompute_modules and p.fp8_format is not None and p.fp8_recipe == "delayed":
+        raise UsageError(
+            "recompute_modules layernorm does not go with fp8_recipe delayed, whose products keep FP8 copies of the norm; drop layernorm or choose "
+            "another --fp8-recipe"
+        )
