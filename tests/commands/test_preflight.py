@@ -37,6 +37,14 @@ def test_llama2_70b_in_fp8_on_512_gpus_fits_and_takes_less_than_a_minute(llama: 
     assert result["built"]["ranks"] == 64 and result["model"]["precision"] == "FP8 hybrid (tensorwise) and bf16"
 
 
+def test_the_example_that_teaches_llama2_7b_chinese_fits_and_lacks_its_corpora_alone() -> None:
+    config = EXAMPLE.with_name("llama2_7b_zh") / "run.yaml"
+    code, out, _ = command("preflight", "--config", str(config), "--world-size", "16", "--vocab-size", "40076", "--json")
+    result = json.loads(out)
+    assert code == 2 and [line.split(":")[0] for line in result["reasons"]] == ["domain en", "domain zh", "domain en-zh", "domain instruct"]
+    assert result["model"]["parameters"] == 6_738_415_616 + 2 * 8076 * 4096  # LLaMA-2-7B's own number, and the new rows
+
+
 def test_the_numbers_of_llama2_70b_are_those_of_arithmetic_by_hand(llama: Any) -> None:
     _, result, _ = llama
     matrices = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
@@ -55,8 +63,8 @@ def test_the_numbers_of_llama2_70b_are_those_of_arithmetic_by_hand(llama: Any) -
     assert result["run"]["flops"] == pytest.approx(flops * 12_000_000 * 4096)
     assert result["checkpoint"] == {"bytes": 14 * whole, "count": 12}
     # A layer's token in FP8: norms' inputs, products' inputs in one byte, q k v and again q k, attention's output, SwiGLU, rotary tables.
-    shared = 2 * (10240 + 9216 + 8192) + 4 * 64 + 8192 + 4 * 2 * 28672 + 28672
-    layer = (2 * (2 * 8192 + 4) + 2 * 8192 + shared) // 8 + 4 * 128 * 2
+    shared = 2 * (10240 + 9216 + 8192) + 4 * 64 + 8192 + 2 * 2 * 28672 + 28672
+    layer = (2 * (2 * 8192 + 4) + 2 * 8192 + shared) // 8 + 2 * 128 * 2
     assert result["stages"][0]["activations"] == pytest.approx(4096 * (layer * 5 + 2 * 8192 // 8) * (2 * 7 + 8 + 1), rel=0.001)
 
 
