@@ -152,6 +152,8 @@ def _check_batches(config: Config, dp: int) -> None:
         raise UsageError("train_iters and train_samples are both given; drop one of them")
     if not (t.train_iters or t.train_samples):
         raise UsageError("the run is 0 long; give --train-iters or --train-samples a positive number")
+    if t.ema_decay is not None and not 0 < t.ema_decay < 1:
+        raise UsageError(f"ema_decay is {t.ema_decay}; give --ema-decay a number between 0 and 1, e.g. 0.999")
     sizes = [t.global_batch_size]
     if t.rampup_batch_size is not None:
         if t.train_iters is not None:

@@ -130,6 +130,12 @@ class TrainingSettings:
     """Accumulate and reduce gradients in float32 under --bf16 (always on here unless --grad-reduce-in-bf16 is given)."""
     check_for_nan_in_loss_and_grad: bool = True
     """Stop with an error when a loss or a gradient norm is not finite."""
+    train_new_rows_samples: int = 0
+    """Over the first so many samples (whole iterations) train only the embedding and output rows of the tokens that an extended tokenizer added, without
+    weight decay; which ones token_map.json beside the tokenizer says."""
+    ema_decay: float | None = None
+    """Keep a running mean of the weights, X x mean + (1 - X) x weights after every iteration, in float32 beside them; it is saved with every
+    checkpoint."""
     exit_interval: int | None = None
     """Save and exit after every iteration that is a multiple of this."""
     use_cpu_initialization: bool = False

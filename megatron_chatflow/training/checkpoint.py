@@ -17,7 +17,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_chatflow.training.run_directory import POINTER, iteration_folder, write_atomically
+from megatron_chatflow.config import UsageError
+from megatron_chatflow.training.average import WeightAverage, mean_instead
+from megatron_chatflow.training.run_directory import POINTER, iteration_folder, read_state, write_atomically
 
 
 def _metadata() -> dict[str, Any]:
@@ -31,17 +33,43 @@ def _unwrap(chunk: MegatronModule) -> MegatronModule:
     return chunk
 
 
-def _sharded_state(model: list[MegatronModule], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for i, chunk in enumerate(model):
-        state["model" if len(model) == 1 else f"model{i}"] = _unwrap(chunk).sharded_state_dict(metadata=_metadata())
+def _weights(model: list[MegatronModule]) -> dict[str, Any]:
+    """The sharded state dict of each chunk under the name that megatron-core looks for."""
+    return {name: _unwrap(chunk).sharded_state_dict(metadata=_metadata()) for name, chunk in zip(_names(model), model, strict=True)}
+
+
+def _names(model: list[MegatronModule]) -> list[str]:
+    return ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
+
+
+def _sharded_state(
+    model: list[MegatronModule], optimizer: MegatronOptimizer | None, average: WeightAverage | None, *, is_loading: bool
+) -> dict[str, Any]:
+    weights = _weights(model)
+    state = dict(weights)
     if optimizer is not None:
         # megatron-core finds a parameter's shard by walking the model part of the very same dictionary.
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_metadata())
+        state["optimizer"] = optimizer.sharded_state_dict(dict(weights), is_loading=is_loading, metadata=_metadata())
+    if average is not None:
+        state |= {f"ema/{name}": average.sharded_state(entries) for name, entries in weights.items()}
     return state
 
 
-def save(run: Path, iteration: int, model: list[MegatronModule], optimizer: MegatronOptimizer | None, state: dict[str, Any]) -> Path:
+def gather_weights(model: list[MegatronModule]) -> None:
+    """Complete the weights of every rank. Under --overlap-param-gather what the optimizer changed is otherwise gathered in the next forward pass."""
+    for chunk in model:
+        if getattr(chunk, "ddp_config", None) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
+def save(
+    run: Path,
+    iteration: int,
+    model: list[MegatronModule],
+    optimizer: MegatronOptimizer | None,
+    state: dict[str, Any],
+    average: WeightAverage | None = None,
+) -> Path:
     """Write ``RUN/iter_<iteration>`` and then point to it; called by every rank. `state` is plain data for state.json.
 
     A folder under another name is filled first and renamed when it is complete on every rank, so a killed save leaves the
@@ -54,7 +82,8 @@ def save(run: Path, iteration: int, model: list[MegatronModule], optimizer: Mega
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(partial), content_metadata=_metadata())
+    gather_weights(model)
+    dist_checkpointing.save(_sharded_state(model, optimizer, average, is_loading=False), str(partial), content_metadata=_metadata())
     torch.distributed.barrier()
     if first:
         write_atomically(partial / "state.json", json.dumps(state, indent=1))
@@ -66,18 +95,34 @@ def save(run: Path, iteration: int, model: list[MegatronModule], optimizer: Mega
     return folder
 
 
-def load(folder: Path, model: list[MegatronModule], optimizer: MegatronOptimizer | None) -> None:
-    """Load weights, and the optimizer's state where an optimizer is given, from a checkpoint of any layout."""
+def load(folder: Path, model: list[MegatronModule], optimizer: MegatronOptimizer | None, average: WeightAverage | None = None) -> None:
+    """Load weights, and where they are given the state of the optimizer and the weights' running mean, from a checkpoint of any layout."""
     for part in getattr(optimizer, "chained_optimizers", []):
         # Without apex or Transformer Engine the distributed optimizer asserts that it has stepped; what the step leaves is overwritten below.
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()
-    wanted = _sharded_state(model, optimizer, is_loading=True)
-    loaded = dist_checkpointing.load(wanted, str(folder))
-    for i, chunk in enumerate(model):
-        _unwrap(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{i}"])
+    loaded = dist_checkpointing.load(_sharded_state(model, optimizer, average, is_loading=True), str(folder))
+    _load_weights(model, loaded)
     if optimizer is not None:
         _load_optimizer(optimizer, loaded["optimizer"])
+    if average is not None:
+        for name, entries in _weights(model).items():
+            average.restore(entries, loaded[f"ema/{name}"])
+
+
+def load_average(folder: Path, model: list[MegatronModule]) -> None:
+    """Load the running mean of the weights (--ema-decay) of a checkpoint in place of its weights.
+
+    Raises UsageError where the checkpoint has none.
+    """
+    if read_state(folder).get("ema_decay") is None:
+        raise UsageError(f"{folder} holds no running mean of the weights; it was trained without --ema-decay, so load its weights")
+    _load_weights(model, dist_checkpointing.load({name: mean_instead(entries) for name, entries in _weights(model).items()}, str(folder)))
+
+
+def _load_weights(model: list[MegatronModule], loaded: dict[str, Any]) -> None:
+    for name, chunk in zip(_names(model), model, strict=True):
+        _unwrap(chunk).load_state_dict(loaded[name])
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from megatron_chatflow.model.forward import make_forward_step
 from megatron_chatflow.training import checkpoint
 from megatron_chatflow.training.ledger import data_identity
 from megatron_chatflow.training.length import batches_state, count_iterations
+from megatron_chatflow.training.new_rows import forget_moments
 from megatron_chatflow.training.reporter import Reporter
 from megatron_chatflow.training.setup import Run
 from megatron_chatflow.training.step import NonFiniteError, seed_iteration, train_step
@@ -83,17 +84,25 @@ def _iterate(run: Run, reporter: Reporter, loader: Loader) -> None:
     micro_batches = loader.iteration(start, batch)
     assert len(micro_batches) == get_num_microbatches()
     seed_iteration(config.training.seed, run.iteration)
+    alone = start < config.training.train_new_rows_samples
+    if run.only_new_rows and not alone:
+        forget_moments(run.optimizer)
+        reporter.say(f" from sample {start} on all weights are trained")
+    run.only_new_rows = alone
     lr = get_canonical_lr_for_logging(run.optimizer.param_groups)
     try:
         result = train_step(
             run.forward_step, run.model, run.optimizer, micro_batches, run.shape, len(run.plan.domain_names), run.device,
-            check_finite=config.training.check_for_nan_in_loss_and_grad,
+            check_finite=config.training.check_for_nan_in_loss_and_grad, only=run.new_rows if alone else None,
         )  # fmt: skip
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{error} at iteration {run.iteration + 1}, samples {start} to {stop - 1}; see what they hold with "
             f"`chatflow locate --iteration {run.iteration + 1}`"
         ) from None
+    if run.average is not None:
+        checkpoint.gather_weights(run.model)
+        run.average.update()
     run.scheduler.step(increment=batch)
     run.iteration, run.consumed = run.iteration + 1, stop
     reporter.step(start, stop, result.sums, result.grad_norm, lr, time.perf_counter() - begin)
@@ -114,13 +123,15 @@ def _save(run: Run, reporter: Reporter) -> None:
         "iteration": run.iteration,
         "consumed_train_samples": run.consumed,
         "optimizer": not config.checkpoint.no_save_optim,
+        "ema_decay": config.training.ema_decay,
+        "only_new_rows": run.only_new_rows,
         "opt_param_scheduler": run.scheduler.state_dict(),
         "data": data_identity(config, run.inputs),
         "batches": batches_state(run.batches),
         "plan": run.plan.to_json(),
     }
     folder = checkpoint.save(
-        Path(config.checkpoint.save), run.iteration, run.model, None if config.checkpoint.no_save_optim else run.optimizer, state
+        Path(config.checkpoint.save), run.iteration, run.model, None if config.checkpoint.no_save_optim else run.optimizer, state, run.average
     )
     reporter.say(f" saved {folder} in {time.perf_counter() - begin:.1f} s")
 

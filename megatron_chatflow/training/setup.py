@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_chatflow.config import Config, UsageError
 from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
 from megatron_chatflow.data import Blend
@@ -15,6 +17,7 @@ from megatron_chatflow.training.inputs import Inputs, make_plan
 from megatron_chatflow.training.ledger import check_identity, data_identity, resume_plan
 from megatron_chatflow.training.length import Batches, batch_history, fix_length
 from megatron_chatflow.training.run_directory import find_checkpoint, read_state
+from megatron_chatflow.training.token_map import new_row_ids
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Start:
     """Folder to load weights from."""
     state: dict[str, Any] | None
     """The checkpoint's state when the run is resumed; None when it starts afresh (also under --finetune)."""
+    new_rows: np.ndarray
+    """The tokens whose rows are trained alone at first (--train-new-rows-samples); none where the setting is off."""
 
 
 def find_start(config: Config, inputs: Inputs) -> Start:
@@ -44,18 +49,26 @@ def find_start(config: Config, inputs: Inputs) -> Start:
         raise UsageError(f"save {where.save} already holds checkpoints of a run; add --load {where.save} to resume it, or give --save another folder")
     if config.data.amend_curriculum and (checkpoint is None or where.finetune):
         raise UsageError("amend_curriculum has no effect without a run to resume; drop --amend-curriculum or give --load")
+    new_rows = new_row_ids(config, inputs.vocab_size)
     if checkpoint is None or where.finetune:
         plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
-        return Start(config, Blend(plan, inputs.domains), batch_history(config), 0, 0, checkpoint, None)
+        return Start(config, Blend(plan, inputs.domains), batch_history(config), 0, 0, checkpoint, None, new_rows)
     state = read_state(checkpoint)
+    if "consumed_train_samples" not in state:
+        raise UsageError(f"{checkpoint} holds weights only, no run to go on with; add --finetune to train them, and give --save a folder of its own")
     iteration, consumed = state["iteration"], state["consumed_train_samples"]
+    if iteration and not state.get("only_new_rows") and consumed < config.training.train_new_rows_samples:
+        raise UsageError(
+            f"train_new_rows_samples is {config.training.train_new_rows_samples} and the checkpoint's first {consumed} samples have trained all weights "
+            "at the end; the phase stands at the start of a run: drop --train-new-rows-samples, or --finetune to start afresh"
+        )
     check_identity(state["data"], data_identity(config, inputs))
     config = fix_length(config, iteration, consumed)
     wanted = make_plan(config, inputs.curriculum, inputs.epoch_samples)
     ledger = BlendPlan.from_json(state["plan"])
     plan = resume_plan(ledger, wanted, consumed, amend=config.data.amend_curriculum, curriculum=inputs.curriculum)
     batches = batch_history(config, state["batches"], iteration, consumed)
-    return Start(config, Blend(plan, inputs.domains), batches, iteration, consumed, checkpoint, state)
+    return Start(config, Blend(plan, inputs.domains), batches, iteration, consumed, checkpoint, state, new_rows)
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,12 @@ class Run:
     shape: Mapping[str, int]
     iteration: int
     consumed: int
+    average: Any
+    """The running mean of the weights (training.average.WeightAverage), or None."""
+    new_rows: Any
+    """The rows that are trained alone at first (training.new_rows.NewRows), or None."""
+    only_new_rows: bool
+    """Whether the last iteration trained these alone."""
 
     @property
     def plan(self) -> BlendPlan:
@@ -136,7 +155,10 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     from megatron_chatflow.model.gpt import build_model, count_parameters
     from megatron_chatflow.model.spec import choose_transformer_impl
     from megatron_chatflow.training import checkpoint
+    from megatron_chatflow.training.average import WeightAverage
+    from megatron_chatflow.training.new_rows import NewRows
     from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler, restore_scheduler
+    from megatron_chatflow.training.rates import late_stage_note
 
     impl, reason = choose_transformer_impl(config)
     if reason:
@@ -157,9 +179,17 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     processes = f"{launch.world_size} process{'es' if launch.world_size > 1 else ''} ({launch.launcher})"
     layout = f"TP {config.parallel.tensor_model_parallel_size}, PP {config.parallel.pipeline_model_parallel_size}, DP {dp}"
     say(f"{count_parameters(config, inputs.vocab_size):,} parameters; {processes}, {layout}; {impl} layers on {device.type}")
+    if note := late_stage_note(config, start.blend.plan, outlook.total):
+        say(note)
+    average = WeightAverage(model, config.training.ema_decay) if config.training.ema_decay else None
     if start.checkpoint is not None:
         with_optimizer = start.state is not None and start.state["optimizer"] and not config.checkpoint.no_load_optim
-        checkpoint.load(start.checkpoint, model, optimizer if with_optimizer else None)
+        with_average = average is not None and start.state is not None and start.state.get("ema_decay") is not None
+        checkpoint.load(start.checkpoint, model, optimizer if with_optimizer else None, average if with_average else None)
+        if average is not None and not with_average:
+            average = WeightAverage(model, config.training.ema_decay)
+            if start.state is not None:
+                say(f"{start.checkpoint} has no mean of the weights (--ema-decay); it begins at the weights as they are there")
         if not with_optimizer:
             optimizer.reload_model_params()
         if start.state is not None:
@@ -175,5 +205,6 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     shape = schedule_shape(config.data.seq_length, config.training.micro_batch_size, impl == "transformer_engine")
     return Run(
         config, launch, inputs, start.blend, outlook, start.batches, device, impl, model, optimizer, scheduler, step, shape,
-        start.iteration, start.consumed,
+        start.iteration, start.consumed, average, NewRows(model, start.new_rows) if len(start.new_rows) else None,
+        bool(start.state and start.state.get("only_new_rows")),
     )  # fmt: skip

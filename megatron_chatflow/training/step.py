@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_chatflow.model.forward import reduce_sums, run_schedule
+from megatron_chatflow.training.new_rows import NewRows
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ def train_step(
     device: torch.device,
     *,
     check_finite: bool,
+    only: NewRows | None = None,
 ) -> StepResult:
-    """Forward, backward, reduce, clip, step. Raises NonFiniteError before the weights are touched by a loss that is not finite, or
+    """Forward, backward, reduce, clip, step; of the `only` rows where these are given. Raises NonFiniteError before the weights are touched by a loss that is not finite, or
     after a gradient norm that is not (the last checkpoint is intact either way)."""
     for chunk in model:
         chunk.zero_grad_buffer()
@@ -65,7 +68,8 @@ def train_step(
     sums = reduce_sums(store, num_domains, device)
     if check_finite and not np.isfinite(sums).all():
         raise NonFiniteError("the loss is not finite")
-    _, grad_norm, _ = optimizer.step()
+    with only.alone(optimizer) if only else contextlib.nullcontext():
+        _, grad_norm, _ = optimizer.step()
     grad_norm = float(grad_norm or 0.0)
     if check_finite and not math.isfinite(grad_norm):
         raise NonFiniteError("the gradient norm is not finite")
