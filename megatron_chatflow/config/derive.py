@@ -180,7 +180,10 @@ def _check_batches(config: Config, dp: int) -> None:
                     f"global_batch_size {size} makes {size // step} micro-batches a rank, not a multiple of pipeline_model_parallel_size "
                     f"{p.pipeline_model_parallel_size}, which the interleaved schedule needs; change --global-batch-size or --micro-batch-size"
                 )
-    for name in ("save_interval", "eval_interval", "log_interval", "tensorboard_log_interval", "exit_interval"):
+    for name in (
+        "save_interval", "save_retain_interval", "most_recent_k", "eval_interval", "log_interval", "tensorboard_log_interval", "exit_interval",
+        "exit_duration_in_mins",
+    ):  # fmt: skip
         section = next(s for s in (config.checkpoint, config.validation, config.logging, t) if hasattr(s, name))
         if getattr(section, name) is not None and getattr(section, name) < 1:
             raise UsageError(f"{name} is {getattr(section, name)}; give {_flag(name)} a positive number or leave it out")

@@ -1,7 +1,8 @@
 """A first phase that trains the new rows of the embedding and output layers, and nothing else.
 
-Zero gradients alone would not hold the rest still. Two more things move weights: weight decay, which is off during the phase, and moments of earlier
-steps, which there are none of, since the phase stands at the start of a run. A weight whose gradient and moments are zero takes a step of exactly zero.
+Zero gradients alone would not hold the rest still. Two more things move weights: weight decay, which is off during the phase, and moments of
+earlier steps, which there are none of, since the phase stands at the start of a run. A weight whose gradient and moments are zero takes a step of
+exactly zero.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ def late_stage_note(config: Config, plan: BlendPlan, end: int) -> str | None:
     if mean >= FLOOR * peak * 0.99:
         return None
     return (
-        f"stage {name} (samples {start} to {end - 1}) is trained at {mean / peak:.0%} of the peak learning rate on average, and a rate that decays "
-        f"wipes out much of what the last stage teaches; give --min-lr {peak / 3:.2g} (a third of --lr), or --lr-decay-style constant with --ema-decay"
+        f"stage {name} (samples {start} to {end - 1}) is trained at {mean / peak:.0%} of the peak learning rate on average, and a rate that "
+        f"decays wipes out much of what the last stage teaches; give --min-lr {peak / 3:.2g} (a third of --lr), or --lr-decay-style constant with "
+        "--ema-decay"
     )

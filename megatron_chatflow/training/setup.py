@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +17,11 @@ from megatron_chatflow.engine.launch import Launch
 from megatron_chatflow.training.inputs import Inputs, make_plan
 from megatron_chatflow.training.ledger import check_identity, data_identity, resume_plan
 from megatron_chatflow.training.length import Batches, batch_history, fix_length
-from megatron_chatflow.training.run_directory import find_checkpoint, read_state
+from megatron_chatflow.training.run_directory import find_checkpoint, find_sound_checkpoint, read_state
 from megatron_chatflow.training.token_map import new_row_ids
+
+if TYPE_CHECKING:
+    from megatron_chatflow.engine.lifeline import Lifeline
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,17 @@ class Start:
     """The checkpoint's state when the run is resumed; None when it starts afresh (also under --finetune)."""
     new_rows: np.ndarray
     """The tokens whose rows are trained alone at first (--train-new-rows-samples); none where the setting is off."""
+    notes: tuple[str, ...]
+    """Checkpoints that are passed over because they are damaged."""
 
 
-def find_start(config: Config, inputs: Inputs) -> Start:
-    """Resume, finetune or start afresh, and with which plan. Raises UsageError where checkpoint and settings contradict each other."""
+def find_start(config: Config, inputs: Inputs, damaged: Mapping[Path, str] = MappingProxyType({})) -> Start:
+    """Resume, finetune or start afresh, and with which plan. Raises UsageError where checkpoint and settings contradict each other.
+
+    `damaged`: checkpoints known to be damaged, with what is wrong; the newest one before them is taken.
+    """
     where = config.checkpoint
-    checkpoint = find_checkpoint(where.load, where.ckpt_step) if where.load else None
+    checkpoint, notes = find_sound_checkpoint(where.load, where.ckpt_step, damaged) if where.load else (None, [])
     if where.load and checkpoint is None and (where.exit_on_missing_checkpoint or where.finetune or where.ckpt_step is not None):
         raise UsageError(f"load {where.load} holds no checkpoint; give a run directory that has one, or drop --load")
     if where.save and not (where.load and Path(where.load).resolve() == Path(where.save).resolve()) and find_checkpoint(where.save, None) is not None:
@@ -52,15 +61,15 @@ def find_start(config: Config, inputs: Inputs) -> Start:
     new_rows = new_row_ids(config, inputs.vocab_size)
     if checkpoint is None or where.finetune:
         plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
-        return Start(config, Blend(plan, inputs.domains), batch_history(config), 0, 0, checkpoint, None, new_rows)
+        return Start(config, Blend(plan, inputs.domains), batch_history(config), 0, 0, checkpoint, None, new_rows, tuple(notes))
     state = read_state(checkpoint)
     if "consumed_train_samples" not in state:
         raise UsageError(f"{checkpoint} holds weights only, no run to go on with; add --finetune to train them, and give --save a folder of its own")
     iteration, consumed = state["iteration"], state["consumed_train_samples"]
     if iteration and not state.get("only_new_rows") and consumed < config.training.train_new_rows_samples:
         raise UsageError(
-            f"train_new_rows_samples is {config.training.train_new_rows_samples} and the checkpoint's first {consumed} samples have trained all weights "
-            "at the end; the phase stands at the start of a run: drop --train-new-rows-samples, or --finetune to start afresh"
+            f"train_new_rows_samples is {config.training.train_new_rows_samples}, but the checkpoint at sample {consumed} has trained all weights "
+            "already, and the phase stands at the start of a run; drop --train-new-rows-samples, or --finetune to start afresh"
         )
     check_identity(state["data"], data_identity(config, inputs))
     config = fix_length(config, iteration, consumed)
@@ -68,7 +77,7 @@ def find_start(config: Config, inputs: Inputs) -> Start:
     ledger = BlendPlan.from_json(state["plan"])
     plan = resume_plan(ledger, wanted, consumed, amend=config.data.amend_curriculum, curriculum=inputs.curriculum)
     batches = batch_history(config, state["batches"], iteration, consumed)
-    return Start(config, Blend(plan, inputs.domains), batches, iteration, consumed, checkpoint, state, new_rows)
+    return Start(config, Blend(plan, inputs.domains), batches, iteration, consumed, checkpoint, state, new_rows, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,8 @@ class Run:
     """The rows that are trained alone at first (training.new_rows.NewRows), or None."""
     only_new_rows: bool
     """Whether the last iteration trained these alone."""
+    validated: bool
+    """Whether the validation that was due after the last iteration was made."""
 
     @property
     def plan(self) -> BlendPlan:
@@ -140,17 +151,35 @@ class Run:
         return self.launch.rank == 0
 
 
-def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say: Callable[[str], None]) -> Run:
-    """Process groups, model, optimizer and, where there is one, the checkpoint. `say` prints a line (on one rank only)."""
-    config = start.config
+def join(launch: Launch, config: Config) -> Lifeline | None:
+    """Make this process one of the job's, with megatron-core's process groups; what tells the others why it failed, where there are others."""
     from megatron_chatflow.engine import cpu, distributed
 
     distributed.hide_engine_warnings()
     cpu.install()
+    distributed.initialize(launch, config.parallel, config.model.num_layers)
+    return distributed.watch(launch)
+
+
+def find_sound_start(config: Config, inputs: Inputs, start: Start) -> Start:
+    """`start`, or an earlier one if its checkpoint turns out to be damaged when the ranks read all of it. Raises UsageError where none is sound."""
+    from megatron_chatflow.training.checkpoint import find_damage
+
+    damaged: dict[Path, str] = {}
+    while start.checkpoint is not None and (wrong := find_damage(start.checkpoint)):
+        damaged[start.checkpoint] = wrong
+        start = find_start(config, inputs, damaged)
+    return start
+
+
+def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say: Callable[[str], None]) -> Run:
+    """Model, optimizer and, where there is one, the checkpoint, over the groups of `join`. `say` prints a line (on one rank only)."""
+    config = start.config
     import torch
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    from megatron_chatflow.engine import distributed
     from megatron_chatflow.model.forward import make_forward_step, schedule_shape
     from megatron_chatflow.model.gpt import build_model, count_parameters
     from megatron_chatflow.model.spec import choose_transformer_impl
@@ -163,7 +192,6 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     impl, reason = choose_transformer_impl(config)
     if reason:
         say(reason)
-    distributed.initialize(launch, config.parallel, config.model.num_layers)
     device = distributed.device(launch.local_rank)
     if device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // max(1, launch.world_size)))
@@ -185,7 +213,7 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     if start.checkpoint is not None:
         with_optimizer = start.state is not None and start.state["optimizer"] and not config.checkpoint.no_load_optim
         with_average = average is not None and start.state is not None and start.state.get("ema_decay") is not None
-        checkpoint.load(start.checkpoint, model, optimizer if with_optimizer else None, average if with_average else None)
+        checkpoint.load(start.checkpoint, model, optimizer if with_optimizer else None, average if with_average else None, verified=True)
         if average is not None and not with_average:
             average = WeightAverage(model, config.training.ema_decay)
             if start.state is not None:
@@ -206,5 +234,5 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     return Run(
         config, launch, inputs, start.blend, outlook, start.batches, device, impl, model, optimizer, scheduler, step, shape,
         start.iteration, start.consumed, average, NewRows(model, start.new_rows) if len(start.new_rows) else None,
-        bool(start.state and start.state.get("only_new_rows")),
+        bool(start.state and start.state.get("only_new_rows")), bool(start.state is None or start.state.get("validated", True)),
     )  # fmt: skip

@@ -28,7 +28,7 @@ def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("name", "world", "flags"), [("one", 1, []), ("TP2", 2, TP), ("sharded", 2, SHARDED)])
 def test_the_saved_mean_is_the_mean_of_the_weights(pool: Pool, sample: Path, name: str, world: int, flags: list[str]) -> None:
     still, run = sample / f"ema still {name}", sample / f"ema {name}"
-    ok(pool.run(world, train, sample, "--save", str(still), *flags, "--train-iters", "1", "--lr", "0", "--min-lr", "0"))
+    ok(pool.run(world, train, sample, "--save", str(still), *flags, "--train-iters", "1", "--lr-warmup-iters", "0", "--lr", "0", "--min-lr", "0"))
     ok(pool.run(world, train, sample, "--save", str(run), "--save-interval", "1", *FLAGS, *flags))
     means = {key: t.double() for key, t in tensors(still, 1).items() if not key.startswith("optimizer.")}
     for iteration in range(1, 5):

@@ -50,7 +50,7 @@ def weights(run: Path, iteration: int) -> dict[str, torch.Tensor]:
 def test_only_the_new_rows_change_in_the_phase_and_everything_after_it(pool: Pool, sample: Path, phase: list[str], layout: str) -> None:
     world, flags = LAYOUTS[layout]
     still, run = sample / f"still {layout}", sample / f"rows {layout}"
-    ok(pool.run(world, train, sample, "--save", str(still), *flags, "--train-iters", "1", "--lr", "0", "--min-lr", "0"))
+    ok(pool.run(world, train, sample, "--save", str(still), *flags, "--train-iters", "1", "--lr-warmup-iters", "0", "--lr", "0", "--min-lr", "0"))
     out = ok(pool.run(world, train, sample, "--save", str(run), "--save-interval", "1", *phase, *flags))
     assert "from sample 24 on all weights are trained" in out
     before, at_end, after = weights(still, 1), weights(run, 3), weights(run, 4)
@@ -58,7 +58,11 @@ def test_only_the_new_rows_change_in_the_phase_and_everything_after_it(pool: Poo
     assert len(names) == (1 if "tied" in layout else 2) * (2 if "bf16" in layout or "distributed" in layout else 1), names
     for name, tensor in before.items():
         changed = (tensor != at_end[name]).flatten(1).any(1) if tensor.ndim > 1 else tensor != at_end[name]
-        assert changed.nonzero().flatten().tolist() == (NEW if name in names else []), name
+        rows = changed.nonzero().flatten().tolist()
+        if "word_embeddings" in name and "tied" not in layout:  # a token that was not read has no gradient there
+            assert rows and set(rows) <= set(NEW), name
+        else:
+            assert rows == (NEW if name in names else []), name
         assert not torch.equal(at_end[name], after[name]), name
 
 

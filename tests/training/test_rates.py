@@ -23,7 +23,8 @@ def config(**optimizer: object) -> Config:
 
 def plan(at: int) -> BlendPlan:
     stages = [{"name": "early", "at": 0, "weights": {"a": 1}}, *([{"name": "late", "at": at, "weights": {"b": 1}}] if at else [])]
-    curriculum = parse_curriculum({"clock": "samples", "domains": {"a": {"path": "a"}, "b": {"path": "b"}}, "stages": stages})
+    mapping = {"clock": "samples", "domains": {"a": {"path": "a"}, "b": {"path": "b"}}, "stages": stages}
+    curriculum = parse_curriculum(mapping, source="test", folder=Path())
     return BlendPlan(curriculum, num_samples=1000, global_batch_size=10, seq_length=8)
 
 
