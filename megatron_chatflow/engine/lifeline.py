@@ -116,7 +116,7 @@ class Lifeline:
 
 def _end(text: str | None) -> None:
     """Leave at once: other threads and the collectives' own clean-up may hang."""
-    if text:
-        print(f"chatflow: the job ends: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    if text:
+        os.write(2, f"chatflow: the job ends: {text}\n".encode())
     os._exit(1)

@@ -82,12 +82,12 @@ def _train(run: Run, stop: Stop, reporter: Reporter, loader: Loader, keeper: Kee
             )
             return True
         update_num_microbatches(run.consumed)
-    if why:
+    if why and run.consumed + get_current_global_batch_size() <= total:
         keeper.finish()
         kept = f"resume with --load {config.checkpoint.save}" if config.checkpoint.save else "nothing was saved (no --save)"
         reporter.say(f"leaving at iteration {run.iteration} ({why}); {kept}")
         return False
-    if interval and run.iteration % interval:
+    if interval and run.iteration % interval and not why:
         latest, why = _validate(run, reporter, stop)
     keeper.finish()
     _summary(run, reporter, baseline, latest)
