@@ -146,11 +146,12 @@ def torment(folder: Path, faults: int, seed: int, say: Any = print) -> dict[str,
 
     from megatron_chatflow.training import manifest
     from megatron_chatflow.training.run_directory import find_sound_checkpoint
-    from tests.audit import STAGES, TINY, Story
+    from tests.audit import BOUND, STAGES, TINY, Story, read_notes
     from tests.sample import build
     from tools.compare_runs import differences
 
-    corpora = build(folder / "corpora") if (folder / "corpora").mkdir() is None else None
+    (folder / "corpora").mkdir()
+    corpora = build(folder / "corpora")
     source, context = random.Random(seed), preload()
     total = ITERATIONS_A_FAULT * (faults + 2) * BATCH
     settings = TINY | {"training": TINY["training"] | {"train_samples": total}, "logging": {"log_interval": 50}}
@@ -218,13 +219,16 @@ def torment(folder: Path, faults: int, seed: int, say: Any = print) -> dict[str,
                 if found is not None:
                     assert manifest.damage(found, lambda *_: True) is None
                     kept = int(found.name[5:])
-        story.audit(total, (0, stages))
+        served = read_notes(story.launches)
+        assert len(served.names) == total and not any(served.repeated().values()) and not any(served.skipped().values()), len(served.names)
+        assert served.farthest([(0, stages)]) <= BOUND
         say(f"{launches} launches, {dict(done)}; {total} samples, each read once; down after {max(down, default=0):.1f} s at most", flush=True)
         calm = Launch(context, story.folder, 10**6, [word.replace(str(story.run), str(story.folder / "calm")) for word in words])
         try:
             assert set(calm.wait(1800)) == {0}, calm.text()
         finally:
             calm.end()
+        assert read_notes([calm.notes]) == served, "the calm run has read other samples"
         found = list(differences(story.run, story.folder / "calm", None))
         assert not found, found[:5]
     return {"faults": dict(done), "launches": launches, "samples": total, "longest_down": max(down, default=0.0)}

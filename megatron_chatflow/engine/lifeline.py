@@ -50,10 +50,19 @@ class Lifeline:
                 sentence = self._look_around(reason)
             else:
                 sentence = f"rank {self._rank} on {self._host(self._rank)} failed: {reason}"
-            first = self._claim(sentence)
+            if self._claim(sentence):
+                _say(f"{sentence}\n{detail}")
+            self._linger()
         except Exception:  # the store is gone with the rank that held it
-            sentence, first = f"rank {self._rank} on {socket.gethostname()} lost the rank that holds the job's store, and failed: {reason}", True
-        _end(f"{sentence}\n{detail}" if first else None)
+            _say(f"rank {self._rank} on {socket.gethostname()} lost the rank that holds the job's store, and failed: {reason}")
+        os._exit(1)
+
+    def _linger(self) -> None:
+        """Rank 0 holds the store, where the others still look for the reason: it leaves last."""
+        self._store.add("left", 1)
+        end = time.monotonic() + 2 * PATIENCE
+        while self._rank == 0 and time.monotonic() < end and self._store.add("left", 0) < self._size:
+            time.sleep(0.1)
 
     def _live(self) -> None:
         """The thread: give signs of life; on rank 0 watch for those of the others."""
@@ -68,12 +77,15 @@ class Lifeline:
                     silent = [rank for rank, beat in self._beats().items() if self._unchanged(seen, rank, beat, now) > SILENT]
                     if silent and not self._stop.is_set():
                         sentence = "; ".join(f"rank {rank} on {self._host(rank)} has given no sign of life for {SILENT:.0f} s" for rank in silent)
-                        _end(sentence if self._claim(sentence) else None)
+                        if self._claim(sentence):
+                            _say(sentence)
+                        os._exit(1)
                 lost_since = None
             except Exception:
                 lost_since = lost_since or now
                 if now - lost_since > SILENT and not self._stop.is_set():
-                    _end(f"rank {self._rank} on {socket.gethostname()} has had no answer from the rank that holds the job's store for {SILENT:.0f} s")
+                    _say(f"rank {self._rank} on {socket.gethostname()} has had no answer from the rank that holds the job's store for {SILENT:.0f} s")
+                    os._exit(1)
 
     @staticmethod
     def _unchanged(seen: dict[int, tuple[bytes, float]], rank: int, beat: bytes, now: float) -> float:
@@ -114,9 +126,7 @@ class Lifeline:
         return True
 
 
-def _end(text: str | None) -> None:
-    """Leave at once: other threads and the collectives' own clean-up may hang."""
+def _say(text: str) -> None:
+    """Straight to standard error: the process is about to end without its usual clean-up, in which other threads and collectives may hang."""
     sys.stdout.flush()
-    if text:
-        os.write(2, f"chatflow: the job ends: {text}\n".encode())
-    os._exit(1)
+    os.write(2, f"chatflow: the job ends: {text}\n".encode())
