@@ -58,7 +58,7 @@ def _train(run: Run, stop: Stop, reporter: Reporter, loader: Loader, keeper: Kee
     why = stop.agreed(run.device)
     baseline: dict[str, Any] = {}
     latest: dict[str, Any] = {}
-    if interval and not why and (run.iteration == 0 or not run.validated):
+    if interval and not why and not run.validated:
         latest, why = _validate(run, reporter, stop)
         baseline = latest if run.iteration == 0 else {}
     if not why and run.consumed + get_current_global_batch_size() > total:

@@ -38,7 +38,7 @@ class Reporter:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "config.yaml", to_yaml(config))
             write_atomically(folder / "plan.json", run.plan.to_json())
-            trim_metrics(folder, run.iteration)
+            trim_metrics(folder, run.iteration, validated=run.validated)
             self.metrics = MetricsWriter(folder / METRICS)
         if self.active and board:
             self.board = TensorBoardWriter(Path(board), run.iteration + 1)

@@ -112,8 +112,11 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder / 'state.json'} cannot be read ({error}); load another checkpoint with --ckpt-step") from None
 
 
-def trim_metrics(run: Path, iteration: int) -> None:
-    """Cut lines of later iterations, and a half line, from the end of metrics.jsonl: a resumed run writes them again."""
+def trim_metrics(run: Path, iteration: int, *, validated: bool) -> None:
+    """Cut lines of later iterations, and a half line, from the end of metrics.jsonl: a resumed run writes them again.
+
+    Unless `validated`, the validation of `iteration` itself is among them.
+    """
     path = run / METRICS
     if not path.exists():
         return
@@ -123,8 +126,10 @@ def trim_metrics(run: Path, iteration: int) -> None:
             start = _line_start(file, end)
             file.seek(start)
             line = file.read(end - start)
-            if line.endswith(b"\n") and json.loads(line)["iteration"] <= iteration:
-                break
+            if line.endswith(b"\n"):
+                record = json.loads(line)
+                if record["iteration"] < iteration or (record["iteration"] == iteration and (validated or "validation" not in record)):
+                    break
             end = start
         file.truncate(end)
 

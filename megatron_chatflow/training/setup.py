@@ -133,7 +133,7 @@ class Run:
     only_new_rows: bool
     """Whether the last iteration trained these alone."""
     validated: bool
-    """Whether the validation that was due after the last iteration was made."""
+    """Whether the validation that was due after the last iteration, or before the first, was made."""
 
     @property
     def plan(self) -> BlendPlan:
@@ -234,5 +234,5 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     return Run(
         config, launch, inputs, start.blend, outlook, start.batches, device, impl, model, optimizer, scheduler, step, shape,
         start.iteration, start.consumed, average, NewRows(model, start.new_rows) if len(start.new_rows) else None,
-        bool(start.state and start.state.get("only_new_rows")), bool(start.state is None or start.state.get("validated", True)),
+        bool(start.state and start.state.get("only_new_rows")), bool(start.state) and start.state.get("validated", True),
     )  # fmt: skip
