@@ -63,7 +63,7 @@ def find_start(config: Config, inputs: Inputs, damaged: Mapping[Path, str] = Map
         plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
         return Start(config, Blend(plan, inputs.domains), batch_history(config), 0, 0, checkpoint, None, new_rows, tuple(notes))
     state = read_state(checkpoint)
-    if "consumed_train_samples" not in state:
+    if "plan" not in state:
         raise UsageError(f"{checkpoint} holds weights only, no run to go on with; add --finetune to train them, and give --save a folder of its own")
     iteration, consumed = state["iteration"], state["consumed_train_samples"]
     if iteration and not state.get("only_new_rows") and consumed < config.training.train_new_rows_samples:
