@@ -51,8 +51,8 @@ def source_lines(name: str) -> list[str]:
     return (QUICKSTART / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
 
 
-def audited_train(folder: Path, notes: Path, *words: str) -> tuple[int, str, str]:
-    """`train` on this rank; what its loader hands out goes to a file of this rank in `notes`, a folder for each launch."""
+def recording_loader(notes: Path) -> type:
+    """The loop's loader, of a kind that writes down each sample that it hands out, in a file of this rank in `notes`."""
     from megatron_chatflow.data.loader import rank_rows
     from megatron_chatflow.training import loop
 
@@ -70,7 +70,14 @@ def audited_train(folder: Path, notes: Path, *words: str) -> tuple[int, str, str
                         file.write(json.dumps([n, name, int(batch["ordinal"][i]), fingerprint(batch, i)]) + "\n")
             return batches
 
-    with mock.patch.object(loop, "Loader", Recording):
+    return Recording
+
+
+def audited_train(folder: Path, notes: Path, *words: str) -> tuple[int, str, str]:
+    """`train` on this rank; what its loader hands out goes to a file of this rank in `notes`, a folder for each launch."""
+    from megatron_chatflow.training import loop
+
+    with mock.patch.object(loop, "Loader", recording_loader(notes)):
         return train(folder, *words)
 
 

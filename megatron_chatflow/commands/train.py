@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from megatron_chatflow.commands.common import usage_errors
-from megatron_chatflow.config import make_parser, parse, resolve
+from megatron_chatflow.config import UsageError, make_parser, parse, resolve
 from megatron_chatflow.engine.launch import read_launch
 from megatron_chatflow.report import console
 
@@ -16,7 +16,8 @@ EPILOG = """examples:
   srun --ntasks-per-node 8 chatflow train --config run.yaml        (inside a SLURM job: one task a GPU)
   chatflow train --config run.yaml --load runs/zh --save runs/zh --curriculum edited.yaml --amend-curriculum
 
-exit codes: 0 finished, 1 failed, 2 the configuration cannot be used (nothing was written)
+exit codes: 0 finished, 1 failed, 2 the configuration cannot be used (nothing was written), 3 left before the end at SIGTERM, SIGUSR1 or
+--exit-duration-in-mins: start it again and it goes on
 """
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         launch = read_launch()
         config = resolve(config, launch.world_size)
         from megatron_chatflow.training.inputs import open_inputs
-        from megatron_chatflow.training.setup import assemble, find_start, look_ahead
+        from megatron_chatflow.training.setup import assemble, find_sound_start, find_start, join, look_ahead
 
         begin = time.perf_counter()
         inputs = open_inputs(config, held_out=bool(config.validation.eval_interval))
@@ -43,18 +44,35 @@ def main(argv: Sequence[str]) -> int:
         say(note)
     say(f"{len(inputs.domains)} domains, {outlook.total:,} samples of {config.data.seq_length} tokens, opened in {time.perf_counter() - begin:.2f} s")
     from megatron_chatflow.engine.distributed import shut_down
+    from megatron_chatflow.training.stop import EXIT_PREEMPTED, Stop
 
+    lifeline = None
     try:
-        run = assemble(launch, inputs, start, outlook, say)
-        from megatron_chatflow.training.loop import train
-        from megatron_chatflow.training.step import NonFiniteError
+        lifeline = join(launch, config)
+        with Stop(config.training.exit_duration_in_mins) as stop:
+            with usage_errors():
+                start = find_sound_start(config, inputs, start)
+                outlook = look_ahead(start, inputs)
+            for note in start.notes:
+                say(note)
+            run = assemble(launch, inputs, start, outlook, say)
+            from megatron_chatflow.training.loop import train
+            from megatron_chatflow.training.saver import SaveError
+            from megatron_chatflow.training.step import NonFiniteError
 
-        try:
-            train(run)
-        except NonFiniteError as error:
-            if launch.rank == 0:
-                console.complain(f"chatflow train: stopped: {error}")
-            return 1
+            try:
+                return 0 if train(run, stop) else EXIT_PREEMPTED
+            except (NonFiniteError, SaveError) as error:
+                if launch.rank == 0:
+                    console.complain(f"chatflow train: stopped: {error}")
+                return 1
+    except UsageError:
+        raise
+    except Exception as error:
+        if lifeline is None:
+            raise
+        lifeline.fail(error)
     finally:
+        if lifeline is not None:
+            lifeline.close()
         shut_down()
-    return 0

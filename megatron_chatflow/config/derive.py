@@ -154,6 +154,8 @@ def _check_batches(config: Config, dp: int) -> None:
         raise UsageError("train_iters and train_samples are both given; drop one of them")
     if not (t.train_iters or t.train_samples):
         raise UsageError("the run is 0 long; give --train-iters or --train-samples a positive number")
+    if t.ema_decay is not None and not 0 < t.ema_decay < 1:
+        raise UsageError(f"ema_decay is {t.ema_decay}; give --ema-decay a number between 0 and 1, e.g. 0.999")
     sizes = [t.global_batch_size]
     if t.rampup_batch_size is not None:
         if t.train_iters is not None:
@@ -180,7 +182,10 @@ def _check_batches(config: Config, dp: int) -> None:
                     f"global_batch_size {size} makes {size // step} micro-batches a rank, not a multiple of pipeline_model_parallel_size "
                     f"{p.pipeline_model_parallel_size}, which the interleaved schedule needs; change --global-batch-size or --micro-batch-size"
                 )
-    for name in ("save_interval", "eval_interval", "log_interval", "tensorboard_log_interval", "exit_interval"):
+    for name in (
+        "save_interval", "save_retain_interval", "most_recent_k", "eval_interval", "log_interval", "tensorboard_log_interval", "exit_interval",
+        "exit_duration_in_mins",
+    ):  # fmt: skip
         section = next(s for s in (config.checkpoint, config.validation, config.logging, t) if hasattr(s, name))
         if getattr(section, name) is not None and getattr(section, name) < 1:
             raise UsageError(f"{name} is {getattr(section, name)}; give {_flag(name)} a positive number or leave it out")

@@ -43,10 +43,9 @@ _GROUPS: dict[str, str] = {
     ),
     "write --load DIR --finetune": "--pretrained-checkpoint",
     "write --save-interval": "--persistent-save-interval",
-    "every checkpoint is kept; remove old iter_ folders by hand": "--save-retain-interval",
-    "asynchronous and local checkpoints are not available yet; drop the flag": (
-        "--async-save --use-persistent-ckpt-worker --non-persistent-save-interval --non-persistent-ckpt-type --non-persistent-local-ckpt-dir "
-        "--non-persistent-local-ckpt-algo --replication"
+    "a writer lives as long as its checkpoint; write --async-save": "--use-persistent-ckpt-worker",
+    "local checkpoints are not available; write --async-save with --save-interval": (
+        "--non-persistent-save-interval --non-persistent-ckpt-type --non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo --replication"
     ),
     "the order of the data is the plan's, for every number of ranks; drop the flag": "--dataloader-type",
     "one thread reads ahead, and it keeps up; drop the flag": "--num-workers",
@@ -83,9 +82,11 @@ _GROUPS: dict[str, str] = {
     "run the command under a profiler of your choice; drop the flag": (
         "--profile --profile-step-start --profile-step-end --use-pytorch-profiler --record-memory-history"
     ),
-    "only --check-for-nan-in-loss-and-grad is available yet; drop the flag": "--check-for-spiky-loss --check-for-large-grads --iterations-to-skip",
-    "signals are not handled yet; save often with --save-interval": "--exit-signal-handler --exit-signal --exit-signal-handler-for-dataloader",
-    "not available yet; use --exit-interval": "--exit-duration-in-mins",
+    "loss spikes are always reported; drop the flag": "--check-for-spiky-loss",
+    "the gradient norm is clipped and reported; drop the flag": "--check-for-large-grads",
+    "SIGTERM and SIGUSR1 are always heard: the run saves and leaves; drop the flag": (
+        "--exit-signal-handler --exit-signal --exit-signal-handler-for-dataloader"
+    ),
     "fault injection and in-process restarts are not supported; drop the flag": (
         "--rerun-mode --error-injection-rate --error-injection-type --result-rejected-tracker-filename --enable-ft-package --calc-ft-timeouts "
         "--inprocess-restart --adlr-autoresume"

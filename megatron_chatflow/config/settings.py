@@ -138,9 +138,22 @@ class TrainingSettings:
     recompute_modules: list[str] | None = None
     """Parts that --recompute-granularity selective computes again: core_attn (the default), mlp, layernorm."""
     check_for_nan_in_loss_and_grad: bool = True
-    """Stop with an error when a loss or a gradient norm is not finite."""
+    """Do not take a step when the loss or the gradient norm is not finite; --max-nonfinite-iterations says when to stop."""
+    max_nonfinite_iterations: int = 3
+    """So many iterations in a row whose loss or gradient norm is not finite are skipped (their samples count as read, the weights stay); one more
+    stops the run, naming its samples."""
+    iterations_to_skip: list[int] | None = None
+    """Iterations whose samples are passed over without training, e.g. those that a loss spike was traced to."""
+    train_new_rows_samples: int = 0
+    """Over the first so many samples (whole iterations) train only the embedding and output rows of the tokens that an extended tokenizer added,
+    without weight decay; which ones token_map.json beside the tokenizer says."""
+    ema_decay: float | None = None
+    """Keep a running mean of the weights, X x mean + (1 - X) x weights after every iteration, in float32 beside them; it is saved with every
+    checkpoint."""
     exit_interval: int | None = None
     """Save and exit after every iteration that is a multiple of this."""
+    exit_duration_in_mins: int | None = None
+    """Save and exit after so many minutes, with the exit code of a preempted run."""
     use_cpu_initialization: bool = False
     """Draw initial weights on the CPU, the same for every layout; always on where there is no CUDA device."""
 
@@ -237,6 +250,14 @@ class CheckpointSettings:
     """Run directory to resume from (usually the same as --save; an empty one starts afresh)."""
     save_interval: int | None = None
     """Iterations between checkpoints; one is always written at the end."""
+    save_retain_interval: int | None = None
+    """Keep the checkpoints of iterations that are multiples of this, and remove older ones but for the --most-recent-k newest."""
+    most_recent_k: int | None = None
+    """Keep this many newest checkpoints and remove older ones; all are kept by default, and 2 with --save-retain-interval."""
+    async_save: bool = False
+    """Write checkpoints in processes of their own while the training goes on."""
+    exit_on_failed_save: bool = False
+    """Stop when a checkpoint cannot be written (a full disk), instead of going on and trying again at the next."""
     ckpt_step: int | None = None
     """Load this iteration instead of the latest."""
     finetune: bool = False

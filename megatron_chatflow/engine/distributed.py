@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_chatflow.config.settings import ParallelSettings
 from megatron_chatflow.engine import cpu
 from megatron_chatflow.engine.launch import Launch
+from megatron_chatflow.engine.lifeline import Lifeline
 
 
 def hide_engine_warnings() -> None:
@@ -43,6 +44,11 @@ def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> N
     else:
         dist.init_process_group(backend, init_method="env://", **sizes)
     initialize_model_parallel(parallel, num_layers)
+
+
+def watch(launch: Launch) -> Lifeline | None:
+    """The line that tells why a job of several processes came down; None where there is one process. The groups are initialised."""
+    return Lifeline(dist.distributed_c10d._get_default_store(), launch.rank, launch.world_size) if launch.world_size > 1 else None
 
 
 def virtual_pipeline_size(parallel: ParallelSettings, num_layers: int) -> int | None:

@@ -23,7 +23,7 @@ def iteration_line(values: Mapping[str, Any], now: datetime.datetime) -> str:
 
     Args:
         values: iteration, train_iters, consumed_samples, seconds (mean a step), tokens_per_second, throughput (TFLOP/s of one process, or None),
-            learning_rate, global_batch_size, loss, grad_norm.
+            learning_rate, global_batch_size, loss, grad_norm, skipped and nan (iterations since the line before).
         now: the time to print.
     """
     throughput = f" throughput per GPU (TFLOP/s/GPU): {values['throughput']:.1f} |" if values["throughput"] is not None else ""
@@ -32,7 +32,8 @@ def iteration_line(values: Mapping[str, Any], now: datetime.datetime) -> str:
         f"consumed samples: {values['consumed_samples']:12d} |"
         f" elapsed time per iteration (ms): {values['seconds'] * 1000:.1f} |{throughput} tokens per second: {values['tokens_per_second']:.0f} |"
         f" learning rate: {values['learning_rate']:.6E} | global batch size: {values['global_batch_size']:5d} | lm loss: {values['loss']:.6E} |"
-        f" loss scale: 1.0 | grad norm: {values['grad_norm']:.3f} | number of skipped iterations:   0 | number of nan iterations:   0 |"
+        f" loss scale: 1.0 | grad norm: {values['grad_norm']:.3f} |"
+        f" number of skipped iterations: {values['skipped']:3d} | number of nan iterations: {values['nan']:3d} |"
     )
 
 

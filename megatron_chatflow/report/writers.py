@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,16 +41,41 @@ class TensorBoardWriter:
 
 
 class MetricsWriter:
-    """One JSON object a line; each line is handed to the operating system at once."""
+    """One JSON object a line; each line is handed to the operating system at once, or as soon as the disk has room again."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._end = self._file.seek(0, os.SEEK_END)
+        self._waiting = b""
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append one record. Numbers are written so that they read back to the same bits."""
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._waiting += (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        with contextlib.suppress(OSError):
+            self._write()
+
+    def flush(self) -> None:
+        """Make what was added durable. Raises OSError where it cannot be written."""
+        self._write()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. Raises OSError where what was added cannot be written."""
+        try:
+            self._write()
+        finally:
+            self._file.close()
+
+    def _write(self) -> None:
+        """All that waits, or nothing."""
+        if not self._waiting:
+            return
+        try:
+            written = self._file.write(self._waiting)
+        except OSError:
+            written = 0
+        if written != len(self._waiting):
+            self._file.truncate(self._end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+        self._end, self._waiting = self._end + written, b""

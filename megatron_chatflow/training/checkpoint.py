@@ -1,14 +1,7 @@
-"""Checkpoints: megatron-core's torch_dist shards and, beside them, what the run knows in plain JSON.
-
-RUN/latest_checkpointed_iteration.txt   written last, atomically: what it names is complete
-RUN/iter_0000100/                       shards of weights and optimizer, for any layout, and state.json
-"""
+"""What a checkpoint holds of model, optimizer and running mean, in megatron-core's terms; `saver.py` has the files."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +10,12 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_chatflow.training.run_directory import POINTER, iteration_folder, write_atomically
+from megatron_chatflow.config import UsageError
+from megatron_chatflow.training import manifest
+from megatron_chatflow.training.average import WeightAverage, mean_instead
+from megatron_chatflow.training.run_directory import read_state
+from megatron_chatflow.training.safe_reading import check_pickles
+from megatron_chatflow.training.saver import Saver
 
 
 def _metadata() -> dict[str, Any]:
@@ -31,53 +29,105 @@ def _unwrap(chunk: MegatronModule) -> MegatronModule:
     return chunk
 
 
-def _sharded_state(model: list[MegatronModule], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for i, chunk in enumerate(model):
-        state["model" if len(model) == 1 else f"model{i}"] = _unwrap(chunk).sharded_state_dict(metadata=_metadata())
+def _weights(model: list[MegatronModule]) -> dict[str, Any]:
+    """The sharded state dict of each chunk under the name that megatron-core looks for."""
+    return {name: _unwrap(chunk).sharded_state_dict(metadata=_metadata()) for name, chunk in zip(_names(model), model, strict=True)}
+
+
+def _names(model: list[MegatronModule]) -> list[str]:
+    return ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
+
+
+def sharded_state(
+    model: list[MegatronModule], optimizer: MegatronOptimizer | None, average: WeightAverage | None, *, is_loading: bool = False
+) -> dict[str, Any]:
+    """What a checkpoint holds, as megatron-core's sharded state dict: weights and, where they are given, optimizer state and running mean.
+
+    Called by every rank: the weights and the optimizer's state are gathered where they are spread.
+    """
+    if not is_loading:
+        gather_weights(model)
+    weights = _weights(model)
+    state = dict(weights) | ({} if is_loading else {"content_metadata": _metadata()})
     if optimizer is not None:
         # megatron-core finds a parameter's shard by walking the model part of the very same dictionary.
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_metadata())
+        state["optimizer"] = optimizer.sharded_state_dict(dict(weights), is_loading=is_loading, metadata=_metadata())
+    if average is not None:
+        state |= {f"ema/{name}": average.sharded_state(entries) for name, entries in weights.items()}
     return state
 
 
-def save(run: Path, iteration: int, model: list[MegatronModule], optimizer: MegatronOptimizer | None, state: dict[str, Any]) -> Path:
-    """Write ``RUN/iter_<iteration>`` and then point to it; called by every rank. `state` is plain data for state.json.
+def gather_weights(model: list[MegatronModule]) -> None:
+    """Complete the weights of every rank. Under --overlap-param-gather what the optimizer changed is otherwise gathered in the next forward pass."""
+    for chunk in model:
+        if getattr(chunk, "ddp_config", None) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
-    A folder under another name is filled first and renamed when it is complete on every rank, so a killed save leaves the
-    previous checkpoint the latest. Returns the folder.
+
+def save(
+    run: Path,
+    iteration: int,
+    model: list[MegatronModule],
+    optimizer: MegatronOptimizer | None,
+    state: dict[str, Any],
+    average: WeightAverage | None = None,
+) -> Path:
+    """Write ``RUN/iter_<iteration>`` and then point to it (`Saver`); returns the folder. Called by every rank. `state`: plain data for state.json."""
+    saver = Saver(run)
+    saver.begin(iteration, sharded_state(model, optimizer, average), state)
+    return saver.poll(wait=True).folder
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, None where nothing is: every file's size and SHA-256, read once among all ranks, which all get the answer."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mine = sorted(path.name for path in folder.iterdir())[rank::size]
+    answers: list[str | None] = [None] * size
+    torch.distributed.all_gather_object(answers, manifest.damage(folder, lambda name, _: name in mine))
+    return next(filter(None, answers), None)
+
+
+def load(
+    folder: Path, model: list[MegatronModule], optimizer: MegatronOptimizer | None, average: WeightAverage | None = None, *, verified: bool = False
+) -> None:
+    """Load weights, and where they are given the state of the optimizer and the weights' running mean, from a checkpoint of any layout.
+
+    Raises UsageError for a checkpoint that is damaged, or whose pickles hold what does not belong there. `verified`: `find_damage` was asked before.
     """
-    folder = iteration_folder(run, iteration)
-    partial = folder.with_name(folder.name + ".partial")
-    first = torch.distributed.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(partial), content_metadata=_metadata())
-    torch.distributed.barrier()
-    if first:
-        write_atomically(partial / "state.json", json.dumps(state, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(partial, folder)
-        write_atomically(run / POINTER, f"{iteration}\n")
-    torch.distributed.barrier()
-    return folder
-
-
-def load(folder: Path, model: list[MegatronModule], optimizer: MegatronOptimizer | None) -> None:
-    """Load weights, and the optimizer's state where an optimizer is given, from a checkpoint of any layout."""
+    _check(folder, verified)
     for part in getattr(optimizer, "chained_optimizers", []):
         # Without apex or Transformer Engine the distributed optimizer asserts that it has stepped; what the step leaves is overwritten below.
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()
-    wanted = _sharded_state(model, optimizer, is_loading=True)
-    loaded = dist_checkpointing.load(wanted, str(folder))
-    for i, chunk in enumerate(model):
-        _unwrap(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{i}"])
+    loaded = dist_checkpointing.load(sharded_state(model, optimizer, average, is_loading=True), str(folder))
+    _load_weights(model, loaded)
     if optimizer is not None:
         _load_optimizer(optimizer, loaded["optimizer"])
+    if average is not None:
+        for name, entries in _weights(model).items():
+            average.restore(entries, loaded[f"ema/{name}"])
+
+
+def load_average(folder: Path, model: list[MegatronModule]) -> None:
+    """Load the running mean of the weights (--ema-decay) of a checkpoint in place of its weights.
+
+    Raises UsageError where the checkpoint has none, or is damaged.
+    """
+    _check(folder, verified=False)
+    if read_state(folder).get("ema_decay") is None:
+        raise UsageError(f"{folder} holds no running mean of the weights; it was trained without --ema-decay, so load its weights")
+    _load_weights(model, dist_checkpointing.load({name: mean_instead(entries) for name, entries in _weights(model).items()}, str(folder)))
+
+
+def _check(folder: Path, verified: bool) -> None:
+    if not verified and (wrong := find_damage(folder)):
+        raise UsageError(f"{folder} is damaged: {wrong}; load another checkpoint with --ckpt-step")
+    check_pickles(folder)
+
+
+def _load_weights(model: list[MegatronModule], loaded: dict[str, Any]) -> None:
+    for name, chunk in zip(_names(model), model, strict=True):
+        _unwrap(chunk).load_state_dict(loaded[name])
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches, update_num_microbatches
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
@@ -13,21 +15,26 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron_chatflow.data import Loader
 from megatron_chatflow.engine.distributed import data_parallel
 from megatron_chatflow.evaluation.loss import evaluate_domains
-from megatron_chatflow.model.forward import make_forward_step
+from megatron_chatflow.model.forward import SUMS, make_forward_step
 from megatron_chatflow.training import checkpoint
-from megatron_chatflow.training.ledger import data_identity
-from megatron_chatflow.training.length import batches_state, count_iterations
+from megatron_chatflow.training.keeper import Keeper
+from megatron_chatflow.training.length import count_iterations
+from megatron_chatflow.training.new_rows import forget_moments
 from megatron_chatflow.training.reporter import Reporter
 from megatron_chatflow.training.setup import Run
-from megatron_chatflow.training.step import NonFiniteError, seed_iteration, train_step
+from megatron_chatflow.training.step import NonFiniteError, StepResult, seed_iteration, train_step
+from megatron_chatflow.training.stop import Stop
 
 
-def train(run: Run) -> None:
-    """Train to the end of the run. Raises NonFiniteError, with the iteration and its samples, when the loss or the gradients are not finite."""
+def train(run: Run, stop: Stop) -> bool:
+    """Train to the end of the run, or until `stop` says so. Returns whether it is done, and not stopped before its end.
+
+    Raises:
+        NonFiniteError: losses or gradients are not finite, in more iterations in a row than are skipped; names the samples.
+        SaveError: the last checkpoint could not be written, or any with --exit-on-failed-save.
+    """
     config = run.config
-    total = run.outlook.total
-    interval = config.validation.eval_interval
-    reporter = Reporter(run, count_iterations(run.batches, total))
+    reporter = Reporter(run, count_iterations(run.batches, run.outlook.total))
     rank, size = data_parallel()
     loader = Loader(
         run.blend,
@@ -35,38 +42,56 @@ def train(run: Run) -> None:
         data_parallel_rank=rank,
         data_parallel_size=size,
     )
-    saved = run.iteration if run.iteration else None
-    baseline = _validate(run, reporter) if interval and run.iteration == 0 else {}
-    latest = baseline
+    keeper = Keeper(run, reporter)
     try:
-        update_num_microbatches(run.consumed)
-        if run.consumed + get_current_global_batch_size() > total:
-            reporter.say(_nothing_to_do(run, get_current_global_batch_size()))
-            return
-        while run.consumed + get_current_global_batch_size() <= total:
-            _iterate(run, reporter, loader)
-            if interval and run.iteration % interval == 0:
-                latest = _validate(run, reporter)
-            due = config.checkpoint.save_interval and run.iteration % config.checkpoint.save_interval == 0
-            leave = config.training.exit_interval and run.iteration % config.training.exit_interval == 0
-            if config.checkpoint.save and (due or leave):
-                _save(run, reporter)
-                saved = run.iteration
-            if leave:
-                reporter.say(
-                    f"exiting at iteration {run.iteration} (exit_interval {config.training.exit_interval}); "
-                    f"resume with --load {config.checkpoint.save}"
-                )
-                return
-            update_num_microbatches(run.consumed)
-        if interval and run.iteration % interval:
-            latest = _validate(run, reporter)
-        if config.checkpoint.save and saved != run.iteration:
-            _save(run, reporter)
+        return _train(run, stop, reporter, loader, keeper)
     finally:
+        keeper.close()
         loader.close()
         reporter.close()
+
+
+def _train(run: Run, stop: Stop, reporter: Reporter, loader: Loader, keeper: Keeper) -> bool:
+    config, total = run.config, run.outlook.total
+    interval = config.validation.eval_interval
+    update_num_microbatches(run.consumed)
+    why = stop.agreed(run.device)
+    baseline: dict[str, Any] = {}
+    latest: dict[str, Any] = {}
+    if interval and not why and not run.validated:
+        latest, why = _validate(run, reporter, stop)
+        baseline = latest if run.iteration == 0 else {}
+    if not why and run.consumed + get_current_global_batch_size() > total:
+        reporter.say(_nothing_to_do(run, get_current_global_batch_size()))
+        return True
+    failures = 0
+    while not why and run.consumed + get_current_global_batch_size() <= total:
+        failures = failures + 1 if _iterate(run, reporter, loader, failures) else 0
+        why = stop.agreed(run.device)
+        keeper.poll()
+        run.validated = not (interval and run.iteration % interval == 0)
+        if not why and not run.validated:
+            latest, why = _validate(run, reporter, stop)
+        leave = config.training.exit_interval and run.iteration % config.training.exit_interval == 0
+        if not why and (leave or (config.checkpoint.save_interval and run.iteration % config.checkpoint.save_interval == 0)):
+            keeper.save()
+        if leave and not why:
+            keeper.finish()
+            reporter.say(
+                f"exiting at iteration {run.iteration} (exit_interval {config.training.exit_interval}); resume with --load {config.checkpoint.save}"
+            )
+            return True
+        update_num_microbatches(run.consumed)
+    if why and run.consumed + get_current_global_batch_size() <= total:
+        keeper.finish()
+        kept = f"resume with --load {config.checkpoint.save}" if config.checkpoint.save else "nothing was saved (no --save)"
+        reporter.say(f"leaving at iteration {run.iteration} ({why}); {kept}")
+        return False
+    if interval and run.iteration % interval and not why:
+        latest, why = _validate(run, reporter, stop)
+    keeper.finish()
     _summary(run, reporter, baseline, latest)
+    return True
 
 
 def _nothing_to_do(run: Run, batch: int) -> str:
@@ -76,53 +101,62 @@ def _nothing_to_do(run: Run, batch: int) -> str:
     return f"{where}; raise --train-samples or --train-iters to go on"
 
 
-def _iterate(run: Run, reporter: Reporter, loader: Loader) -> None:
+def _iterate(run: Run, reporter: Reporter, loader: Loader, failures: int) -> bool:
+    """One iteration; returns whether its loss or gradients were not finite. `failures`: how many before it, in a row, were so."""
     config, begin = run.config, time.perf_counter()
     batch = get_current_global_batch_size()
     start, stop = run.consumed, run.consumed + batch
+    lr = get_canonical_lr_for_logging(run.optimizer.param_groups)
+    if run.iteration + 1 in (config.training.iterations_to_skip or ()):
+        result = StepResult(np.zeros((len(run.plan.domain_names), SUMS)), math.nan, "iterations_to_skip")
+    else:
+        result = _step(run, reporter, loader, start, batch)
+    run.scheduler.step(increment=batch)
+    run.iteration, run.consumed = run.iteration + 1, stop
+    reporter.step(start, stop, result, lr, time.perf_counter() - begin)
+    if not result.skipped or result.skipped == "iterations_to_skip":
+        return False
+    where = f"{result.skipped} at iteration {run.iteration}, samples {start} to {stop - 1}"
+    look = f"see what they hold with `chatflow locate --iteration {run.iteration}`"
+    if failures + 1 > config.training.max_nonfinite_iterations:
+        raise NonFiniteError(f"{where}; {look}" + (f"; the {failures} iterations before it were skipped for the same" if failures else ""))
+    reporter.say(f" {where}: skipped, the weights stay; {look}")
+    return True
+
+
+def _step(run: Run, reporter: Reporter, loader: Loader, start: int, batch: int) -> StepResult:
+    config = run.config
     micro_batches = loader.iteration(start, batch)
     assert len(micro_batches) == get_num_microbatches()
     seed_iteration(config.training.seed, run.iteration)
-    lr = get_canonical_lr_for_logging(run.optimizer.param_groups)
-    try:
-        result = train_step(
-            run.forward_step, run.model, run.optimizer, micro_batches, run.shape, len(run.plan.domain_names), run.device,
-            check_finite=config.training.check_for_nan_in_loss_and_grad,
-        )  # fmt: skip
-    except NonFiniteError as error:
-        raise NonFiniteError(
-            f"{error} at iteration {run.iteration + 1}, samples {start} to {stop - 1}; see what they hold with "
-            f"`chatflow locate --iteration {run.iteration + 1}`"
-        ) from None
-    run.scheduler.step(increment=batch)
-    run.iteration, run.consumed = run.iteration + 1, stop
-    reporter.step(start, stop, result.sums, result.grad_norm, lr, time.perf_counter() - begin)
+    alone = start < config.training.train_new_rows_samples
+    if run.only_new_rows and not alone:
+        forget_moments(run.optimizer)
+        reporter.say(f" from sample {start} on all weights are trained")
+    run.only_new_rows = alone
+    result = train_step(
+        run.forward_step, run.model, run.optimizer, micro_batches, run.shape, len(run.plan.domain_names), run.device,
+        check_finite=config.training.check_for_nan_in_loss_and_grad, only=run.new_rows if alone else None,
+    )  # fmt: skip
+    if run.average is not None and not result.skipped:
+        checkpoint.gather_weights(run.model)
+        run.average.update()
+    return result
 
 
-def _validate(run: Run, reporter: Reporter) -> dict[str, Any]:
+def _validate(run: Run, reporter: Reporter, stop: Stop) -> tuple[dict[str, Any], str | None]:
+    """The held-out losses by name, and why to leave if `stop` said so meanwhile: then they are not complete, and not told."""
     config, names = run.config, run.held_out_names
     most = config.validation.eval_iters * config.training.global_batch_size
     token_bytes = torch.from_numpy(run.inputs.token_bytes).to(run.device)
     step = make_forward_step(len(names), token_bytes, run.transformer_impl == "transformer_engine")
-    held_out = run.inputs.held_out
-    return reporter.validation(evaluate_domains(step, run.model, held_out, names, most, config.training.micro_batch_size, run.shape, run.device))
-
-
-def _save(run: Run, reporter: Reporter) -> None:
-    config, begin = run.config, time.perf_counter()
-    state = {
-        "iteration": run.iteration,
-        "consumed_train_samples": run.consumed,
-        "optimizer": not config.checkpoint.no_save_optim,
-        "opt_param_scheduler": run.scheduler.state_dict(),
-        "data": data_identity(config, run.inputs),
-        "batches": batches_state(run.batches),
-        "plan": run.plan.to_json(),
-    }
-    folder = checkpoint.save(
-        Path(config.checkpoint.save), run.iteration, run.model, None if config.checkpoint.no_save_optim else run.optimizer, state
-    )
-    reporter.say(f" saved {folder} in {time.perf_counter() - begin:.1f} s")
+    sums = np.zeros((len(names), SUMS))
+    for name, domain in run.inputs.held_out.items():
+        sums += evaluate_domains(step, run.model, {name: domain}, names, most, config.training.micro_batch_size, run.shape, run.device)
+        if why := stop.agreed(run.device):
+            return {}, why
+    run.validated = True
+    return reporter.validation(sums), None
 
 
 def _summary(run: Run, reporter: Reporter, baseline: dict[str, Any], latest: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from megatron_chatflow.model.gpt import flops_per_token
 from megatron_chatflow.report import console
 from megatron_chatflow.report.writers import MetricsWriter, TensorBoardWriter
 from megatron_chatflow.training.domain_loss import by_domain, loss_values
-from megatron_chatflow.training.run_directory import METRICS, trim_metrics, write_atomically
+from megatron_chatflow.training.durable import write_atomically
+from megatron_chatflow.training.run_directory import METRICS, trim_metrics
 from megatron_chatflow.training.setup import Run
+from megatron_chatflow.training.spikes import SpikeWatch
+from megatron_chatflow.training.step import StepResult
 
 
 class Reporter:
@@ -33,11 +38,12 @@ class Reporter:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "config.yaml", to_yaml(config))
             write_atomically(folder / "plan.json", run.plan.to_json())
-            trim_metrics(folder, run.iteration)
+            trim_metrics(folder, run.iteration, validated=run.validated)
             self.metrics = MetricsWriter(folder / METRICS)
         if self.active and board:
             self.board = TensorBoardWriter(Path(board), run.iteration + 1)
         self.flops = flops_per_token(config, run.inputs.vocab_size)
+        self.spikes = SpikeWatch()
         self.window: list[dict[str, Any]] = []
         self.window_sums = np.zeros((len(run.plan.domain_names), SUMS))
 
@@ -46,11 +52,13 @@ class Reporter:
         if self.active:
             console.say(text)
 
-    def step(self, start: int, stop: int, sums: np.ndarray, grad_norm: float, lr: float, seconds: float) -> None:
-        """Keep one iteration's values, and print those of the last interval when it ends."""
+    def step(self, start: int, stop: int, result: StepResult, lr: float, seconds: float) -> None:
+        """Keep one iteration's values, and print those of the last interval when it ends. A skipped iteration has no loss."""
         run, plan = self.run, self.run.plan
         if not self.active:
             return
+        sums = np.zeros_like(result.sums) if result.skipped else result.sums
+        grad_norm = result.grad_norm if math.isfinite(result.grad_norm) else None
         before, after, target = plan.counts(start), plan.counts(stop), plan.shares(start)
         total = loss_values(sums.sum(0))
         domains, epoch_samples = {}, run.inputs.epoch_samples
@@ -76,17 +84,32 @@ class Reporter:
             "learning-rate": lr,
             "grad-norm": grad_norm,
             "domains": domains,
-        }
+        } | ({"skipped": result.skipped} if result.skipped else {})
         tokens_per_second = (stop - start) * run.config.data.seq_length / seconds
         throughput = tokens_per_second * self.flops / run.launch.world_size / 1e12
         if self.metrics:
             self.metrics.add(record | {"time": {"iteration-time": seconds, "tokens-per-second": tokens_per_second, "throughput": throughput}})
         if self.board and run.iteration % run.config.logging.tensorboard_log_interval == 0:
-            self.board.add(run.iteration, self._tags(record, seconds, tokens_per_second, throughput))
+            self._to_board(self._tags(record, seconds, tokens_per_second, throughput))
         self.window.append(record | {"seconds": seconds})
         self.window_sums += sums
+        if total["loss"] is not None and (mean := self.spikes.look(total["loss"])) is not None:
+            console.say(
+                f" loss spike at iteration {run.iteration}: {total['loss']:.3f}, against {mean:.3f} on average before; see what its samples "
+                f"{start} to {stop - 1} hold with `chatflow locate --iteration {run.iteration}`"
+            )
         if run.iteration == 1 or run.iteration % run.config.logging.log_interval == 0 or stop + run.config.training.micro_batch_size > self.total:
             self._print_window(stop)
+
+    def _to_board(self, tags: dict[str, float | None], *, flush: bool = False) -> None:
+        """A log that cannot be written is no reason to stop."""
+        try:
+            self.board.add(self.run.iteration, tags)
+            if flush:
+                self.board.flush()
+        except OSError as error:
+            console.say(f" TensorBoard's log cannot be written any more ({error.strerror or error}); metrics.jsonl holds the same numbers")
+            self.board = None
 
     def _tags(self, record: dict[str, Any], seconds: float, tokens_per_second: float, throughput: float) -> dict[str, float | None]:
         tags = {name: record[name] for name in ("lm loss", "learning-rate", "grad-norm", "batch-size")}
@@ -110,7 +133,9 @@ class Reporter:
             "learning_rate": window[-1]["learning-rate"],
             "global_batch_size": window[-1]["batch-size"],
             "loss": loss_values(self.window_sums.sum(0))["loss"] or 0.0,
-            "grad_norm": window[-1]["grad-norm"],
+            "grad_norm": window[-1]["grad-norm"] or 0.0,
+            "skipped": sum("skipped" in r for r in window),
+            "nan": sum("finite" in r.get("skipped", "") for r in window),
         }
         console.say(console.iteration_line(values, datetime.datetime.now()))
         losses = by_domain(run.plan.domain_names, self.window_sums)
@@ -131,15 +156,21 @@ class Reporter:
             tags = {"lm loss validation": total["loss"], "lm loss validation ppl": total["ppl"]}
             for name, values in results.items():
                 tags |= {f"validation/{name}/{key}": values[key] for key in ("loss", "bits_per_byte")}
-            self.board.add(self.run.iteration, tags)
-            self.board.flush()
+            self._to_board(tags, flush=True)
         if self.metrics:
             self.metrics.add({"iteration": self.run.iteration, "lm loss validation": total["loss"], "validation": results})
         return results
 
+    def flush(self) -> None:
+        """Make what was told so far durable: a checkpoint should not outlive the records before it. A full disk is told by the checkpoint itself."""
+        if self.metrics:
+            with contextlib.suppress(OSError):
+                self.metrics.flush()
+
     def close(self) -> None:
         """Write out what is left."""
-        if self.board:
-            self.board.close()
-        if self.metrics:
-            self.metrics.close()
+        for log in filter(None, (self.board, self.metrics)):
+            try:
+                log.close()
+            except OSError as error:
+                console.complain(f"chatflow train: the end of a log is lost: {error}")

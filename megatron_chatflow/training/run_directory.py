@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.config import UsageError
+from megatron_chatflow.training import manifest
 
 POINTER = "latest_checkpointed_iteration.txt"
 METRICS = "metrics.jsonl"
@@ -16,16 +19,6 @@ METRICS = "metrics.jsonl"
 def iteration_folder(run: Path, iteration: int) -> Path:
     """Where the checkpoint of an iteration lies."""
     return run / f"iter_{iteration:07d}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write under another name, make it durable, then rename: a reader sees the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def latest_iteration(run: Path) -> int | None:
@@ -39,6 +32,12 @@ def latest_iteration(run: Path) -> int | None:
     return int(text)
 
 
+def complete_iterations(run: Path) -> list[int]:
+    """The iterations of all checkpoints in a run directory, newest first."""
+    names = (path.name for path in run.glob("iter_*") if (path / "state.json").is_file())
+    return sorted((int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,}", name)), reverse=True)
+
+
 def find_checkpoint(run: str | Path, ckpt_step: int | None) -> Path | None:
     """The checkpoint folder to load: of `ckpt_step`, else the latest; None where the directory has none.
 
@@ -50,11 +49,59 @@ def find_checkpoint(run: str | Path, ckpt_step: int | None) -> Path | None:
         return None
     folder = iteration_folder(run, iteration)
     if not (folder / "state.json").is_file():
-        there = sorted(int(p.name[5:]) for p in run.glob("iter_*") if p.name[5:].isdigit() and (p / "state.json").is_file())
-        raise UsageError(
-            f"{folder} is not a complete checkpoint; give --ckpt-step one of {', '.join(map(str, there)) or 'none: the directory has no checkpoint'}"
-        )
+        there = ", ".join(map(str, sorted(complete_iterations(run))))
+        raise UsageError(f"{folder} is not a complete checkpoint; give --ckpt-step one of {there or 'none: the directory has no checkpoint'}")
     return folder
+
+
+def find_sound_checkpoint(run: str | Path, ckpt_step: int | None, damaged: Mapping[Path, str]) -> tuple[Path | None, list[str]]:
+    """The checkpoint that training goes on from, and a sentence for each newer one that is passed over.
+
+    Args:
+        run: the run directory.
+        ckpt_step: the iteration that the user asked for; None for the latest.
+        damaged: checkpoints that were found damaged, with what is wrong; those found at first sight come on top.
+
+    Raises:
+        UsageError: the one asked for is missing or damaged, or there are checkpoints and none is sound.
+    """
+    run = Path(run)
+    if ckpt_step is not None:
+        folder = find_checkpoint(run, ckpt_step)
+        wrong = damaged.get(folder) or manifest.damage_at_first_sight(folder)
+        if wrong:
+            raise UsageError(f"{folder} is damaged: {wrong}; give --ckpt-step another, or leave it out for the latest that is sound")
+        return folder, []
+    there, passed = complete_iterations(run), []
+    try:
+        latest = latest_iteration(run)
+        if latest is None:
+            return None, []
+        if latest not in there:
+            passed.append(f"{run / POINTER} names iteration {latest}, which is not there")
+    except UsageError as error:
+        latest = max(there, default=0)
+        passed.append(str(error).split(";")[0])
+    for iteration in there:
+        if iteration > latest:
+            continue
+        folder = iteration_folder(run, iteration)
+        wrong = damaged.get(folder) or manifest.damage_at_first_sight(folder)
+        if not wrong:
+            return folder, [f"{sentence}: going back to {folder}" for sentence in passed]
+        passed.append(f"{folder} is damaged ({wrong})")
+    raise UsageError(f"load {run} holds no sound checkpoint: {'; '.join(passed)}; restore one, or start afresh in another folder")
+
+
+def outdated(iterations: Collection[int], most_recent_k: int | None, retain_interval: int | None) -> list[int]:
+    """Which checkpoints to remove: all but the newest `most_recent_k` and the multiples of `retain_interval`.
+
+    With neither none is removed. With `retain_interval` alone the two newest are kept: the latest, and one to go back to.
+    """
+    if most_recent_k is None and retain_interval is None:
+        return []
+    newest = sorted(iterations)[-(most_recent_k or 2) :]
+    return sorted(i for i in iterations if i not in newest and not (retain_interval and i % retain_interval == 0))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -65,8 +112,11 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder / 'state.json'} cannot be read ({error}); load another checkpoint with --ckpt-step") from None
 
 
-def trim_metrics(run: Path, iteration: int) -> None:
-    """Cut lines of later iterations, and a half line, from the end of metrics.jsonl: a resumed run writes them again."""
+def trim_metrics(run: Path, iteration: int, *, validated: bool) -> None:
+    """Cut lines of later iterations, and a half line, from the end of metrics.jsonl: a resumed run writes them again.
+
+    Unless `validated`, the validation of `iteration` itself is among them.
+    """
     path = run / METRICS
     if not path.exists():
         return
@@ -76,8 +126,10 @@ def trim_metrics(run: Path, iteration: int) -> None:
             start = _line_start(file, end)
             file.seek(start)
             line = file.read(end - start)
-            if line.endswith(b"\n") and json.loads(line)["iteration"] <= iteration:
-                break
+            if line.endswith(b"\n"):
+                record = json.loads(line)
+                if record["iteration"] < iteration or (record["iteration"] == iteration and (validated or "validation" not in record)):
+                    break
             end = start
         file.truncate(end)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from megatron_chatflow.config import Config, UsageError
 from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
@@ -14,7 +17,11 @@ from megatron_chatflow.engine.launch import Launch
 from megatron_chatflow.training.inputs import Inputs, make_plan
 from megatron_chatflow.training.ledger import check_identity, data_identity, resume_plan
 from megatron_chatflow.training.length import Batches, batch_history, fix_length
-from megatron_chatflow.training.run_directory import find_checkpoint, read_state
+from megatron_chatflow.training.run_directory import find_checkpoint, find_sound_checkpoint, read_state
+from megatron_chatflow.training.token_map import new_row_ids
+
+if TYPE_CHECKING:
+    from megatron_chatflow.engine.lifeline import Lifeline
 
 
 @dataclass(frozen=True)
@@ -32,30 +39,45 @@ class Start:
     """Folder to load weights from."""
     state: dict[str, Any] | None
     """The checkpoint's state when the run is resumed; None when it starts afresh (also under --finetune)."""
+    new_rows: np.ndarray
+    """The tokens whose rows are trained alone at first (--train-new-rows-samples); none where the setting is off."""
+    notes: tuple[str, ...]
+    """Checkpoints that are passed over because they are damaged."""
 
 
-def find_start(config: Config, inputs: Inputs) -> Start:
-    """Resume, finetune or start afresh, and with which plan. Raises UsageError where checkpoint and settings contradict each other."""
+def find_start(config: Config, inputs: Inputs, damaged: Mapping[Path, str] = MappingProxyType({})) -> Start:
+    """Resume, finetune or start afresh, and with which plan. Raises UsageError where checkpoint and settings contradict each other.
+
+    `damaged`: checkpoints known to be damaged, with what is wrong; the newest one before them is taken.
+    """
     where = config.checkpoint
-    checkpoint = find_checkpoint(where.load, where.ckpt_step) if where.load else None
+    checkpoint, notes = find_sound_checkpoint(where.load, where.ckpt_step, damaged) if where.load else (None, [])
     if where.load and checkpoint is None and (where.exit_on_missing_checkpoint or where.finetune or where.ckpt_step is not None):
         raise UsageError(f"load {where.load} holds no checkpoint; give a run directory that has one, or drop --load")
     if where.save and not (where.load and Path(where.load).resolve() == Path(where.save).resolve()) and find_checkpoint(where.save, None) is not None:
         raise UsageError(f"save {where.save} already holds checkpoints of a run; add --load {where.save} to resume it, or give --save another folder")
     if config.data.amend_curriculum and (checkpoint is None or where.finetune):
         raise UsageError("amend_curriculum has no effect without a run to resume; drop --amend-curriculum or give --load")
+    new_rows = new_row_ids(config, inputs.vocab_size)
     if checkpoint is None or where.finetune:
         plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
-        return Start(config, Blend(plan, inputs.domains), batch_history(config), 0, 0, checkpoint, None)
+        return Start(config, Blend(plan, inputs.domains), batch_history(config), 0, 0, checkpoint, None, new_rows, tuple(notes))
     state = read_state(checkpoint)
+    if "plan" not in state:
+        raise UsageError(f"{checkpoint} holds weights only, no run to go on with; add --finetune to train them, and give --save a folder of its own")
     iteration, consumed = state["iteration"], state["consumed_train_samples"]
+    if iteration and not state.get("only_new_rows") and consumed < config.training.train_new_rows_samples:
+        raise UsageError(
+            f"train_new_rows_samples is {config.training.train_new_rows_samples}, but the checkpoint at sample {consumed} has trained all weights "
+            "already, and the phase stands at the start of a run; drop --train-new-rows-samples, or --finetune to start afresh"
+        )
     check_identity(state["data"], data_identity(config, inputs))
     config = fix_length(config, iteration, consumed)
     wanted = make_plan(config, inputs.curriculum, inputs.epoch_samples)
     ledger = BlendPlan.from_json(state["plan"])
     plan = resume_plan(ledger, wanted, consumed, amend=config.data.amend_curriculum, curriculum=inputs.curriculum)
     batches = batch_history(config, state["batches"], iteration, consumed)
-    return Start(config, Blend(plan, inputs.domains), batches, iteration, consumed, checkpoint, state)
+    return Start(config, Blend(plan, inputs.domains), batches, iteration, consumed, checkpoint, state, new_rows, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -104,6 +126,14 @@ class Run:
     shape: Mapping[str, int]
     iteration: int
     consumed: int
+    average: Any
+    """The running mean of the weights (training.average.WeightAverage), or None."""
+    new_rows: Any
+    """The rows that are trained alone at first (training.new_rows.NewRows), or None."""
+    only_new_rows: bool
+    """Whether the last iteration trained these alone."""
+    validated: bool
+    """Whether the validation that was due after the last iteration, or before the first, was made."""
 
     @property
     def plan(self) -> BlendPlan:
@@ -121,27 +151,47 @@ class Run:
         return self.launch.rank == 0
 
 
-def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say: Callable[[str], None]) -> Run:
-    """Process groups, model, optimizer and, where there is one, the checkpoint. `say` prints a line (on one rank only)."""
-    config = start.config
+def join(launch: Launch, config: Config) -> Lifeline | None:
+    """Make this process one of the job's, with megatron-core's process groups; what tells the others why it failed, where there are others."""
     from megatron_chatflow.engine import cpu, distributed
 
     distributed.hide_engine_warnings()
     cpu.install()
+    distributed.initialize(launch, config.parallel, config.model.num_layers)
+    return distributed.watch(launch)
+
+
+def find_sound_start(config: Config, inputs: Inputs, start: Start) -> Start:
+    """`start`, or an earlier one if its checkpoint turns out to be damaged when the ranks read all of it. Raises UsageError where none is sound."""
+    from megatron_chatflow.training.checkpoint import find_damage
+
+    damaged: dict[Path, str] = {}
+    while start.checkpoint is not None and (wrong := find_damage(start.checkpoint)):
+        damaged[start.checkpoint] = wrong
+        start = find_start(config, inputs, damaged)
+    return start
+
+
+def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say: Callable[[str], None]) -> Run:
+    """Model, optimizer and, where there is one, the checkpoint, over the groups of `join`. `say` prints a line (on one rank only)."""
+    config = start.config
     import torch
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    from megatron_chatflow.engine import distributed
     from megatron_chatflow.model.forward import make_forward_step, schedule_shape
     from megatron_chatflow.model.gpt import build_model, count_parameters
     from megatron_chatflow.model.spec import choose_transformer_impl
     from megatron_chatflow.training import checkpoint
+    from megatron_chatflow.training.average import WeightAverage
+    from megatron_chatflow.training.new_rows import NewRows
     from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler, restore_scheduler
+    from megatron_chatflow.training.rates import late_stage_note
 
     impl, reason = choose_transformer_impl(config)
     if reason:
         say(reason)
-    distributed.initialize(launch, config.parallel, config.model.num_layers)
     device = distributed.device(launch.local_rank)
     if device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // max(1, launch.world_size)))
@@ -157,9 +207,17 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     processes = f"{launch.world_size} process{'es' if launch.world_size > 1 else ''} ({launch.launcher})"
     layout = f"TP {config.parallel.tensor_model_parallel_size}, PP {config.parallel.pipeline_model_parallel_size}, DP {dp}"
     say(f"{count_parameters(config, inputs.vocab_size):,} parameters; {processes}, {layout}; {impl} layers on {device.type}")
+    if note := late_stage_note(config, start.blend.plan, outlook.total):
+        say(note)
+    average = WeightAverage(model, config.training.ema_decay) if config.training.ema_decay else None
     if start.checkpoint is not None:
         with_optimizer = start.state is not None and start.state["optimizer"] and not config.checkpoint.no_load_optim
-        checkpoint.load(start.checkpoint, model, optimizer if with_optimizer else None)
+        with_average = average is not None and start.state is not None and start.state.get("ema_decay") is not None
+        checkpoint.load(start.checkpoint, model, optimizer if with_optimizer else None, average if with_average else None, verified=True)
+        if average is not None and not with_average:
+            average = WeightAverage(model, config.training.ema_decay)
+            if start.state is not None:
+                say(f"{start.checkpoint} has no mean of the weights (--ema-decay); it begins at the weights as they are there")
         if not with_optimizer:
             optimizer.reload_model_params()
         if start.state is not None:
@@ -175,5 +233,6 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     shape = schedule_shape(config.data.seq_length, config.training.micro_batch_size, impl == "transformer_engine")
     return Run(
         config, launch, inputs, start.blend, outlook, start.batches, device, impl, model, optimizer, scheduler, step, shape,
-        start.iteration, start.consumed,
+        start.iteration, start.consumed, average, NewRows(model, start.new_rows) if len(start.new_rows) else None,
+        bool(start.state and start.state.get("only_new_rows")), bool(start.state) and start.state.get("validated", True),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_chatflow.model.forward import reduce_sums, run_schedule
+from megatron_chatflow.training.new_rows import NewRows
+from megatron_chatflow.training.update import update
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class StepResult:
     """Float64 [domains, 3]: loss, tokens, bytes of each domain (`model.forward.SUMS`)."""
     grad_norm: float
     """Global norm of the gradients before clipping."""
+    skipped: str | None = None
+    """Why the weights were left as they were; None where the step was taken."""
 
     @property
     def loss(self) -> float:
@@ -34,7 +39,7 @@ class StepResult:
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient norm is NaN or infinite."""
+    """Losses or gradient norms are NaN or infinite, in more iterations in a row than are skipped."""
 
 
 def seed_iteration(seed: int, iteration: int) -> None:
@@ -55,18 +60,17 @@ def train_step(
     device: torch.device,
     *,
     check_finite: bool,
+    only: NewRows | None = None,
 ) -> StepResult:
-    """Forward, backward, reduce, clip, step. Raises NonFiniteError before the weights are touched by a loss that is not finite, or
-    after a gradient norm that is not (the last checkpoint is intact either way)."""
+    """Forward, backward, reduce, clip, step; of the `only` rows where these are given. With `check_finite` a loss or a gradient norm that is not
+    finite leaves weights and optimizer as they were."""
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     store = run_schedule(forward_step, model, micro_batches, len(micro_batches), shape, device, forward_only=False)
     sums = reduce_sums(store, num_domains, device)
     if check_finite and not np.isfinite(sums).all():
-        raise NonFiniteError("the loss is not finite")
-    _, grad_norm, _ = optimizer.step()
-    grad_norm = float(grad_norm or 0.0)
-    if check_finite and not math.isfinite(grad_norm):
-        raise NonFiniteError("the gradient norm is not finite")
-    return StepResult(sums, grad_norm)
+        return StepResult(sums, math.nan, "the loss is not finite")
+    with only.alone(optimizer) if only else contextlib.nullcontext():
+        grad_norm = update(optimizer, check_finite=check_finite)
+    return StepResult(sums, grad_norm, "the gradient norm is not finite" if check_finite and not math.isfinite(grad_norm) else None)

@@ -149,3 +149,22 @@ def test_another_schedule_on_resume_needs_a_word(pool: Pool, sample: Path, refer
 def test_a_run_directory_is_not_overwritten_by_another_run(pool: Pool, sample: Path, reference: Path) -> None:
     ((code, _, err),) = pool.run(1, train, sample, "--save", str(reference))
     assert code == 2 and "already holds checkpoints" in err
+
+
+def test_weights_alone_can_be_finetuned_and_not_gone_on_with(pool: Pool, sample: Path, reference: Path) -> None:
+    """A run directory as a converter writes it: weights, a state without a plan, no optimizer, no manifest."""
+    weights, run = sample / "weights", sample / "from-weights"
+    ok(pool.run(1, train, sample, "--save", str(weights), "--load", str(reference), "--finetune", "--no-save-optim", "--exit-interval", "1"))
+    folder = weights / "iter_0000001"
+    (folder / "state.json").write_text(json.dumps({"iteration": 0, "consumed_train_samples": 0, "optimizer": False}))
+    (folder / "manifest.json").unlink()
+    for path in (weights / "metrics.jsonl", weights / "config.yaml", weights / "plan.json"):
+        path.unlink()
+    ((code, _, err),) = pool.run(1, train, sample, "--load", str(weights))
+    assert code == 2 and "holds weights only" in err and "--finetune" in err
+    out = ok(pool.run(2, train, sample, "--save", str(run), "--load", str(weights), "--finetune", "--exit-interval", "2", *TP))
+    assert "weights only" in out
+    records = metrics(run)
+    assert records[0]["samples"] == [0, 8] and records[0]["learning-rate"] == 0.0 and len(records) == 2
+    ok(pool.run(1, train, sample, "--save", str(run), "--load", str(run), "--exit-interval", "3"))
+    assert metrics(run)[-1]["iteration"] == 3

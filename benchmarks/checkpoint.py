@@ -1,0 +1,137 @@
+"""What saving costs the training: an asynchronous save beside a synchronous one, of the same model on the same disk.
+
+    python benchmarks/checkpoint.py                 # a table, then one JSON object
+    python benchmarks/checkpoint.py --rounds 3      # quicker
+
+A LLaMA-style model of about 100 million parameters is trained in float32 on one thread, with its optimizer state 1.2 GB a checkpoint. A synchronous
+save costs the time until it is published. An asynchronous one costs what the steps and the calls from its beginning until it is published take longer
+than as many steps otherwise: the start of the writers, steps that are slowed down by them, and publishing. The two take turns; medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HIDDEN, LAYERS, VOCAB, SEQ, BATCH = 768, 10, 16384, 256, 4
+WORDS = (
+    f"--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads 12 --ffn-hidden-size 2048 --swiglu --normalization RMSNorm "
+    "--position-embedding-type rope --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --untie-embeddings-and-output-weights "
+    f"--seq-length {SEQ} --micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters 1000 --lr 1e-4"
+)
+
+
+def trainer() -> tuple[Callable[[], None], Callable[[], dict[str, Any]], int]:
+    """(one training step, the sharded state of a checkpoint, parameters)."""
+    from megatron_chatflow.config import make_parser, parse, resolve
+    from megatron_chatflow.engine import distributed
+    from megatron_chatflow.engine.launch import Launch
+
+    config = resolve(parse(make_parser("chatflow train", ""), WORDS.split())[0], 1)
+    distributed.hide_engine_warnings()
+    distributed.initialize(Launch("single", 0, 1, 0, None, None), config.parallel, LAYERS)
+    import numpy as np
+    import torch
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+
+    from megatron_chatflow.model.forward import make_forward_step, schedule_shape
+    from megatron_chatflow.model.gpt import build_model, count_parameters
+    from megatron_chatflow.training.checkpoint import sharded_state
+    from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler
+    from megatron_chatflow.training.step import seed_iteration, train_step
+
+    torch.set_num_threads(1)
+    init_num_microbatches_calculator(0, None, BATCH, BATCH, 1)
+    seed_iteration(1, 0)
+    model = build_model(config, VOCAB, "local")
+    optimizer = build_optimizer(config, model)
+    build_scheduler(config, optimizer)
+    forward_step = make_forward_step(1, torch.ones(VOCAB, dtype=torch.int64), False)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, SEQ + 1))
+    batch = {
+        "tokens": tokens[:, :-1].copy(),
+        "labels": tokens[:, 1:].copy(),
+        "loss_mask": np.ones((BATCH, SEQ), np.float32),
+        "position_ids": np.tile(np.arange(SEQ), (BATCH, 1)),
+        "segment_ids": np.zeros((BATCH, SEQ), np.int32),
+        "domain": np.zeros(BATCH, np.int64),
+    }
+
+    def step() -> None:
+        train_step(forward_step, model, optimizer, [batch], schedule_shape(SEQ, BATCH, False), 1, torch.device("cpu"), check_finite=True)
+
+    return step, lambda: sharded_state(model, optimizer, None), count_parameters(config, VOCAB)
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """How long a call takes."""
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="saves of each kind (default 5)")
+    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    args = parser.parse_args()
+    step, state, parameters = trainer()
+    from megatron_chatflow.engine.distributed import shut_down
+    from megatron_chatflow.training.saver import Saver
+
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=args.folder))
+    saver = Saver(folder, most_recent_k=1)
+    results: dict[str, list[float]] = {"step": [], "synchronous": [], "call": [], "asynchronous": [], "steps meanwhile": []}
+    try:
+        for _ in range(2):
+            step()
+        for i in range(args.rounds + 1):
+            steps = [seconds(step) for _ in range(6)]
+            plain = statistics.median(steps)
+            saver.begin(2 * i + 1, state(), {})
+            begin = time.perf_counter()
+            saver.poll(wait=True)
+            synchronous = time.perf_counter() - begin
+            call = seconds(lambda i=i: saver.begin(2 * i + 2, state(), {}))
+            begin, made, saved = time.perf_counter(), 0, None
+            while saved is None:
+                step()
+                made += 1
+                saved = saver.poll()
+            asynchronous = call + time.perf_counter() - begin - made * plain
+            if i:  # the first round warms up
+                for name, value in zip(results, (plain, synchronous + call, call, asynchronous, float(made)), strict=True):
+                    results[name].append(value)
+                print(f"round {i}: step {plain:.2f} s, synchronous save {synchronous + call:.2f} s, asynchronous: call {call:.2f} s, "
+                      f"{made} steps meanwhile, {asynchronous:.2f} s lost in all", flush=True)  # fmt: skip
+    finally:
+        saver.drop()
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        shutil.rmtree(folder)
+        shut_down()
+    medians = {name: statistics.median(values) for name, values in results.items()}
+    answer = {
+        "parameters": parameters,
+        "checkpoint_bytes": size,
+        "step_seconds": round(medians["step"], 3),
+        "synchronous_stall_seconds": round(medians["synchronous"], 3),
+        "asynchronous_call_seconds": round(medians["call"], 3),
+        "asynchronous_stall_seconds": round(medians["asynchronous"], 3),
+        "async_stall_ratio": round(medians["asynchronous"] / medians["synchronous"], 4),
+    }
+    print(json.dumps(answer))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The checkpoints of a run: what goes into one, when a failed one is no matter, and that the last iteration has one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.training import checkpoint
+from megatron_chatflow.training.ledger import data_identity
+from megatron_chatflow.training.length import batches_state
+from megatron_chatflow.training.reporter import Reporter
+from megatron_chatflow.training.saver import SaveError, Saver
+from megatron_chatflow.training.setup import Run
+
+
+class Keeper:
+    """Saves a run; without --save it does nothing. Every method but `close` is called by every rank alike."""
+
+    def __init__(self, run: Run, reporter: Reporter) -> None:
+        where = run.config.checkpoint
+        self._run, self._reporter, self._where = run, reporter, where
+        self._saver = Saver(Path(where.save), where.most_recent_k, where.save_retain_interval) if where.save else None
+        self._kept = run.iteration
+        """The last iteration that has a checkpoint, or needs none: those that the run began with."""
+
+    def save(self) -> None:
+        """Save the run as it is now; with --async-save only begin to. Raises SaveError under --exit-on-failed-save."""
+        if self._saver is None:
+            return
+        try:
+            self._tell(self._saver.poll(wait=True))
+            self._begin()
+            self._tell(self._saver.poll(wait=not self._where.async_save))
+        except SaveError as error:
+            self._failed(error)
+
+    def poll(self) -> None:
+        """Publish what has been written meanwhile. Raises SaveError under --exit-on-failed-save."""
+        if self._saver is not None:
+            try:
+                self._tell(self._saver.poll())
+            except SaveError as error:
+                self._failed(error)
+
+    def finish(self) -> None:
+        """Have the last iteration saved and published. Raises SaveError where that fails."""
+        if self._saver is None:
+            return
+        try:
+            self._tell(self._saver.poll(wait=True))
+        except SaveError as error:
+            self._failed(error)
+        if self._kept != self._run.iteration:
+            self._begin()
+            self._tell(self._saver.poll(wait=True))
+
+    def close(self) -> None:
+        """Give up a checkpoint that is still being written: after an error, where the other ranks may be gone."""
+        if self._saver is not None:
+            self._saver.drop()
+
+    def _begin(self) -> None:
+        run, optimizer = self._run, None if self._where.no_save_optim else self._run.optimizer
+        self._reporter.flush()
+        self._saver.begin(run.iteration, checkpoint.sharded_state(run.model, optimizer, run.average), _state(run))
+
+    def _tell(self, saved: Any) -> None:
+        if saved is None:
+            return
+        self._kept = int(saved.folder.name.removeprefix("iter_"))
+        aside = f", {saved.stall:.2f} s of it without training" if self._where.async_save else ""
+        self._reporter.say(f" saved {saved.folder} in {saved.seconds:.1f} s{aside}")
+
+    def _failed(self, error: SaveError) -> None:
+        if self._where.exit_on_failed_save:
+            raise error
+        self._reporter.say(f" {error}; the training goes on, the checkpoints before are as they were (--exit-on-failed-save stops instead)")
+
+
+def _state(run: Run) -> dict[str, Any]:
+    """What a checkpoint knows beside its tensors."""
+    return {
+        "iteration": run.iteration,
+        "consumed_train_samples": run.consumed,
+        "optimizer": not run.config.checkpoint.no_save_optim,
+        "ema_decay": run.config.training.ema_decay,
+        "only_new_rows": run.only_new_rows,
+        "validated": run.validated,
+        "opt_param_scheduler": run.scheduler.state_dict(),
+        "data": data_identity(run.config, run.inputs),
+        "batches": batches_state(run.batches),
+        "plan": run.plan.to_json(),
+    }

@@ -1,0 +1,69 @@
+"""manifest.json of a checkpoint: the size and SHA-256 of every file in it, and of itself. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.training.durable import seal_file, write_atomically
+
+NAME = "manifest.json"
+Seals = Mapping[str, Mapping[str, Any]]
+"""{file name: {"bytes", "sha256"}}."""
+
+
+def write_manifest(folder: Path, known: Seals) -> None:
+    """Seal a complete checkpoint folder. `known`: the seals of files that were taken where these were written; the others are taken here."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    write_atomically(folder / NAME, _render({name: known.get(name) or seal_file(folder / name) for name in names}))
+
+
+def read_manifest(folder: Path) -> Seals | None:
+    """The seals of a checkpoint; None where it has no manifest, as those of version 0.1.0. Raises ValueError for a damaged manifest."""
+    try:
+        text = (folder / NAME).read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        return None
+    files = json.loads(text)["files"]
+    if text != _render(files):
+        raise ValueError("its content is not what was written")
+    return files
+
+
+def _render(files: Seals) -> str:
+    body = json.dumps(files, indent=1, sort_keys=True)
+    return json.dumps({"version": 1, "sha256": hashlib.sha256(body.encode()).hexdigest(), "files": files}, indent=1, sort_keys=True) + "\n"
+
+
+def damage_at_first_sight(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, told from sizes and from the small files' content; None where nothing is."""
+    return damage(folder, lambda name, size: size < 1 << 20)
+
+
+def damage(folder: Path, read: Any) -> str | None:
+    """What is wrong with a checkpoint; None where nothing is, or where it has no manifest.
+
+    Args:
+        folder: the checkpoint.
+        read: (file name, bytes) -> whether to read that file and compare its SHA-256; the sizes of all are compared.
+    """
+    try:
+        seals = read_manifest(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{NAME} is damaged ({error})"
+    for name, seal in (seals or {}).items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != seal["bytes"]:
+                return f"{name} has {size} bytes instead of {seal['bytes']}"
+            if read(name, size) and seal_file(path, durable=False) != seal:
+                return f"{name} is not what was written (SHA-256 differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None

@@ -1,0 +1,28 @@
+"""Processes that work for a rank: which signals they hear, and that they do not outlive it. Imports no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+HANDLED = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
+"""Signals that are for a rank, not for the processes that work for it; SLURM sends them to all of a job's."""
+
+
+@contextmanager
+def deaf(signals: frozenset[signal.Signals] = HANDLED) -> Iterator[None]:
+    """Signals that come inside are heard at its end; processes that are started inside never hear them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that started it is gone (Linux; elsewhere it does nothing)."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "prctl"):
+        library.prctl(1, signal.SIGKILL, 0, 0, 0)

@@ -1,0 +1,183 @@
+"""Saving: one checkpoint at a time, written aside, made durable on every rank, and only then published; beside the training where asked.
+
+RUN/iter_0000100.partial-<n>/           while it is written; what a killed run leaves of it the next save removes
+RUN/iter_0000100/                       shards of weights and optimizer, for any layout, state.json and manifest.json
+RUN/latest_checkpointed_iteration.txt   written last, atomically: what it names is complete
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+
+from megatron_chatflow.training.durable import sync_folder, write_atomically
+from megatron_chatflow.training.manifest import write_manifest
+from megatron_chatflow.training.processes import deaf
+from megatron_chatflow.training.run_directory import POINTER, complete_iterations, iteration_folder, outdated
+from megatron_chatflow.training.shards import SealedShards, results_of_rank, seals_of_rank
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the ones before are as they were. Raised on every rank alike."""
+
+
+@dataclass
+class _Writing:
+    iteration: int
+    partial: Path
+    state: dict[str, Any]
+    begin: float
+    problem: str | None = None
+    seconds: float = 0.0
+    """How long the training stood still for it."""
+
+
+@dataclass
+class Saved:
+    """A published checkpoint."""
+
+    folder: Path
+    seconds: float
+    """From the beginning to the end."""
+    stall: float
+    """How long the training stood still meanwhile."""
+
+
+@dataclass
+class Saver:
+    """Writes the checkpoints of a run directory. Every method is called by every rank alike."""
+
+    run: Path
+    most_recent_k: int | None = None
+    retain_interval: int | None = None
+    _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
+    _writing: _Writing | None = None
+    _saved: Saved | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writing is not None
+
+    def begin(self, iteration: int, sharded_state: dict[str, Any], state: dict[str, Any]) -> None:
+        """Begin to write ``RUN/iter_<iteration>``; what `sharded_state` holds may change as soon as this returns.
+
+        Args:
+            iteration: iterations done.
+            sharded_state: megatron-core's sharded state dict. It is taken apart.
+            state: plain data for state.json.
+
+        Raises:
+            SaveError: the folder cannot be made.
+        """
+        assert not self.busy, "one checkpoint at a time"
+        begin = time.perf_counter()
+        self._writing = _Writing(iteration, self._make_partial(iteration), state, begin)
+        with deaf():
+            sharded, common = save_preprocess(sharded_state)
+            try:
+                TorchCommonSaveStrategy("torch", 1).save_common(common, str(self._writing.partial))
+            except (OSError, RuntimeError) as error:  # told at the end, when all ranks are there to hear it
+                self._writing.problem = f"common.pt: {error}"
+            self._queue.schedule_async_request(SealedShards(self._end).async_save(sharded, str(self._writing.partial)))
+        self._writing.seconds = time.perf_counter() - begin
+
+    def poll(self, *, wait: bool = False) -> Saved | None:
+        """The checkpoint if it has been written on all ranks meanwhile, and is now published; else None. With `wait` not before it is.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        if self._writing is None:
+            return None
+        begin = time.perf_counter()
+        self._queue.maybe_finalize_async_calls(blocking=wait)
+        self._writing.seconds += time.perf_counter() - begin
+        if self._saved is None:
+            return None
+        self._saved.seconds, self._saved.stall = time.perf_counter() - self._writing.begin, self._writing.seconds
+        saved, self._saved, self._writing = self._saved, None, None
+        return saved
+
+    def drop(self) -> None:
+        """Give up what is being written, at once; needs no other rank."""
+        for call in self._queue.async_calls:
+            call.async_caller.close(abort=True)
+        self._queue.async_calls.clear()
+        self._writing = None
+
+    def _make_partial(self, iteration: int) -> Path:
+        """A folder of a name that no earlier attempt had: what a killed run's writers still write goes nowhere."""
+        answer: list[Any] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                self.run.mkdir(parents=True, exist_ok=True)
+                _sweep(self.run)
+                folder = self.run / f"{iteration_folder(self.run, iteration).name}.partial-{time.time_ns():x}"
+                folder.mkdir()
+                answer = [folder]
+            except OSError as error:
+                answer = [str(error)]
+        torch.distributed.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], str):
+            raise SaveError(f"the checkpoint of iteration {iteration} cannot be written (is the disk full?): {answer[0]}")
+        return answer[0]
+
+    def _end(self, writer: Any, metadata: Any) -> None:
+        """All ranks have written, or failed to: publish, or clean up and raise on all of them."""
+        writing, rank = self._writing, torch.distributed.get_rank()
+        everyone: list[Any] = [None] * torch.distributed.get_world_size() if rank == 0 else None
+        torch.distributed.gather_object(results_of_rank(writer, writing.partial), everyone, dst=0)
+        verdict: list[str | None] = [None]
+        if rank == 0:
+            problems = [f"rank {i}: {problem}" for i, (problem, _, _) in enumerate(everyone) if problem]
+            try:
+                if writing.problem or problems:
+                    raise OSError(writing.problem or "; ".join(problems))
+                self._publish(writer, metadata, everyone)
+            except OSError as error:
+                shutil.rmtree(writing.partial, ignore_errors=True)
+                verdict = [f"the checkpoint of iteration {writing.iteration} cannot be written (is the disk full?): {error}"]
+        torch.distributed.broadcast_object_list(verdict, src=0)
+        if verdict[0]:
+            self._writing = None
+            raise SaveError(verdict[0])
+        self._saved = Saved(iteration_folder(self.run, writing.iteration), 0.0, 0.0)
+
+    def _publish(self, writer: Any, metadata: Any, everyone: list[Any]) -> None:
+        partial, iteration = self._writing.partial, self._writing.iteration
+        writer.finish(metadata, [results for _, results, _ in everyone])
+        save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+        write_atomically(partial / "state.json", json.dumps(self._writing.state | {"sealed": True}, indent=1))
+        for i in range(len(everyone)):
+            seals_of_rank(partial, i).unlink(missing_ok=True)
+        write_manifest(partial, {name: seal for _, _, seals in everyone for name, seal in seals.items()})
+        folder = iteration_folder(self.run, iteration)
+        if folder.exists():  # a damaged one, or one after which the run was sent back
+            os.rename(folder, f"{partial}.replaced")
+        os.rename(partial, folder)
+        sync_folder(self.run)
+        write_atomically(self.run / POINTER, f"{iteration}\n")
+        there = [i for i in complete_iterations(self.run) if i <= iteration]
+        for old in outdated(there, self.most_recent_k, self.retain_interval):
+            os.rename(iteration_folder(self.run, old), f"{iteration_folder(self.run, old)}.partial-removed")
+        _sweep(self.run)
+
+
+def _sweep(run: Path) -> None:
+    """Remove what killed saves have left, and what was put aside."""
+    for path in run.glob("iter_*.partial*"):
+        if re.match(r"iter_\d{7,}\.partial", path.name):
+            shutil.rmtree(path, ignore_errors=True)

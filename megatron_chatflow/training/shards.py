@@ -1,0 +1,74 @@
+"""megatron-core's torch_dist strategy, with the end of a save in our hands.
+
+megatron-core's own ending writes files on rank 0 between two collectives, so a full disk there leaves the other ranks waiting for ever; and it does
+not say what is durable. Here every rank's shards are made durable and hashed where they are written, and one function ends the save with one verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megatron_chatflow.training.durable import seal_file, write_atomically
+from megatron_chatflow.training.manifest import Seals
+from megatron_chatflow.training.processes import die_with_parent
+
+
+class SealedShards(TorchDistSaveShardedStrategy):
+    """Writes this rank's shards in a process of its own and calls `end(writer, metadata)` on every rank when all of them are written."""
+
+    def __init__(self, end: Callable[[Any, Any], None]) -> None:
+        super().__init__("torch_dist", 1)
+        self._end = end
+        if filesystem_async._results_queue is None:  # megatron-core would start the same process, but one that outlives a killed rank for ever
+            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+            manager.start(die_with_parent)
+            filesystem_async._results_queue = manager.Queue()
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+        write, stage, arguments = writer.get_save_function_and_args()
+        end = partial(self._end, writer, save_state_dict_ret[1])
+        if write is None:  # nothing to write on this rank
+            return AsyncRequest(None, (), [end])
+        return AsyncRequest(partial(_write, write, Path(writer.checkpoint_dir)), arguments, [end], preload_fn=stage)
+
+
+def seals_of_rank(folder: Path, rank: int) -> Path:
+    """Where the process that writes a rank's shards leaves their seals."""
+    return folder / f"seals_{rank}.json"
+
+
+def _write(write: Callable[..., None], folder: Path, rank: int, buckets: list[Any], results: Any) -> None:
+    """The writing process: shards, then their seals."""
+    die_with_parent()
+    write(rank, buckets, results)
+    try:
+        seals = {name: seal_file(Path(path)) for path, name, _ in buckets}
+        write_atomically(seals_of_rank(folder, rank), json.dumps(seals))
+    except OSError:  # told by the missing seals; a shard that could not be written is told by megatron-core's results
+        traceback.print_exc()
+
+
+def results_of_rank(writer: Any, folder: Path) -> tuple[str | None, list[Any], Seals]:
+    """(what went wrong here or None, megatron-core's write results, seals of this rank's shards)."""
+    outcome = writer.retrieve_write_results()
+    if not isinstance(outcome, list):
+        return f"{outcome[0]}", [], {}
+    path = seals_of_rank(folder, torch.distributed.get_rank())
+    try:
+        seals = json.loads(path.read_text()) if writer.write_buckets else {}
+    except OSError as error:
+        return f"the shards were not made durable ({os.strerror(error.errno)}: {path.name})", [], {}
+    return None, outcome, seals

@@ -1,0 +1,187 @@
+"""Checkpoints that are whole, or not there: what is published, what is removed, what a damaged one is worth."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_chatflow.training import manifest
+from megatron_chatflow.training.run_directory import find_sound_checkpoint, outdated
+from tests.pool import Pool
+from tests.sample import metrics, train
+
+TP = ["--tensor-model-parallel-size", "2"]
+SHORT = ["--train-iters", "6", "--lr-decay-iters", "20"]
+
+
+def ok(results: list[tuple[int, str, str]]) -> str:
+    assert {code for code, _, _ in results} == {0}, results
+    return results[0][1]
+
+
+def iterations(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in run.glob("iter_*"))
+
+
+@pytest.fixture(scope="module")
+def whole(pool: Pool, sample: Path) -> Path:
+    """Six iterations on two ranks, saved every second."""
+    run = sample / "whole"
+    ok(pool.run(2, train, sample, "--save", str(run), "--save-interval", "2", *SHORT, *TP))
+    return run
+
+
+@given(st.sets(st.integers(0, 10**6), min_size=1), st.none() | st.integers(1, 9), st.none() | st.integers(1, 50))
+def test_what_is_kept_are_the_newest_and_the_multiples(there: set[int], newest: int | None, interval: int | None) -> None:
+    removed = outdated(there, newest, interval)
+    kept = sorted(there - set(removed))
+    assert set(removed) <= there and max(there) in kept
+    if newest is None and interval is None:
+        assert not removed
+    else:
+        wanted = newest or 2
+        assert kept[-wanted:] == sorted(there)[-wanted:]
+        assert all(interval and i % interval == 0 for i in kept[:-wanted])
+        assert not interval or all(i % interval for i in removed)
+
+
+def test_an_asynchronous_save_has_the_bits_of_a_synchronous_one(pool: Pool, sample: Path, whole: Path) -> None:
+    from tools.compare_runs import differences
+
+    run = sample / "async"
+    out = ok(pool.run(2, train, sample, "--save", str(run), "--save-interval", "2", "--async-save", *SHORT, *TP))
+    assert out.count("saved") == 3 and "s of it without training" in out
+    assert iterations(run) == [2, 4, 6] and list(differences(run, whole, None)) == []
+
+
+@pytest.mark.parametrize(("flags", "kept"), [(["--most-recent-k", "1"], [6]), (["--save-retain-interval", "3"], [3, 5, 6]),
+                                             (["--save-retain-interval", "4", "--most-recent-k", "1"], [4, 6])])  # fmt: skip
+def test_old_checkpoints_are_removed_as_told(pool: Pool, sample: Path, flags: list[str], kept: list[int]) -> None:
+    run = sample / f"kept {flags[0]} {len(flags)}"
+    (run / "iter_0000009.partial-dead").mkdir(parents=True)
+    ok(pool.run(1, train, sample, "--save", str(run), "--save-interval", "1", *SHORT, *flags))
+    assert iterations(run) == kept
+
+
+def test_every_file_is_sealed(whole: Path) -> None:
+    folder = whole / "iter_0000006"
+    seals = manifest.read_manifest(folder)
+    assert set(seals) == {path.name for path in folder.iterdir()} - {manifest.NAME}
+    assert {".metadata", "common.pt", "metadata.json", "state.json", "__0_0.distcp", "__1_0.distcp"} <= set(seals)
+    assert manifest.damage(folder, lambda *_: True) is None
+
+
+def damage(path: Path, source: random.Random) -> str:
+    """Flip one bit of a file, or cut its end off."""
+    content = bytearray(path.read_bytes())
+    place = source.randrange(len(content))
+    if source.random() < 0.5:
+        content[place] ^= 1 << source.randrange(8)
+        path.write_bytes(content)
+        return f"{path.name}: bit flipped in byte {place}"
+    path.write_bytes(content[:place])
+    return f"{path.name}: cut to {place} bytes"
+
+
+def test_damage_in_200_places_is_found_and_the_checkpoint_before_is_taken(whole: Path, tmp_path: Path) -> None:
+    source, run = random.Random(7), tmp_path / "run"
+    shutil.copytree(whole, run)
+    folder = run / "iter_0000006"
+    files = sorted(path for path in folder.iterdir())
+    for i in range(200):
+        path = files[i % len(files)]
+        before = path.read_bytes()
+        what = damage(path, source)
+        wrong = manifest.damage(folder, lambda *_: True)
+        assert wrong, what
+        found, notes = find_sound_checkpoint(run, None, {folder: wrong})
+        assert found == run / "iter_0000004" and len(notes) == 1 and "is damaged" in notes[0], what
+        path.write_bytes(before)
+    assert find_sound_checkpoint(run, None, {}) == (folder, [])
+
+
+@pytest.mark.parametrize("name", ["state.json", ".metadata", "__1_0.distcp", "manifest.json", "common.pt"])
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(pool: Pool, sample: Path, whole: Path, name: str) -> None:
+    run = sample / f"damaged {name}"
+    shutil.copytree(whole, run)
+    damage(run / "iter_0000006" / name, random.Random(1))
+    out = ok(pool.run(2, train, sample, "--save", str(run), "--load", str(run), *SHORT, *TP))
+    assert out.count("iter_0000006 is damaged") == out.count("going back to") == 1 and "going on after iteration 4" in out, out
+    assert metrics(run) == metrics(whole) and (run / "latest_checkpointed_iteration.txt").read_text() == "6\n"
+    assert manifest.damage(run / "iter_0000006", lambda *_: True) is None
+
+
+def test_a_pointer_that_leads_nowhere_leads_to_the_newest_checkpoint(pool: Pool, sample: Path, whole: Path) -> None:
+    for text in ("7\n", "x", ""):
+        run = sample / f"pointer {text.strip()}"
+        shutil.copytree(whole, run)
+        (run / "latest_checkpointed_iteration.txt").write_text(text)
+        out = ok(pool.run(1, train, sample, "--save", str(run), "--load", str(run), *SHORT))
+        assert out.count("going back to") == 1 and "iter_0000006" in out, out
+
+
+def test_without_a_sound_checkpoint_nothing_is_begun(pool: Pool, sample: Path, whole: Path) -> None:
+    run = sample / "all damaged"
+    shutil.copytree(whole, run)
+    for folder in run.glob("iter_*"):
+        damage(folder / "__0_0.distcp", random.Random(2))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ((code, _, err),) = pool.run(1, train, sample, "--save", str(run), "--load", str(run), *SHORT)
+    assert code == 2 and "holds no sound checkpoint" in err and err.count("is damaged") == 3
+    ((code, _, err),) = pool.run(1, train, sample, "--load", str(run), "--ckpt-step", "4", *SHORT)
+    assert code == 2 and "iter_0000004 is damaged" in err and "--ckpt-step another" in err
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def train_on_a_small_disk(folder: Path, *words: str) -> tuple[int, str, str]:
+    """`train` where no file may grow beyond 20,000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        return train(folder, *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("extra", [[], ["--async-save"], ["--exit-on-failed-save"]])
+def test_a_full_disk_costs_no_checkpoint(pool: Pool, sample: Path, whole: Path, extra: list[str]) -> None:
+    run = sample / f"full {extra}"
+    ok(pool.run(2, train, sample, "--save", str(run), "--exit-interval", "2", *SHORT, *TP))
+    words = ["--save", str(run), "--load", str(run), "--save-interval", "2", *SHORT, *TP]
+    results = pool.run(2, train_on_a_small_disk, sample, *words, *extra)
+    assert [code for code, _, _ in results] == [1, 1], results
+    _, out, err = results[0]
+    assert out.count("the training goes on") == (0 if extra == ["--exit-on-failed-save"] else 2), out
+    assert "chatflow train: stopped: the checkpoint of iteration" in err
+    assert metrics(run)[-1]["iteration"] == (4 if extra == ["--exit-on-failed-save"] else 6)
+    assert iterations(run) == [2] and (run / "latest_checkpointed_iteration.txt").read_text() == "2\n"
+    ok(pool.run(2, train, sample, *words))
+    assert metrics(run) == metrics(whole)
+
+
+def test_no_code_of_a_checkpoint_is_run(pool: Pool, sample: Path, whole: Path, tmp_path: Path) -> None:
+    import pickle
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "executed",))
+
+    for name in (".metadata", "common.pt"):
+        run = sample / f"evil {name}"
+        shutil.copytree(whole, run)
+        folder = run / "iter_0000006"
+        (folder / name).write_bytes(pickle.dumps(Evil()))
+        (folder / manifest.NAME).unlink()
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps({key: value for key, value in state.items() if key != "sealed"}))
+        manifest.write_manifest(folder, {})  # an attacker has the hashes right
+        ((code, _, err),) = pool.run(1, train, sample, "--load", str(run), *SHORT)
+        assert code == 2 and "is not read" in err, (code, err)
+        assert not (tmp_path / "executed").exists()

@@ -1,0 +1,116 @@
+"""Leaving before the end: all ranks after the same iteration, with a checkpoint, and nothing lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from tests.pool import Pool
+from tests.sample import metrics, train
+
+TP = ["--tensor-model-parallel-size", "2"]
+SHORT = ["--train-iters", "6", "--lr-decay-iters", "20", "--eval-interval", "2"]
+
+
+@pytest.fixture(scope="module")
+def whole(pool: Pool, sample: Path) -> Path:
+    run = sample / "not stopped"
+    results = pool.run(2, train, sample, "--save", str(run), *SHORT, *TP)
+    assert {code for code, _, _ in results} == {0}, results
+    return run
+
+
+def train_and_signal(folder: Path, where: str, rank: int, number: int, *words: str) -> tuple[int, str, str]:
+    """`train`; one rank gets a signal when it does for the second time what `where` says."""
+    from megatron_chatflow.training import loop, saver
+
+    place = {
+        "step": (loop, "train_step"),
+        "validation": (loop, "evaluate_domains"),
+        "save": (saver, "save_preprocess"),
+        "publishing": (saver.Saver, "_end"),
+    }[where]
+    real, calls = getattr(*place), []
+
+    def signalled(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == 2 and int(os.environ["RANK"]) == rank:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+        return real(*args, **kwargs)
+
+    with mock.patch.object(*place, signalled):
+        return train(folder, *words)
+
+
+@pytest.mark.parametrize(
+    ("where", "rank", "number", "iteration", "extra"),
+    [
+        ("step", 1, signal.SIGTERM, 2, []),
+        ("validation", 0, signal.SIGUSR1, 0, []),
+        ("save", 1, signal.SIGTERM, 3, ["--save-interval", "1"]),
+        ("publishing", 0, signal.SIGUSR1, 4, ["--save-interval", "1", "--async-save"]),
+    ],
+)
+def test_a_signal_at_any_moment_leaves_a_checkpoint(
+    pool: Pool, sample: Path, whole: Path, where: str, rank: int, number: int, iteration: int, extra: list[str]
+) -> None:
+    run = sample / f"signal {where}"
+    words = ["--save", str(run), "--load", str(run), *SHORT, *TP, *extra]
+    results = pool.run(2, train_and_signal, sample, where, rank, int(number), *words)
+    assert [code for code, _, _ in results] == [3, 3], results
+    name = signal.Signals(number).name
+    assert f"({name}); resume with --load" in results[0][1], results
+    left = int(results[0][1].split("leaving at iteration ")[1].split()[0])
+    assert iteration <= left <= iteration + 2
+    if left:
+        assert (run / "latest_checkpointed_iteration.txt").read_text() == f"{left}\n"
+    results = pool.run(2, train, sample, *words)
+    assert {code for code, _, _ in results} == {0}, results
+    assert (run / "metrics.jsonl").read_text().count('"validation"') == (whole / "metrics.jsonl").read_text().count('"validation"')
+    assert metrics(run) == metrics(whole)
+
+
+def test_a_run_leaves_when_its_minutes_are_over(pool: Pool, sample: Path) -> None:
+    run = sample / "minutes"
+    ((code, out, _),) = pool.run(1, train_with_fast_clock, sample, "--save", str(run), "--exit-duration-in-mins", "5", *SHORT[:4])
+    assert code == 3 and "leaving at iteration 2 (exit_duration_in_mins)" in out, out
+
+
+def train_with_fast_clock(folder: Path, *words: str) -> tuple[int, str, str]:
+    """`train` on a clock that gains two minutes whenever it is read."""
+    from megatron_chatflow.training import stop
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            self.now += 120
+            return self.now
+
+    with mock.patch.object(stop, "time", Clock()):
+        return train(folder, *words)
+
+
+def test_a_second_signal_ends_a_process_at_once_even_where_it_is_stuck() -> None:
+    code = "import ctypes, torch; from megatron_chatflow.training.stop import Stop; s = Stop(None).__enter__(); print('up', flush=True); "
+    code += "[ctypes.CDLL(None).sleep(60) for _ in range(9)]"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(3)
+        assert process.poll() is None, "signals within three seconds are one"
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(5) == 3
+    finally:
+        process.kill()

@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""Are two run directories the same run? Metrics and checkpoints, bit for bit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+EPILOG = """examples:
+  python tools/compare_runs.py runs/a runs/b                      all records and the checkpoints that both have
+  python tools/compare_runs.py runs/a runs/b --iteration 100      records up to iteration 100 and its checkpoint
+
+exit codes: 0 the same, 1 different (the first difference is printed), 2 not two runs that can be compared
+"""
+
+
+class InputError(ValueError):
+    """What was given cannot be compared."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="a run directory (--save of a training)")
+    parser.add_argument("--iteration", type=int, metavar="N", help="compare only up to this iteration, and its checkpoint")
+    args = parser.parse_args(argv)
+    a, b = args.runs
+    try:
+        found = next(differences(a, b, args.iteration), None)
+    except InputError as error:
+        print(f"compare_runs: error: {error}", file=sys.stderr)
+        return 2
+    print(f"different: {found}" if found else f"the same: {a} and {b}")
+    return 1 if found else 0
+
+
+def differences(a: Path, b: Path, last: int | None) -> Iterator[str]:
+    """Sentences, in order of iterations: first the records, then the checkpoints. Raises InputError."""
+    yield from _record_differences(_records(a, last), _records(b, last))
+    shared = sorted(set(_checkpoints(a)) & set(_checkpoints(b)))
+    if last is not None:
+        if last not in shared:
+            raise InputError(f"no checkpoint of iteration {last} in both runs; those in both are {', '.join(map(str, shared)) or 'none'}")
+        shared = [last]
+    if not shared:
+        raise InputError(f"{a} and {b} have no checkpoint of one iteration; save both runs at the same iteration")
+    for iteration in shared:
+        print(f"comparing the checkpoints of iteration {iteration}", file=sys.stderr, flush=True)
+        yield from _checkpoint_differences(_checkpoints(a)[iteration], _checkpoints(b)[iteration])
+
+
+def _records(run: Path, last: int | None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the times."""
+    try:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        records = [{key: value for key, value in line.items() if key != "time"} for line in lines]
+        return [record for record in records if last is None or record["iteration"] <= last]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{run} is not a run directory: metrics.jsonl cannot be read ({error}); give what was --save of a training") from None
+
+
+def _record_differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[str]:
+    for x, y in zip(a, b, strict=False):
+        if json.dumps(x) != json.dumps(y):
+            key = next(key for key in [*x, *y] if json.dumps(x.get(key)) != json.dumps(y.get(key)))
+            yield f"metrics.jsonl at iteration {x['iteration']}: {key} is {x.get(key)} and {y.get(key)}"
+    if len(a) != len(b):
+        yield f"metrics.jsonl has {len(a)} and {len(b)} records"
+
+
+def _checkpoints(run: Path) -> dict[int, Path]:
+    return {int(path.name[5:]): path for path in run.glob("iter_*") if path.name[5:].isdigit() and (path / "state.json").is_file()}
+
+
+def _checkpoint_differences(a: Path, b: Path) -> Iterator[str]:
+    import torch
+
+    from megatron_chatflow.config import UsageError
+    from megatron_chatflow.training.reading import read_common, read_tensors, tensor_names
+
+    try:
+        states = [json.loads((folder / "state.json").read_text(encoding="utf-8")) for folder in (a, b)]
+        names = [tensor_names(folder) for folder in (a, b)]
+        common = [read_common(folder) for folder in (a, b)]
+    except (OSError, ValueError, UsageError) as error:
+        raise InputError(f"a checkpoint cannot be read: {error}") from None
+    for key in sorted({*states[0], *states[1]}):
+        if states[0].get(key) != states[1].get(key):
+            yield f"{a.name}/state.json: {key} is not the same"
+    if names[0] != names[1]:
+        yield f"{a.name}: {min(set(names[0]) ^ set(names[1]))} is in one of them only"
+    if repr(common[0]) != repr(common[1]):
+        yield f"{a.name}/common.pt: the optimizer's settings are not the same"
+    for (name, x), (_, y) in zip(read_tensors(a, names[0]), read_tensors(b, names[0]), strict=True):
+        if x.shape != y.shape or x.dtype != y.dtype:
+            yield f"{a.name}: {name} is {list(x.shape)} {x.dtype} and {list(y.shape)} {y.dtype}"
+        elif not torch.equal(x.flatten().view(torch.uint8), y.flatten().view(torch.uint8)):
+            place = int((x.flatten().view(torch.uint8) != y.flatten().view(torch.uint8)).nonzero()[0]) // x.element_size()
+            yield f"{a.name}: {name} differs first at element {place}: {x.flatten()[place].item()} and {y.flatten()[place].item()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
