@@ -13,9 +13,9 @@ class InstructDomain(WindowDomain):
     """The conversations of a corpus with sequence modes, packed into windows of S positions.
 
     A conversation of L tokens t takes L - 1 positions: tokens t[0] .. t[L-2], labels t[1] .. t[L-1]. loss_mask is 1 where the label lies
-    in a sequence of mode 0 (an answer), with `train_on_prompt` everywhere. Each conversation is a segment of its own, its position_ids start at 0, and no label belongs
-    to another conversation than its token. What is longer than S + 1 tokens is cut there. What is left of a window is padded with
-    token 0, loss_mask 0, and a segment of its own.
+    in a sequence of mode 0 (an answer), with `train_on_prompt` everywhere. Each conversation is a segment of its own, its position_ids
+    start at 0, and no label belongs to another conversation than its token. What is longer than S + 1 tokens is cut there. What is left
+    of a window is padded with token 0, loss_mask 0, and a segment of its own.
 
     The packing is a function of the lengths and S alone, the same in every epoch, and kept beside the corpus (`packing_cache.py`); the
     windows are shuffled as a text domain's are.

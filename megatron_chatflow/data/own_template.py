@@ -89,6 +89,7 @@ def _render(messages: list[dict[str, str]], tokenizer: Tokenizer, *, add_generat
 @functools.cache
 def _compiled(template: str) -> Any:
     """The template with what Hugging Face gives it, but the time of day: a corpus must not depend on it."""
+
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 

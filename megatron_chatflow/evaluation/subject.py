@@ -1,0 +1,64 @@
+"""What is evaluated: the settings, the weights and the tokenizer of a run. Imports no torch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_chatflow.config import Config, resolve_reading
+from megatron_chatflow.training.run_directory import last_checkpoints, read_state
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that can be opened (`session.open_model`)."""
+
+    config: Config
+    """Resolved."""
+    checkpoints: tuple[Path, ...]
+    """Folders of weights; of several, the mean."""
+    iteration: int
+    """Of the last of them."""
+    trained: bool
+    """Whether it was trained here at all, and not only converted."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        last = str(self.checkpoints[-1])
+        return last if len(self.checkpoints) == 1 else f"mean of {', '.join(path.name for path in self.checkpoints[:-1])} and {last}"
+
+
+def find_subject(config: Config, world_size: int, average: int = 1) -> Subject:
+    """The model that `config.checkpoint` names.
+
+    Args:
+        config: as written, over the settings of the run.
+        world_size: processes of this job.
+        average: how many of the last checkpoints to take the mean of.
+
+    Raises:
+        UsageError: there is no such checkpoint, or the settings do not fit.
+    """
+    where = config.checkpoint
+    folders = last_checkpoints(where.load, where.ckpt_step, average)
+    state = read_state(folders[-1])
+    return Subject(resolve_reading(config, world_size), tuple(folders), state["iteration"], state["consumed_train_samples"] > 0)
+
+
+def split_reference(path: str) -> tuple[Path, int | None]:
+    """(run directory, iteration or None) of ``RUN`` or ``RUN/iter_0000100``."""
+    folder = Path(path).expanduser().resolve()
+    if folder.name.startswith("iter_") and folder.name[5:].isdigit():
+        return folder.parent, int(folder.name[5:])
+    return folder, None
+
+
+def laid_out_as(reference: Config, config: Config) -> Config:
+    """The reference's settings, read and laid over the processes as `config` says: same windows, same layout."""
+    result = copy.deepcopy(reference)
+    result.parallel, result.data, result.validation = (copy.deepcopy(getattr(config, name)) for name in ("parallel", "data", "validation"))
+    result.training.micro_batch_size = config.training.micro_batch_size
+    result.training.global_batch_size = config.training.global_batch_size
+    return result
