@@ -64,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
         change = changes(measured[0][0], measured[1][0], same_tokens=same_tokens) if args.reference else {}
         if args.json:
             told, *reference = [
-                {"checkpoint": subject.name, "iteration": subject.iteration, "validation": values}
-                for subject, (values, _) in zip(subjects, measured, strict=True)
+                {"checkpoint": subject.name, "iteration": subject.iteration, "validation": values, "notes": material.notes}
+                for subject, material, (values, _) in zip(subjects, materials, measured, strict=True)
             ]
             console.say(json.dumps(told | ({"reference": reference[0], "change": change} if reference else {}), ensure_ascii=False))
         else:
