@@ -19,7 +19,6 @@ from megatron_chatflow.evaluation.subject import Subject
 from megatron_chatflow.model.forward import make_forward_step, schedule_shape
 from megatron_chatflow.model.gpt import build_model
 from megatron_chatflow.model.spec import choose_transformer_impl
-from megatron_chatflow.training.average import load_mean
 
 
 @dataclass
@@ -53,11 +52,11 @@ def process_groups(config: Config, launch: Launch) -> Iterator[torch.device]:
 
 
 def open_model(subject: Subject, vocab_size: int, device: torch.device) -> Session:
-    """Load a model's weights, or the mean of several checkpoints, inside `process_groups`. `vocab_size`: before padding."""
+    """Build a model and load its weights, inside `process_groups`. `vocab_size`: before padding."""
     impl, _ = choose_transformer_impl(subject.config)
     model_parallel_cuda_manual_seed(subject.config.training.seed)
     model = build_model(subject.config, vocab_size, impl, wrap=False)
-    load_mean(subject.checkpoints, model)
+    subject.load(model)
     for chunk in model:
         chunk.eval()
     return Session(subject.config, vocab_size, impl, model, device)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_chatflow.config import Config, resolve_reading
 from megatron_chatflow.training.run_directory import last_checkpoints, read_state
@@ -16,18 +19,14 @@ class Subject:
 
     config: Config
     """Resolved."""
-    checkpoints: tuple[Path, ...]
-    """Folders of weights; of several, the mean."""
+    name: str
+    """What reports call it."""
     iteration: int
-    """Of the last of them."""
+    """Of the weights."""
     trained: bool
     """Whether it was trained here at all, and not only converted."""
-
-    @property
-    def name(self) -> str:
-        """What reports call it."""
-        last = str(self.checkpoints[-1])
-        return last if len(self.checkpoints) == 1 else f"mean of {', '.join(path.name for path in self.checkpoints[:-1])} and {last}"
+    load: Callable[[list[Any]], None]
+    """Fills the model chunks of this rank."""
 
 
 def find_subject(config: Config, world_size: int, average: int = 1) -> Subject:
@@ -44,7 +43,15 @@ def find_subject(config: Config, world_size: int, average: int = 1) -> Subject:
     where = config.checkpoint
     folders = last_checkpoints(where.load, where.ckpt_step, average)
     state = read_state(folders[-1])
-    return Subject(resolve_reading(config, world_size), tuple(folders), state["iteration"], state["consumed_train_samples"] > 0)
+    name = str(folders[-1]) if average == 1 else f"mean of {', '.join(folder.name for folder in folders[:-1])} and {folders[-1]}"
+    load = functools.partial(_load, folders)
+    return Subject(resolve_reading(config, world_size), name, state["iteration"], state["consumed_train_samples"] > 0, load)
+
+
+def _load(folders: list[Path], model: list[Any]) -> None:
+    from megatron_chatflow.training.average import load_mean
+
+    load_mean(folders, model)
 
 
 def split_reference(path: str) -> tuple[Path, int | None]:
