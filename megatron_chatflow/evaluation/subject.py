@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.config import Config, resolve_reading
-from megatron_chatflow.training.run_directory import last_checkpoints, read_state
+from megatron_chatflow.config import Config, UsageError, resolve_reading
+from megatron_chatflow.training.run_directory import complete_iterations, find_checkpoint, iteration_folder, read_state
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,27 @@ def find_subject(config: Config, world_size: int, average: int = 1) -> Subject:
 
 
 def _load(folders: list[Path], model: list[Any]) -> None:
-    from megatron_chatflow.training.average import load_mean
+    from megatron_chatflow.training.checkpoint_mean import load_mean
 
     load_mean(folders, model)
+
+
+def last_checkpoints(run: str | Path, ckpt_step: int | None, count: int) -> list[Path]:
+    """The folders of the last `count` complete checkpoints of a run up to `ckpt_step` (or the latest), oldest first.
+
+    Raises:
+        UsageError: there is no checkpoint, or fewer than `count`.
+    """
+    run, newest = Path(run), find_checkpoint(run, ckpt_step)
+    if newest is None:
+        raise UsageError(f"load {run} holds no checkpoint; give a run directory that has one")
+    there = [iteration for iteration in sorted(complete_iterations(run)) if iteration <= int(newest.name[5:])]
+    if count < 1 or count > len(there):
+        raise UsageError(
+            f"average_checkpoints is {count}, and the complete checkpoints of {run} up to {newest.name} are {len(there)} (iteration "
+            f"{', '.join(map(str, there))}); give --average-checkpoints a number from 1 to {len(there)}"
+        )
+    return [iteration_folder(run, iteration) for iteration in there[-count:]]
 
 
 def split_reference(path: str) -> tuple[Path, int | None]:

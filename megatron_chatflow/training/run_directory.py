@@ -62,24 +62,6 @@ def complete_iterations(run: Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in run.glob("iter_*") if p.name[5:].isdigit() and (p / "state.json").is_file())
 
 
-def last_checkpoints(run: str | Path, ckpt_step: int | None, count: int) -> list[Path]:
-    """The folders of the last `count` complete checkpoints of a run up to `ckpt_step` (or the latest), oldest first.
-
-    Raises:
-        UsageError: there is no checkpoint, or fewer than `count`.
-    """
-    run, newest = Path(run), find_checkpoint(run, ckpt_step)
-    if newest is None:
-        raise UsageError(f"load {run} holds no checkpoint; give a run directory that has one")
-    there = [iteration for iteration in complete_iterations(run) if iteration <= int(newest.name[5:])]
-    if count < 1 or count > len(there):
-        raise UsageError(
-            f"average_checkpoints is {count}, and the complete checkpoints of {run} up to {newest.name} are {len(there)} (iteration "
-            f"{', '.join(map(str, there))}); give --average-checkpoints a number from 1 to {len(there)}"
-        )
-    return [iteration_folder(run, iteration) for iteration in there[-count:]]
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """The plain part of a checkpoint: iteration, consumed samples, plan, schedule, identity of the data."""
     try:

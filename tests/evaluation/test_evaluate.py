@@ -154,7 +154,7 @@ def test_averaged_weights_are_the_uniform_mean_of_the_last_checkpoints(pool: Poo
 def _means() -> tuple[bool, bool]:
     import torch
 
-    from megatron_chatflow.training.average import mean
+    from megatron_chatflow.training.checkpoint_mean import mean
 
     parts = [torch.randn(5, 3, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(6)]
     exact = torch.stack([part.double() for part in parts]).mean(0)
