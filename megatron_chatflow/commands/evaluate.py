@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_chatflow.commands.common import complain_on, install_engine, run_values, usage_errors
-from megatron_chatflow.config import Config, UsageError, make_parser, parse
+from megatron_chatflow.commands.common import complain_on, install_engine, usage_errors
+from megatron_chatflow.commands.subjects import find_source, parse_with_source, settings_alone
+from megatron_chatflow.config import Config, UsageError, make_parser
 from megatron_chatflow.engine.launch import Launch, read_launch
 from megatron_chatflow.report import console
 from megatron_chatflow.report.evaluation_table import changes, comparison_lines
@@ -19,6 +20,7 @@ EPILOG = """examples:
   chatflow evaluate --load runs/zh --reference runs/base                 # what was forgotten, what was learnt
   chatflow evaluate --load runs/zh --text en=en.jsonl --text zh=zh.txt   # raw text: comparable across tokenizers
   chatflow evaluate --load runs/zh --average-checkpoints 6
+  chatflow evaluate --load SmolLM2-135M --text en=en.jsonl --text zh=zh.jsonl --seq-length 1024   # a Hugging Face folder
   torchrun --nproc-per-node 2 -m megatron_chatflow evaluate --load runs/zh --pipeline-model-parallel-size 2
 """
 
@@ -27,17 +29,13 @@ def main(argv: Sequence[str]) -> int:
     """Print loss, perplexity and bits per byte of each domain's held-out part and of each named validation set, or of raw text."""
     parser = _parser()
     with usage_errors():
-        config, args = parse(parser, argv)
-        if not config.checkpoint.load:
-            raise UsageError("load is missing; give --load RUN, the folder that was --save of a run")
-        config, args = parse(parser, argv, run_values(config.checkpoint.load, keep_layout=False))
+        source, config, args = parse_with_source(parser, argv)
         launch = read_launch()
         from megatron_chatflow.evaluation.material import corpora, raw_text, read_named_texts, same_corpora
-        from megatron_chatflow.evaluation.subject import find_subject
 
         if args.document_start and not args.text:
             raise UsageError("document_start has no effect without raw text; drop --document-start or give --text NAME=FILE")
-        subjects = [find_subject(config, launch.world_size, args.average_checkpoints)]
+        subjects = [source.subject(config, launch.world_size, args.average_checkpoints)]
         texts = read_named_texts(args.text)
         materials = [raw_text(subjects[0], texts, args.document_start) if texts else corpora(subjects[0].config)]
         if args.reference:
@@ -101,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         "token where there is one",
     )
     parser.add_argument(
-        "--reference", metavar="RUN", help="a second run, or one of its checkpoints (RUN/iter_0000100), on the same text, and the change in percent"
+        "--reference",
+        metavar="RUN",
+        help="a second run, one of its checkpoints (RUN/iter_0000100) or a Hugging Face folder on the same text, and the change in percent",
     )
     parser.add_argument(
         "--average-checkpoints",
@@ -115,10 +115,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _find_reference(path: str, config: Config, launch: Launch) -> Any:
-    """The model at ``RUN`` or ``RUN/iter_0000100``, over the same processes and windows as `config`."""
-    from megatron_chatflow.evaluation.subject import find_subject, laid_out_as, split_reference
+    """The model at ``RUN``, ``RUN/iter_0000100`` or a Hugging Face folder, over the same processes and windows as `config`."""
+    from megatron_chatflow.evaluation.subject import laid_out_as, split_reference
 
-    run, step = split_reference(path)
-    reference, _ = parse(make_parser("chatflow evaluate", ""), [], run_values(run, keep_layout=False))
-    reference.checkpoint.load, reference.checkpoint.ckpt_step = str(run), step
-    return find_subject(laid_out_as(reference, config), launch.world_size)
+    folder, step = split_reference(path)
+    source = find_source(str(folder))
+    reference = settings_alone(source)
+    reference.checkpoint.load, reference.checkpoint.ckpt_step = str(folder), step
+    return source.subject(laid_out_as(reference, config), launch.world_size)

@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_chatflow.commands.common import complain_on, install_engine, run_values, usage_errors
+from megatron_chatflow.commands.common import complain_on, install_engine, usage_errors
+from megatron_chatflow.commands.subjects import parse_with_source
 from megatron_chatflow.config import Config, UsageError, make_parser, parse
 from megatron_chatflow.config.settings import PrecisionSettings
 from megatron_chatflow.engine.launch import read_launch
@@ -27,19 +28,15 @@ def main(argv: Sequence[str]) -> int:
     """Continue each prompt and print it."""
     parser = _parser()
     with usage_errors():
-        config, args = parse(parser, argv)
-        if not config.checkpoint.load:
-            raise UsageError("load is missing; give --load RUN, the folder that was --save of a run")
-        _check(args)
-        config, args = parse(parser, argv, run_values(config.checkpoint.load, keep_layout=False))
+        _check(parse(parser, argv)[1])
+        source, config, args = parse_with_source(parser, argv)
         launch = read_launch()
         if config.parallel.sequence_parallel:
             raise UsageError("generate reads prompts of any length, which sequence_parallel cannot split; drop --sequence-parallel")
         config.precision = PrecisionSettings()  # rows of any length: FP8 layers want multiples of 8 tokens
-        from megatron_chatflow.evaluation.subject import find_subject
         from megatron_chatflow.training.inputs import open_tokenizer
 
-        subject = find_subject(config, launch.world_size)
+        subject = source.subject(config, launch.world_size)
         model_size = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
         if launch.world_size != model_size:
             raise UsageError(
