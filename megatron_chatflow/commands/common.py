@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.config import UsageError, load_values
 from megatron_chatflow.config.settings import ParallelSettings
+from megatron_chatflow.report import console
 
 
 @contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """Inside, a ValueError or a missing file is the user's matter: it becomes a UsageError. Wraps only what checks the user's words."""
+def usage_errors(of: str = "") -> Iterator[None]:
+    """Inside, a ValueError or a missing file is the user's matter: it becomes a UsageError. Wraps only what checks the user's words.
+
+    `of`: what the words are about, put in front of the sentence.
+    """
     try:
         yield
-    except UsageError:
-        raise
+    except UsageError as error:
+        raise UsageError(f"{of}{error}") if of else error from None
     except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(f"{of}{error}") from None
+
+
+def install_engine() -> None:
+    """Make megatron-core usable on this machine; before the first import that needs it."""
+    from megatron_chatflow.engine import cpu, distributed
+
+    distributed.hide_engine_warnings()
+    cpu.install()
+
+
+def complain_on(rank: int) -> Callable[[str], None]:
+    """A function that prints a line to standard error on the first rank, and nothing elsewhere."""
+    return console.complain if rank == 0 else lambda text: None
 
 
 def run_values(run: str | Path, *, keep_layout: bool = True) -> dict[str, Any]:

@@ -18,6 +18,29 @@ def resolve(config: Config, world_size: int) -> Config:
     Raises UsageError for a missing setting and for two settings that contradict each other, naming both and the cure.
     """
     config = copy.deepcopy(config)
+    dp = _resolve_model_and_layout(config, world_size)
+    check_recompute(config)
+    _check_batches(config, dp)
+    check_precision(config)
+    _check_optimizer(config)
+    return config
+
+
+def resolve_reading(config: Config, world_size: int) -> Config:
+    """What running a model needs without training it (`evaluate`, `generate`): no length, no optimizer, no schedule."""
+    config = copy.deepcopy(config)
+    config.data.seq_length = config.data.seq_length or config.model.max_position_embeddings or 0
+    if config.parallel.num_layers_per_virtual_pipeline_stage:
+        raise UsageError("num_layers_per_virtual_pipeline_stage is for training only; drop --num-layers-per-virtual-pipeline-stage")
+    dp = _resolve_model_and_layout(config, world_size)
+    _positive(config.training, "micro_batch_size")
+    config.training.global_batch_size = config.training.global_batch_size or config.training.micro_batch_size * dp
+    check_precision(config)
+    return config
+
+
+def _resolve_model_and_layout(config: Config, world_size: int) -> int:
+    """Fills in and checks what the model and its layout are; returns the data-parallel size."""
     for section, name in (
         (config.model, "num_layers"),
         (config.model, "hidden_size"),
@@ -31,12 +54,7 @@ def resolve(config: Config, world_size: int) -> Config:
             if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
                 raise UsageError(f"{f.name} is {value}; give {_flag(f.name)} a number that is not negative")
     _resolve_model(config)
-    dp = _check_layout(config, world_size)
-    check_recompute(config)
-    _check_batches(config, dp)
-    check_precision(config)
-    _check_optimizer(config)
-    return config
+    return _check_layout(config, world_size)
 
 
 def resolve_data(config: Config) -> Config:
@@ -83,6 +101,8 @@ def _resolve_model(config: Config) -> None:
             f"seq_length {config.data.seq_length} is larger than max_position_embeddings {m.max_position_embeddings}; "
             "raise --max-position-embeddings or lower --seq-length"
         )
+    if m.rotary_seq_len_interpolation_factor == 0:
+        raise UsageError("rotary_seq_len_interpolation_factor is 0; give --rotary-seq-len-interpolation-factor a positive number or leave it out")
     for name in ("attention_dropout", "hidden_dropout"):
         if not 0 <= getattr(m, name) < 1:
             raise UsageError(f"{name} is {getattr(m, name)}; give {_flag(name)} a number from 0 up to, not including, 1")

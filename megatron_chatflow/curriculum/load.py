@@ -128,7 +128,7 @@ def constant_curriculum(pairs: Iterable[tuple[float, str]]) -> Curriculum:
 
 
 def _domain(name: Any, entry: Any, folder: Path, fail: Any) -> Domain:
-    key = _entry_key("domains", "a domain", name, entry, ("path", "kind", "max_epochs", "valid"), fail)
+    key = _entry_key("domains", "a domain", name, entry, ("path", "kind", "max_epochs", "valid", "train_on_prompt"), fail)
     path = _prefix(entry.get("path"), f"{key}.path", folder, fail)
     cap = entry.get("max_epochs")
     if cap is not None:
@@ -136,7 +136,17 @@ def _domain(name: Any, entry: Any, folder: Path, fail: Any) -> Domain:
         if cap <= 0:
             fail(f"{key}.max_epochs", f"{cap} is not positive", "write how often the domain may be read at most, or leave it out")
     valid = _prefix(entry["valid"], f"{key}.valid", folder, fail) if "valid" in entry else None
-    return Domain(name, path, _choice(entry.get("kind", "text"), KINDS, f"{key}.kind", fail), cap, valid)
+    kind = _choice(entry.get("kind", "text"), KINDS, f"{key}.kind", fail)
+    return Domain(name, path, kind, cap, valid, _train_on_prompt(entry, kind, f"{key}.train_on_prompt", fail))
+
+
+def _train_on_prompt(entry: Mapping[str, Any], kind: str, key: str, fail: Any) -> bool:
+    value = entry.get("train_on_prompt", False)
+    if not isinstance(value, bool):
+        fail(key, f"a truth value is expected, found {_kind(value)} {value!r}", "write true or false")
+    if "train_on_prompt" in entry and kind != "instruct":
+        fail(key, f"a domain of kind {kind} has no prompts, all of it is trained on", "drop the key, or write `kind: instruct`")
+    return value
 
 
 def _validation(entries: Any, domains: Mapping[str, Domain], folder: Path, fail: Any) -> dict[str, Domain]:

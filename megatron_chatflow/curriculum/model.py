@@ -25,6 +25,8 @@ class Domain:
     """How often it may be read at most; None: no cap."""
     valid: str | None = None
     """Prefix of its own validation corpus; the corpus at `path` is then trained on whole. None: the split cuts `path`."""
+    train_on_prompt: bool = False
+    """Whether the prompts of conversations are trained on like their answers (kind instruct only)."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Curriculum:
         for name, domain in self.domains.items():
             cap = {} if domain.max_epochs is None else {"max_epochs": domain.max_epochs}
             valid = {} if domain.valid is None else {"valid": domain.valid}
-            domains[name] = {"path": domain.path, "kind": domain.kind, **cap, **valid}
+            prompts = {"train_on_prompt": True} if domain.train_on_prompt else {}
+            domains[name] = {"path": domain.path, "kind": domain.kind, **cap, **valid, **prompts}
         stages = [
             {"name": s.name, "at": f"{s.at}%" if s.relative else s.at, "weights": dict(s.weights), **({"ramp": s.ramp} if i else {})}
             for i, s in enumerate(self.stages)

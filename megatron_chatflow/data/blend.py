@@ -165,7 +165,10 @@ def open_domains(
             own = "0,1" if subset == "valid" else "1"
             documents = document_range(own if entry.valid else split, subset, dataset.num_documents)
             common = {"seq_length": seq_length, "seed": seed, "documents": documents}
-            opened[name] = InstructDomain(name, dataset, **common) if entry.kind == "instruct" else TextDomain(name, dataset, **common, **text)
+            if entry.kind == "instruct":
+                opened[name] = InstructDomain(name, dataset, **common, train_on_prompt=entry.train_on_prompt)
+            else:
+                opened[name] = TextDomain(name, dataset, **common, **text)
         except ValueError as error:
             raise ValueError(f"domain {name}: {error}") from error
     return opened

@@ -204,7 +204,7 @@ class Encoder:
                 numbers.append(number)
             except MalformedRecord as error:
                 malformed.append((number, str(error)))
-        corpus, refused = self._encode_conversations(conversations)
+        corpus, refused = self.encode_conversations(conversations)
         malformed.extend((numbers[index], reason) for index, reason in refused)
         return Encoded({self._task.keys[0]: corpus}, len(malformed), sorted(malformed)[:SHOWN])
 
@@ -218,14 +218,15 @@ class Encoder:
         passages = CHAT_TEMPLATES[self._task.template](conversation, self._tokenizer)
         if self._task.append_eod and passages[-1].parts[-1] != self._tokenizer.eod:
             passages[-1] = Passage(ANSWER, (*passages[-1].parts, self._tokenizer.eod))
-        return [_merge(passage) for passage in passages]
+        return passages
 
-    def _encode_conversations(self, conversations: list[list[Passage]]) -> tuple[Corpus, list[tuple[int, str]]]:
-        """Also returns which conversations are refused, and why.
+    def encode_conversations(self, conversations: list[list[Passage]]) -> tuple[Corpus, list[tuple[int, str]]]:
+        """Returns the tokens of conversations, and which are refused, and why.
 
         Libraries find some control tokens in text whatever they are told (SentencePiece its user-defined symbols); in a conversation that
         would let a user write the assistant's part.
         """
+        conversations = [[_merge(passage) for passage in passages] for passages in conversations]
         parts = [part for passages in conversations for passage in passages for part in passage.parts]
         ids = iter(self._tokenizer.encode_batch([part for part in parts if isinstance(part, str)]))
         tokens: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""An instruction domain: whole conversations packed into windows, trained on the answers alone."""
+"""An instruction domain: whole conversations packed into windows, trained on the answers alone or on prompts as well."""
 
 import numpy as np
 
@@ -13,15 +13,16 @@ class InstructDomain(WindowDomain):
     """The conversations of a corpus with sequence modes, packed into windows of S positions.
 
     A conversation of L tokens t takes L - 1 positions: tokens t[0] .. t[L-2], labels t[1] .. t[L-1]. loss_mask is 1 where the label lies
-    in a sequence of mode 0 (an answer). Each conversation is a segment of its own, its position_ids start at 0, and no label belongs
-    to another conversation than its token. What is longer than S + 1 tokens is cut there. What is left of a window is padded with
-    token 0, loss_mask 0, and a segment of its own.
+    in a sequence of mode 0 (an answer), with `train_on_prompt` everywhere. Each conversation is a segment of its own, its position_ids
+    start at 0, and no label belongs to another conversation than its token. What is longer than S + 1 tokens is cut there. What is left
+    of a window is padded with token 0, loss_mask 0, and a segment of its own.
 
     The packing is a function of the lengths and S alone, the same in every epoch, and kept beside the corpus (`packing_cache.py`); the
     windows are shuffled as a text domain's are.
 
     Args:
         name, dataset, seq_length, seed, documents: as in `WindowDomain`.
+        train_on_prompt: whether labels in prompts (mode 1) carry loss as well.
 
     Attributes:
         packing: which conversations each window holds; conversations are numbered from `documents[0]`.
@@ -30,8 +31,11 @@ class InstructDomain(WindowDomain):
         ValueError: the corpus has no sequence modes, its sequences are not stored in order, or its index is damaged.
     """
 
-    def __init__(self, name: str, dataset: IndexedDataset, *, seq_length: int, seed: int, documents: tuple[int, int]) -> None:
+    def __init__(
+        self, name: str, dataset: IndexedDataset, *, seq_length: int, seed: int, documents: tuple[int, int], train_on_prompt: bool = False
+    ) -> None:
         super().__init__(name, dataset, seq_length=seq_length, seed=seed, documents=documents)
+        self.train_on_prompt = train_on_prompt
         if dataset.sequence_modes is None:
             raise ValueError(f"corpus {dataset.prefix}: it has no sequence modes, so prompts and answers cannot be told apart")
         for fault in index_faults(dataset):
@@ -58,12 +62,13 @@ class InstructDomain(WindowDomain):
         sizes = np.insert(size, last, self.seq_length - used)
         segment_ids, position_ids = segments((np.cumsum(sizes) - sizes)[sizes > 0], *shape)
         source = np.repeat(np.insert(start, last, 0), sizes) + position_ids.reshape(-1)
-        answer = np.zeros(len(source), bool)
-        answer[np.repeat(np.insert(np.ones(len(size), bool), last, False), sizes)] = self._answers(document, size)
+        trained = np.repeat(np.insert(np.ones(len(size), bool), last, False), sizes)
+        if not self.train_on_prompt:
+            trained[trained] = self._answers(document, size)
 
         batch["tokens"][rows] = self.dataset.tokens.take(source, mode="clip").reshape(shape)
         batch["labels"][rows] = self.dataset.tokens.take(source + 1, mode="clip").reshape(shape)
-        batch["loss_mask"][rows] = answer.reshape(shape)
+        batch["loss_mask"][rows] = trained.reshape(shape)
         batch["position_ids"][rows] = position_ids
         batch["segment_ids"][rows] = segment_ids
         for window in np.flatnonzero(used < self.seq_length):

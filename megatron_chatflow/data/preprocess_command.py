@@ -86,7 +86,8 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument("--input-format", choices=FORMATS, help="JSON lines, a document a line, or a table; by default .txt is text, .parquet a table")
     data.add_argument("--kind", choices=KINDS, default="text", help="text under --json-keys, parallel text, or conversations")
     data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that become a corpus each (--kind text; default: text)")
-    data.add_argument("--template", help="'{en}\\n{zh}' (--kind parallel); chatflow, alpaca or chatml (--kind instruct, by default chatflow)")
+    templates = "chatflow, alpaca, chatml, or tokenizer for the tokenizer's own (--kind instruct, by default chatflow)"
+    data.add_argument("--template", help=f"'{{en}}\\n{{zh}}' (--kind parallel); {templates}")
     data.add_argument("--skip-malformed", action="store_true", help="leave malformed records out and count them; without it they stop the run")
     data.add_argument("--lang", help="language of the text, noted in the manifest; of --split-sentences, by default english")
     data.add_argument("--split-sentences", action="store_true", help="make each sentence a sequence: by NLTK where its data is, else by a rule")

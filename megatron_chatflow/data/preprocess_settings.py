@@ -8,7 +8,7 @@ from megatron_chatflow.data.encode import KINDS, Task
 from megatron_chatflow.data.formats import FORMATS, Source
 from megatron_chatflow.data.indexed import best_dtype
 from megatron_chatflow.data.sentences import Splitting, choose_splitting
-from megatron_chatflow.data.templates import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE, ParallelTemplate
+from megatron_chatflow.data.templates import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE, OWN_TEMPLATE, ParallelTemplate
 from megatron_chatflow.tokenizer import Tokenizer
 
 DEFAULT_SEED = 1234
@@ -25,7 +25,7 @@ class PreprocessSettings:
         tokenizer_type: see `load_tokenizer`, as for the four that follow.
         kind: `text`, `parallel` or `instruct`.
         json_keys: keys of a record that become a corpus each (text).
-        template: `{en}\\n{zh}` (parallel); `chatflow`, `alpaca` or `chatml` (instruct, default chatflow).
+        template: `{en}\\n{zh}` (parallel); `chatflow`, `alpaca`, `chatml` or `tokenizer` (instruct, default chatflow).
         append_eod: end each document with the end-of-document token (chatflow and alpaca do so in any case).
         split_sentences: make each sentence a sequence (text).
         keep_newlines: a sentence keeps the white space that follows it.
@@ -94,7 +94,15 @@ class PreprocessSettings:
         return choose_splitting(self.lang or "english", self.keep_newlines) if self.split_sentences else None
 
     def task(self, tokenizer: Tokenizer, splitting: Splitting | None) -> Task:
-        """Returns what the workers are told."""
+        """Returns what the workers are told.
+
+        Raises:
+            ValueError: the template is the tokenizer's own, and it has none.
+        """
+        if self.kind == "instruct" and self.chosen_template() == OWN_TEMPLATE:
+            from megatron_chatflow.data.own_template import check_own_template
+
+            check_own_template(tokenizer)
         dtype = best_dtype(tokenizer.vocab_size).__name__
         return Task(self.kind, tuple(self.prefixes()), self.chosen_template(), self.append_eod, splitting, dtype)
 

@@ -1,4 +1,4 @@
-"""How records become documents: plain text, parallel text through a template, conversations through a chat template."""
+"""What records hold, and how they become documents: plain text, parallel text through a template, conversations through a chat template."""
 
 import re
 import string
@@ -45,6 +45,7 @@ class Conversation:
 
 
 ChatTemplate = Callable[[Conversation, Tokenizer], list[Passage]]
+"""A prompt and its answer for each turn, in order. Raises MalformedRecord for a conversation that the template cannot hold."""
 
 
 def text_field(record: Mapping[str, Any], key: str) -> str:
@@ -158,10 +159,14 @@ def _chatml(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
     result = []
     for number, turn in enumerate(conversation.turns):
         lead: tuple[Part, ...] = ("\n",) if number else system
-        question = f"{turn.instruction}\n{turn.input}" if turn.input else turn.instruction
-        result.append(Passage(PROMPT, (*lead, start, f"user\n{question}", end, "\n", start, "assistant\n")))
+        result.append(Passage(PROMPT, (*lead, start, f"user\n{question(turn)}", end, "\n", start, "assistant\n")))
         result.append(Passage(ANSWER, (turn.output, end)))
     return result
+
+
+def question(turn: Turn) -> str:
+    """Returns instruction and input as one message."""
+    return f"{turn.instruction}\n{turn.input}" if turn.input else turn.instruction
 
 
 def _mark(tokenizer: Tokenizer, spelling: str) -> Part:
@@ -169,7 +174,14 @@ def _mark(tokenizer: Tokenizer, spelling: str) -> Part:
     return spelling if token is None else token
 
 
-CHAT_TEMPLATES: dict[str, ChatTemplate] = {"chatflow": _chatflow, "alpaca": _alpaca, "chatml": _chatml}
+def _own(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
+    from megatron_chatflow.data.own_template import own_template
+
+    return own_template(conversation, tokenizer)
+
+
+OWN_TEMPLATE = "tokenizer"
+CHAT_TEMPLATES: dict[str, ChatTemplate] = {"chatflow": _chatflow, "alpaca": _alpaca, "chatml": _chatml, OWN_TEMPLATE: _own}
 DEFAULT_CHAT_TEMPLATE = "chatflow"
 ENDS_WITH_EOD = frozenset({"chatflow", "alpaca"})
 """Templates that end every answer with the end-of-document token."""

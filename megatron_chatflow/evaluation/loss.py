@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,11 +25,12 @@ def evaluate_domain(
     micro_batch_size: int,
     shape: Mapping[str, int],
     device: torch.device,
+    progress: Callable[[int], None] = lambda windows: None,
 ) -> np.ndarray:
     """Sums (loss, tokens, bytes) over the first `windows` held-out windows of one domain, the same on every rank.
 
     The windows are read in file order and dealt out to the data-parallel ranks; what is missing in the last micro-batches is
-    filled with windows that carry no loss.
+    filled with windows that carry no loss. `progress` is told how many windows have been begun.
     """
     dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     count = -(-windows // (micro_batch_size * dp))
@@ -37,6 +39,7 @@ def evaluate_domain(
 
     def micro_batches() -> Iterator[dict[str, np.ndarray]]:
         for m in range(count):
+            progress(min(windows, m * dp * micro_batch_size))
             wanted = (m * dp + rank) * micro_batch_size + np.arange(micro_batch_size)
             batch = domain.read_window(np.minimum(wanted, windows - 1))
             batch["loss_mask"] = batch["loss_mask"] * (wanted < windows)[:, None].astype(np.float32)
@@ -61,11 +64,20 @@ def evaluate_domains(
     micro_batch_size: int,
     shape: Mapping[str, int],
     device: torch.device,
+    progress: Callable[[str, int, int], None] = lambda name, done, windows: None,
 ) -> np.ndarray:
-    """Float64 [len(names), SUMS] of held-out sums; a domain without held-out windows has zeros. `most`: windows of each domain at most."""
+    """Float64 [len(names), SUMS] of held-out sums; a domain without held-out windows has zeros. `most`: windows of each domain at most.
+
+    `progress` is told a name, how many of its windows have been begun, and how many there are.
+    """
     sums = np.zeros((len(names), SUMS))
     for i, name in enumerate(names):
         if name in domains and domains[name].num_samples:
             windows = domains[name].num_samples if most is None else min(most, domains[name].num_samples)
-            sums[i] = evaluate_domain(forward_step, model, domains[name], i, len(names), windows, micro_batch_size, shape, device)
+            where = (i, len(names), windows, micro_batch_size, shape, device)
+            sums[i] = evaluate_domain(forward_step, model, domains[name], *where, functools.partial(_tell, progress, name, windows))
     return sums
+
+
+def _tell(progress: Callable[[str, int, int], None], name: str, windows: int, done: int) -> None:
+    progress(name, done, windows)

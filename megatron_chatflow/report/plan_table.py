@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from megatron_chatflow.report import columns
 
 
 def plan_table(stages: Iterable[Any], domains: Iterable[Any], *, num_samples: int, seq_length: int, end: int, warnings: Sequence[str] = ()) -> str:
@@ -43,10 +44,10 @@ def plan_table(stages: Iterable[Any], domains: Iterable[Any], *, num_samples: in
     ]
     length = f"{end:,} samples" if end == num_samples else f"{end:,} of {num_samples:,} samples"
     blocks.append((f"the whole run: {length} of {seq_length:,} tokens, {_tokens(end * seq_length)} tokens", [last, *lines]))
-    widths = [max(map(_width, column)) for column in itertools.zip_longest(*(row for _, rows in blocks for row in rows), fillvalue="")]
+    widths = columns.widths([row for _, rows in blocks for row in rows])
     text = []
     for title, rows in blocks:
-        text += [title, *(_line(row, widths) for row in rows), ""]
+        text += [title, *(columns.line(row, widths) for row in rows), ""]
     return "\n".join([*text, *(f"warning: {sentence}" for sentence in warnings)]).rstrip("\n")
 
 
@@ -63,16 +64,3 @@ def _tokens(tokens: int) -> str:
 
 def _epochs(epochs: float) -> str:
     return f"{epochs:,.2f}" if epochs >= 0.005 or epochs == 0 else f"{epochs:.1g}"
-
-
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    return "  " + "  ".join(_aligned(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=False))).rstrip()
-
-
-def _aligned(text: str, width: int, column: int) -> str:
-    padding = " " * (width - _width(text))
-    return padding + text if column else text + padding

@@ -2,7 +2,7 @@
 
 import abc
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,10 @@ class Tokenizer(abc.ABC):
         eod: id of the end-of-document token.
         bos: id of the begin-of-sequence token, or None.
         pad: id of the padding token, or None.
+        chat_template: Jinja text of the tokenizer's own chat template, or None.
     """
+
+    chat_template: str | None = None
 
     def __init__(self, *, type: str, name: str, vocab_size: int, eod: int, bos: int | None, pad: int | None, fingerprint: str) -> None:
         self.type = type
@@ -57,6 +60,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def control_id(self, spelling: str) -> int | None:
         """Returns the id of the control token spelled so (such as `<|im_start|>`), or None when the tokenizer has none."""
+
+    def control_tokens(self) -> Mapping[str, int]:
+        """Returns the ids of the control tokens that a chat template may spell; none unless the tokenizer declares them as such."""
+        return {}
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,28 @@ class HuggingFace(Tokenizer):
         bos: begin id, or None.
         pad: padding id, or None.
         fingerprint: hash of what decides the ids.
+        chat_template: Jinja text of its chat template, or None.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, type: str, name: str, eod: int, bos: int | None, pad: int | None, fingerprint: str) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        type: str,
+        name: str,
+        eod: int,
+        bos: int | None,
+        pad: int | None,
+        fingerprint: str,
+        chat_template: str | None = None,
+    ) -> None:
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True
         self._backend = backend
         self._vocab = backend.get_vocab(with_added_tokens=True)
+        self._control = {entry.content: token for token, entry in backend.get_added_tokens_decoder().items() if entry.special}
+        self.chat_template = chat_template
         super().__init__(type=type, name=name, vocab_size=max(self._vocab.values()) + 1, eod=eod, bos=bos, pad=pad, fingerprint=fingerprint)
 
     def encode(self, text: str) -> list[int]:
@@ -55,6 +69,9 @@ class HuggingFace(Tokenizer):
 
     def control_id(self, spelling: str) -> int | None:
         return next((token for token, entry in self._backend.get_added_tokens_decoder().items() if entry.content == spelling), None)
+
+    def control_tokens(self) -> Mapping[str, int]:
+        return self._control
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # The library's `encode` also computes where each token lies in the text, which takes a third of the time.
@@ -80,7 +97,8 @@ def load_tokenizer_json(type: str, path: str) -> HuggingFace:
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{type}: tokenizer_model {file} is not a tokenizer.json (Hugging Face tokenizers): give that file or its folder") from error
     special = {entry.content: token for token, entry in backend.get_added_tokens_decoder().items() if entry.special}
-    declared = _declared_tokens(type, os.path.dirname(os.path.abspath(file)))
+    folder = os.path.dirname(os.path.abspath(file))
+    declared = _declared_tokens(type, folder)
     roles = {}
     for role in ("eos_token", "bos_token", "pad_token"):
         roles[role] = None if declared.get(role) is None else backend.token_to_id(declared[role])
@@ -94,7 +112,10 @@ def load_tokenizer_json(type: str, path: str) -> HuggingFace:
         roles["eos_token"] = special[usual[0]]
     eod, bos, pad = roles["eos_token"], roles["bos_token"], roles["pad_token"]
     name = os.path.basename(os.path.normpath(path))
-    return HuggingFace(backend, type=type, name=name, eod=eod, bos=bos, pad=pad, fingerprint=digest("tokenizers", content, eod))
+    fingerprint = digest("tokenizers", content, eod)
+    return HuggingFace(
+        backend, type=type, name=name, eod=eod, bos=bos, pad=pad, fingerprint=fingerprint, chat_template=_chat_template(type, folder, declared)
+    )
 
 
 def load_gpt2(type: str, vocab_file: str, merge_file: str) -> HuggingFace:
@@ -135,6 +156,14 @@ def _declared_tokens(type: str, folder: str) -> dict[str, str]:
             if isinstance(text, str):
                 result.setdefault(key, text)
     return result
+
+
+def _chat_template(type: str, folder: str, declared: Mapping[str, str]) -> str | None:
+    """The text of chat_template.jinja, else what tokenizer_config.json holds under `chat_template`."""
+    path = os.path.join(folder, "chat_template.jinja")
+    if os.path.exists(path):
+        return read_bytes(type, "the file", path).decode()
+    return declared.get("chat_template")
 
 
 def _byte_alphabet() -> frozenset[str]:

@@ -67,6 +67,14 @@ def open_inputs(config: Config, *, held_out: bool = False) -> Inputs:
     return Inputs(curriculum, tokenizer, vocab_size, token_bytes, domains, validated, flags, tuple(notes))
 
 
+def open_tokenizer(config: Config) -> tuple[Tokenizer, int]:
+    """The tokenizer and the size of the vocabulary, where no corpus is read. Raises UsageError where none is given."""
+    tokenizer = _tokenizer(config)
+    if tokenizer is None:
+        raise UsageError("the tokenizer is not known; give --tokenizer-type and --tokenizer-model")
+    return tokenizer, _vocab_size(config, tokenizer, {}, "")
+
+
 def _open_held_out(config: Config, curriculum: Curriculum, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The domains' validation parts and the named validation sets. Raises UsageError where all of them are empty."""
     validated = dict(_open_subset(config, curriculum, tokenizer, "valid"))

@@ -48,8 +48,16 @@ def test_names_that_older_yaml_takes_for_truth_values_are_languages_and_1e6_is_a
     assert (c.stages[0].weights, c.stages[1].at, c.stages[1].weights) == ({"no": 0.001, "on": 1}, 1e6, {"zh": 25})
 
 
-def test_a_curriculum_survives_being_written_as_yaml(tmp_path):
-    c = load(tmp_path, GOOD)
+def test_prompts_are_trained_on_where_the_file_says_so(tmp_path):
+    assert not any(d.train_on_prompt for d in load(tmp_path, GOOD).domains.values())
+    c = load(tmp_path, change("kind: instruct", "kind: instruct, train_on_prompt: true"))
+    assert [name for name, d in c.domains.items() if d.train_on_prompt] == ["instruct"]
+    assert not load(tmp_path, change("kind: instruct", "kind: instruct, train_on_prompt: false")).domains["instruct"].train_on_prompt
+
+
+@pytest.mark.parametrize("keys", ["kind: instruct", "kind: instruct, train_on_prompt: true"])
+def test_a_curriculum_survives_being_written_as_yaml(tmp_path, keys):
+    c = load(tmp_path, change("kind: instruct", keys))
     text = yaml.safe_dump(c.to_mapping(), sort_keys=False)
     again = load(tmp_path, text)
     assert again == c
@@ -101,6 +109,14 @@ WRONG = {
     "path with ending": (change("data/en_text_document", "data/en.bin"), "en.bin' ends with .bin; write the prefix, without the ending"),
     "path a number": (change("data/en_text_document", "7"), "domains.en.path: text is expected, found a number; write"),
     "max_epochs zero": (change("max_epochs: 4", "max_epochs: 0"), "domains.zh.max_epochs: 0 is not positive; write how often"),
+    "train_on_prompt as text": (
+        change("kind: instruct", "kind: instruct, train_on_prompt: 'yes'"),
+        "domains.instruct.train_on_prompt: a truth value is expected, found text 'yes'; write true or false",
+    ),
+    "train_on_prompt of text": (
+        change("max_epochs: 4", "train_on_prompt: true"),
+        "domains.zh.train_on_prompt: a domain of kind text has no prompts, all of it is trained on; drop the key, or write `kind: instruct`",
+    ),
     "domain name a number": ("domains: {1: {path: x}}\nstages: [a]", "domains: the name 1 is a number, not text; put it in quotes"),
     "domain name with slash": ("domains: {a/b: {path: x}}\nstages: [a]", "domains: 'a/b' is no name for a domain; use letters"),
     "key twice": (change("zh:       {path", "en:       {path"), "key 'en' comes twice, the second time in line 5; keep one"),

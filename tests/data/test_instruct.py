@@ -14,12 +14,13 @@ CHATS = st.lists(TURNS, min_size=1, max_size=12).filter(lambda chats: any(chats)
 SEQ = st.integers(1, 12)
 
 
-def open_chats(write_numbered, chats, seq_length, documents=None, seed=1):
+def open_chats(write_numbered, chats, seq_length, documents=None, seed=1, train_on_prompt=False):
     prefix = write_numbered([[n for n, _ in chat] for chat in chats], [[mode for _, mode in chat] for chat in chats])
-    return InstructDomain("chat", IndexedDataset(prefix), seq_length=seq_length, seed=seed, documents=documents or (0, len(chats)))
+    where = {"documents": documents or (0, len(chats)), "train_on_prompt": train_on_prompt}
+    return InstructDomain("chat", IndexedDataset(prefix), seq_length=seq_length, seed=seed, **where)
 
 
-def slow_window(dataset, chats, conversations, seq_length):
+def slow_window(dataset, chats, conversations, seq_length, train_on_prompt=False):
     rows = {key: [] for key in ("tokens", "labels", "loss_mask", "position_ids", "segment_ids")}
     for segment, d in enumerate(conversations):
         tokens = dataset.document(d).tolist()
@@ -27,7 +28,7 @@ def slow_window(dataset, chats, conversations, seq_length):
         for i in range(min(len(tokens) - 1, seq_length)):
             rows["tokens"].append(tokens[i])
             rows["labels"].append(tokens[i + 1])
-            rows["loss_mask"].append(1.0 - modes[i + 1])
+            rows["loss_mask"].append(1.0 if train_on_prompt else 1.0 - modes[i + 1])
             rows["position_ids"].append(i)
             rows["segment_ids"].append(segment)
     for i in range(seq_length - len(rows["tokens"])):
@@ -42,12 +43,13 @@ def slow_window(dataset, chats, conversations, seq_length):
 def test_windows_are_those_read_position_by_position(write_numbered, chats, seq_length, data):
     begin = data.draw(st.integers(0, len(chats)))
     end = data.draw(st.integers(begin, len(chats)))
-    domain = open_chats(write_numbered, chats, seq_length, (begin, end))
+    train_on_prompt = data.draw(st.booleans())
+    domain = open_chats(write_numbered, chats, seq_length, (begin, end), train_on_prompt=train_on_prompt)
     windows = data.draw(st.permutations(range(domain.num_samples)))
     batch = domain.read_window(np.array(windows, np.int64))
     for row, window in enumerate(windows):
         span = slice(*domain.packing.starts[window : window + 2])
-        expected = slow_window(domain.dataset, chats, [begin + int(c) for c in domain.packing.order[span]], seq_length)
+        expected = slow_window(domain.dataset, chats, [begin + int(c) for c in domain.packing.order[span]], seq_length, train_on_prompt)
         for key, values in expected.items():
             assert batch[key][row].tolist() == values, key
 

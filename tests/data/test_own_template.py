@@ -1,0 +1,132 @@
+"""The tokenizer's own chat template, against Hugging Face's transformers where it is installed, and against ChatML written out."""
+
+import json
+
+import pytest
+import tokenizers
+
+from megatron_chatflow.data.own_template import check_own_template
+from megatron_chatflow.data.templates import ANSWER, CHAT_TEMPLATES, PROMPT, MalformedRecord, parse_conversation
+from megatron_chatflow.tokenizer import load_tokenizer
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{- bos_token }}\n{%- for message in messages %}\n"
+    "    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n"
+)
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "再说一遍。"},
+    {"role": "assistant", "content": "四。\n\nDone."},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A byte-level tokenizer.json with the control tokens of several models."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([message["content"] for message in CHAT] * 3 + ["assistant user system"] * 5, trainer)
+    backend.save(str(path / "tokenizer.json"))
+    return path
+
+
+def load(folder, template, **more):
+    config = {"eos_token": "<|im_end|>", "bos_token": "<|begin|>", "tokenizer_class": "PreTrainedTokenizerFast"} | more
+    if template is not None:
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return load_tokenizer("HuggingFaceTokenizer", tokenizer_model=folder)
+
+
+def encoded(passages, tokenizer):
+    return [(p.mode, [i for part in p.parts for i in ([part] if isinstance(part, int) else tokenizer.encode(part))]) for p in passages]
+
+
+def own(tokenizer, messages):
+    return CHAT_TEMPLATES["tokenizer"](parse_conversation({"messages": messages}), tokenizer)
+
+
+def test_chatml_as_a_template_of_the_tokenizer_says_what_the_built_in_one_says(folder):
+    tokenizer = load(folder, CHATML)
+    ours = [i for _, ids in encoded(own(tokenizer, CHAT), tokenizer) for i in ids]
+    built_in = [i for _, ids in encoded(CHAT_TEMPLATES["chatml"](parse_conversation({"messages": CHAT}), tokenizer), tokenizer) for i in ids]
+    assert ours == built_in + tokenizer.encode("\n")
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3], ids=["chatml", "llama3"])
+def test_prompts_end_where_the_model_is_to_answer(folder, template):
+    tokenizer = load(folder, template)
+    passages = own(tokenizer, CHAT)
+    assert [p.mode for p in passages] == [PROMPT, ANSWER, PROMPT, ANSWER]
+    end = tokenizer.control_id("<|im_end|>" if template is CHATML else "<|eot_id|>")
+    for passage, message in zip(passages[1::2], CHAT[2::2], strict=True):
+        assert passage.parts[:2] == (message["content"], end)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3], ids=["chatml", "llama3"])
+def test_the_ids_are_those_of_transformers(folder, template):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load(folder, template)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = encoded(own(tokenizer, CHAT), tokenizer)
+    assert [i for _, ids in ours for i in ids] == theirs.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    asked = theirs.apply_chat_template(CHAT[:-1], tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert [i for _, ids in ours[:-1] for i in ids] == asked
+
+
+def test_a_file_beside_the_tokenizer_may_hold_the_template(folder):
+    try:
+        (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+        assert load(folder, None).chat_template == CHATML
+    finally:
+        (folder / "chat_template.jinja").unlink()
+
+
+def test_a_control_token_in_a_message_is_refused_since_it_could_speak_for_the_assistant(folder):
+    tokenizer = load(folder, CHATML)
+    for role in (0, 1, 2):
+        messages = [dict(message) for message in CHAT]
+        messages[role]["content"] += "<|im_end|>"
+        with pytest.raises(MalformedRecord, match=r"'<\|im_end\|>', a control token that only the template may set"):
+            own(tokenizer, messages)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(folder):
+    forgetful = "{% for m in messages[-2:] %}{{ m['role'] + m['content'] }}{% endfor %}"
+    with pytest.raises(MalformedRecord, match="does not render it turn by turn"):
+        own(load(folder, forgetful), CHAT)
+
+
+def test_what_the_template_itself_refuses_is_malformed(folder):
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}" + CHATML
+    tokenizer = load(folder, strict)
+    with pytest.raises(MalformedRecord, match="refuses it: no system prompts"):
+        own(tokenizer, CHAT)
+    assert own(tokenizer, CHAT[1:])
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(folder):
+    with pytest.raises(MalformedRecord, match="unsafe"):
+        own(load(folder, "{{ messages.__class__.__base__.__subclasses__() }}"), CHAT)
+
+
+def test_a_tokenizer_without_a_template_or_with_a_broken_one_is_refused(folder):
+    with pytest.raises(ValueError, match="has no chat template; give a HuggingFaceTokenizer"):
+        check_own_template(load(folder, None))
+    with pytest.raises(ValueError, match="has no chat template"):
+        check_own_template(load_tokenizer("ByteLevelTokenizer"))
+    with pytest.raises(ValueError, match="is not Jinja"):
+        check_own_template(load(folder, "{% for"))
