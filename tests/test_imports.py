@@ -18,6 +18,7 @@ LAYERS = (
     {"precision"},
     {"model"},
     {"training", "evaluation"},
+    {"conversion"},
     {"commands", "__main__"},
 )
 """A room imports from itself and from lower layers only."""
@@ -26,7 +27,7 @@ PARTNERS = ({"training", "evaluation"}, {"commands", "__main__"})
 """Rooms of one layer that may use each other: a run validates itself, and the evaluation of a checkpoint takes the run's steps."""
 
 WITHOUT_TORCH = {"config", "curriculum", "data", "planner", "report", "tokenizer"}
-WITH_MEGATRON = {"model", "engine", "precision", "training", "evaluation"}
+WITH_MEGATRON = {"model", "engine", "precision", "training", "evaluation", "conversion"}
 LATE = {"commands", "__main__"}
 """The command line: starts at once, so what is heavy is imported inside functions."""
 

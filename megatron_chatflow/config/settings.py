@@ -58,6 +58,8 @@ class ModelSettings:
     """LLaMA 3.1's scaling of the rotary frequencies."""
     rope_scaling_factor: float = 8.0
     """Factor of --use-rope-scaling."""
+    rotary_seq_len_interpolation_factor: float | None = None
+    """Positions are divided by this (linear RoPE scaling); off by default."""
     normalization: str = _choice("LayerNorm", "LayerNorm", "RMSNorm")
     """The norm before attention, before the feed-forward layer and at the end."""
     norm_epsilon: float = 1e-5

@@ -109,6 +109,7 @@ def build_chunk(
         rotary_base=config.model.rotary_base,
         rope_scaling=config.model.use_rope_scaling,
         rope_scaling_factor=config.model.rope_scaling_factor,
+        seq_len_interpolation_factor=config.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
     if scope is not None:

@@ -1,0 +1,187 @@
+"""Hugging Face's config.json and this project's model settings, each from the other. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_chatflow.config import UsageError
+from megatron_chatflow.config.settings import ModelSettings
+
+FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+"""`model_type` of config.json: the class that runs it. They are one architecture; Qwen2 adds a bias to the projection of queries, keys and values."""
+
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""The constants inside megatron-core's form of LLaMA 3.1's scaling; only its factor is a setting."""
+
+
+def model_settings(hf: Mapping[str, Any], where: str) -> tuple[ModelSettings, list[str]]:
+    """The settings of the model that a config.json describes, and sentences that the user should see.
+
+    Raises UsageError for an architecture or a feature that has no counterpart here, naming key and value; `where` is the file's name.
+    """
+    _check(hf, where)
+
+    def need(key: str) -> Any:
+        if hf.get(key) is None:
+            raise UsageError(f"{where}: {key} is missing; take the config.json that belongs to the weights")
+        return hf[key]
+
+    heads = need("num_attention_heads")
+    groups = (hf.get("num_key_value_heads") or heads) if hf["model_type"] == "llama" else need("num_key_value_heads")
+    longest, notes = need("max_position_embeddings"), []
+    window = _sliding_window(hf)
+    if window is not None and window < longest:
+        notes.append(
+            f"sliding_window {window}: attention here sees the whole sequence, which is the same up to {window} tokens, so max_position_embeddings is "
+            f"{window}, not {longest}"
+        )
+        longest = window
+    settings = ModelSettings(
+        num_layers=need("num_hidden_layers"),
+        hidden_size=need("hidden_size"),
+        num_attention_heads=heads,
+        ffn_hidden_size=need("intermediate_size"),
+        kv_channels=hf.get("head_dim") or need("hidden_size") // heads,
+        group_query_attention=groups < heads,
+        num_query_groups=groups if groups < heads else None,
+        max_position_embeddings=longest,
+        position_embedding_type="rope",
+        normalization="RMSNorm",
+        norm_epsilon=hf.get("rms_norm_eps", 1e-6),
+        swiglu=True,
+        add_bias_linear=False,
+        add_qkv_bias=hf["model_type"] == "qwen2",
+        untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
+        attention_dropout=hf.get("attention_dropout", 0.0),
+        hidden_dropout=0.0,
+        init_method_std=hf.get("initializer_range", 0.02),
+    )
+    for name, value in _rope_settings(hf, where).items():
+        setattr(settings, name, value)
+    return settings, notes
+
+
+def config_json(model: ModelSettings, vocab_size: int, dtype: str, template: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config.json of a model.
+
+    Args:
+        model: its settings, resolved.
+        vocab_size: rows of the embedding, padding left out.
+        dtype: of the weights, as torch names it, e.g. ``bfloat16``.
+        template: the config.json of the model that it was made from, or None. Only what has changed since is changed in it.
+
+    Raises:
+        UsageError: the settings are of another architecture.
+    """
+    fresh = _fresh(model, vocab_size, dtype)
+    if template is None:
+        return fresh
+    told, _ = model_settings(template, "config.json")
+    before = _fresh(told, template.get("vocab_size"), template.get("dtype") or template.get("torch_dtype"))
+    # The length of a rotary model is no property of its weights: a run with shorter samples does not make it shorter.
+    fresh["max_position_embeddings"] = max(fresh["max_position_embeddings"], before["max_position_embeddings"])
+    changed = {key: value for key, value in fresh.items() if before[key] != value}
+    if "torch_dtype" in changed and "dtype" in template:
+        changed["dtype"] = changed.pop("torch_dtype")
+    if "rope_parameters" in template and changed.keys() & {"rope_theta", "rope_scaling"}:
+        changed["rope_parameters"] = {"rope_theta": fresh["rope_theta"]} | (fresh["rope_scaling"] or {"rope_type": "default"})
+        changed.pop("rope_theta", None)
+        changed.pop("rope_scaling", None)
+    return {**template, **changed}
+
+
+def _fresh(model: ModelSettings, vocab_size: int | None, dtype: str | None) -> dict[str, Any]:
+    _check_family(model)
+    family = "qwen2" if model.add_qkv_bias else "llama"
+    return {
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
+        "head_dim": model.kv_channels,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_position_embeddings,
+        "initializer_range": model.init_method_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": float(model.rotary_base),
+        "rope_scaling": _rope_scaling(model),
+        "attention_dropout": model.attention_dropout,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def _check(hf: Mapping[str, Any], where: str) -> None:
+    """Refuse what the settings cannot say."""
+    kind = hf.get("model_type")
+    if kind not in FAMILIES:
+        raise UsageError(f"{where}: model_type {kind!r} is another architecture; models of the types {', '.join(FAMILIES)} can be converted")
+    rotated = hf.get("partial_rotary_factor", (hf.get("rope_parameters") or {}).get("partial_rotary_factor"))
+    for key, value, usual, reason in (
+        ("quantization_config", hf.get("quantization_config"), (None,), "quantised weights cannot be converted, take the unquantised ones"),
+        ("hidden_act", hf.get("hidden_act"), (None, "silu"), "only SiLU-gated feed-forward layers can be converted"),
+        ("attention_bias", hf.get("attention_bias"), (None, False), "a bias in the output projection of attention alone is no setting of Megatron"),
+        ("mlp_bias", hf.get("mlp_bias"), (None, False), "a bias in the feed-forward layer alone is no setting of Megatron"),
+        ("partial_rotary_factor", rotated, (None, 1, 1.0), "only heads that are rotated whole can be converted"),
+    ):
+        if value not in usual:
+            raise UsageError(f"{where}: {key} is {value!r}; {reason}")
+
+
+def _sliding_window(hf: Mapping[str, Any]) -> int | None:
+    """Tokens that attention looks back, or None for all; where the file is silent, transformers' own default."""
+    if hf["model_type"] == "mistral" or (hf["model_type"] == "qwen2" and hf.get("use_sliding_window")):
+        return hf.get("sliding_window", 4096)
+    return None
+
+
+def _rope_settings(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Rotary settings from `rope_theta` and `rope_scaling`, or from `rope_parameters`, which holds both since transformers 5."""
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
+    kind, theta = rope.get("rope_type", rope.get("type", "default")), rope["rope_theta"]
+    if theta != int(theta):
+        raise UsageError(f"{where}: rope_theta is {theta}; Megatron's --rotary-base is a whole number, so it cannot be converted")
+    base = {"rotary_base": int(theta)}
+    if kind == "default":
+        return base
+    if kind == "linear":
+        return base | {"rotary_seq_len_interpolation_factor": float(rope["factor"])}
+    if kind != "llama3":
+        raise UsageError(f"{where}: rope scaling of type {kind!r} is not in megatron-core's GPT; default, linear and llama3 can be converted")
+    for key, value in _LLAMA3.items():
+        if rope.get(key, value) != value:
+            raise UsageError(f"{where}: {key} of the llama3 rope scaling is {rope[key]}; megatron-core has it fixed at {value}")
+    return base | {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
+
+
+def _rope_scaling(model: ModelSettings) -> dict[str, Any] | None:
+    if model.use_rope_scaling:
+        return {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3}
+    if model.rotary_seq_len_interpolation_factor is not None:
+        return {"rope_type": "linear", "factor": model.rotary_seq_len_interpolation_factor}
+    return None
+
+
+def _check_family(model: ModelSettings) -> None:
+    """Refuse settings that no family above has."""
+    for name, wanted in (
+        ("position_embedding_type", "rope"),
+        ("normalization", "RMSNorm"),
+        ("swiglu", True),
+        ("add_bias_linear", False),
+        ("qk_layernorm", False),
+        ("rotary_percent", 1.0),
+    ):
+        if getattr(model, name) != wanted:
+            raise UsageError(
+                f"{name} is {getattr(model, name)}: the model is of another architecture than LLaMA, Mistral and Qwen2, where it is {wanted}, so it "
+                "cannot become a Hugging Face folder of these types"
+            )
+    if model.use_rope_scaling and model.rotary_seq_len_interpolation_factor is not None:
+        raise UsageError("use_rope_scaling and rotary_seq_len_interpolation_factor are both given; Hugging Face's config.json can tell one of them")

@@ -1,0 +1,123 @@
+"""A checkpoint of a run directory to a folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chatflow.config import Config, UsageError, load_values
+from megatron_chatflow.config.parse import section_of
+from megatron_chatflow.config.settings import ParallelSettings
+from megatron_chatflow.conversion.hf_config import config_json
+from megatron_chatflow.conversion.hf_folder import MODEL_FILES, TOKENIZER_FILES, WeightsWriter, copy_files, read_json
+from megatron_chatflow.conversion.mapping import WORD_TABLES, huggingface_names, split, split_shapes
+from megatron_chatflow.conversion.torch_dist import Contents, Piece, Reader, describe
+from megatron_chatflow.engine import distributed
+from megatron_chatflow.engine.launch import Launch
+from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.training.run_directory import find_checkpoint
+
+
+def convert(load: Path, save: Path, ckpt_step: int | None, tokenizer_folder: Path | None, say: Callable[[str], None]) -> None:
+    """Convert a checkpoint of the run directory `load` into the folder `save`, which must not exist or be empty.
+
+    Args:
+        load: a run directory.
+        save: is there, whole, when this returns; a killed conversion leaves ``SAVE.partial`` behind.
+        ckpt_step: the iteration; None is the latest.
+        tokenizer_folder: where tokenizer files, and config.json as the pattern, come from; None is the folder of the run's tokenizer.
+        say: prints a line.
+
+    Raises:
+        UsageError: what is there cannot be converted; nothing has been written.
+    """
+    config = _read_config(load)
+    checkpoint = find_checkpoint(load, ckpt_step)
+    if checkpoint is None:
+        raise UsageError(f"{load} holds no checkpoint; give a run directory that has one")
+    vocab_size, files = _vocabulary(config, tokenizer_folder)
+    template = read_json(files / "config.json") if files and (files / "config.json").is_file() else None
+    config_json(config.model, vocab_size, "float32", template)  # refuses another architecture before the model is built
+    contents = describe(config, vocab_size)
+    distributed.initialize(Launch("single", 0, 1, 0, None, None), ParallelSettings(), config.model.num_layers)
+    try:
+        reader = Reader(checkpoint)
+        pieces = _check_checkpoint(contents, reader, checkpoint, vocab_size)
+        if save.exists() and (not save.is_dir() or any(save.iterdir())):
+            raise UsageError(f"--save-dir {save} is there already; give a new folder")
+        partial = save.with_name(save.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if files:
+            copy_files(files, partial, (*MODEL_FILES, *TOKENIZER_FILES))
+        count = _write_weights(config, pieces, reader, vocab_size, partial, say)
+    finally:
+        distributed.shut_down()
+    dtype = str(reader.dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
+    written = json.dumps(config_json(config.model, vocab_size, dtype, template), indent=2)
+    (partial / "config.json").write_text(written + "\n", encoding="utf-8")
+    os.rename(partial, save)
+    say(f" {count} file{'s' if count > 1 else ''} of weights, {dtype}, from {checkpoint}")
+
+
+def _read_config(load: Path) -> Config:
+    config = Config()
+    for name, value in load_values(load / "config.yaml").items():
+        setattr(getattr(config, section_of()[name]), name, value)
+    return config
+
+
+def _vocabulary(config: Config, tokenizer_folder: Path | None) -> tuple[int, Path | None]:
+    """(rows of the vocabulary without padding, folder with the tokenizer's files or None)."""
+    t = config.tokenizer
+    file = Path(t.tokenizer_model) if t.tokenizer_model else None
+    folder = tokenizer_folder or (file and (file if file.is_dir() else file.parent))
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"{folder}, the folder of the run's tokenizer, is not there; give its new place as --tokenizer-folder")
+    if t.vocab_size:
+        return t.vocab_size, folder
+    if t.tokenizer_type is None:
+        raise UsageError("the run's config.yaml has neither vocab_size nor a tokenizer, so the rows are not known; write tokenizer: {vocab_size: N} there")
+    found = load_tokenizer(t.tokenizer_type, tokenizer_model=file, vocab_file=t.vocab_file, merge_file=t.merge_file)
+    return found.vocab_size, folder
+
+
+def _check_checkpoint(contents: Contents, reader: Reader, checkpoint: Path, vocab_size: int) -> list[Piece]:
+    """The pieces to read, after the checkpoint was found to hold all of them in the shapes that config.yaml means."""
+    for key, wanted in contents.shapes.items():
+        if key not in reader.shapes:
+            raise UsageError(f"{checkpoint} has no {key}; it is of another model than config.yaml")
+        found = reader.shapes[key]
+        fits = found[0] >= vocab_size and found[1:] == wanted[1:] if key in WORD_TABLES else found == wanted
+        if not fits:
+            raise UsageError(f"{checkpoint}: {key} is {list(found)} and should be {list(wanted)} by config.yaml; it is of another model")
+    return contents.pieces()
+
+
+def _write_weights(config: Config, pieces: list[Piece], reader: Reader, vocab_size: int, folder: Path, say: Callable[[str], None]) -> int:
+    """Returns the number of files."""
+    layers = config.model.num_layers
+    groups = config.model.num_query_groups or config.model.num_attention_heads
+    queries = config.model.num_attention_heads // groups
+    sizes: dict[str, int] = {}
+    for piece in pieces:
+        shape = (vocab_size, *piece.shape[1:]) if piece.key in WORD_TABLES else piece.shape
+        shapes = split_shapes(piece.key, shape, groups, queries)
+        names = huggingface_names(piece.key, piece.layer)
+        sizes |= {name: torch.Size(s).numel() * reader.dtypes[piece.key].itemsize for name, s in zip(names, shapes, strict=True)}
+    writer = WeightsWriter(folder, sizes)
+    for piece in pieces:
+        if piece.layer is not None and piece.layer % max(1, layers // 10) == 0 and piece.key.endswith("linear_qkv.weight"):
+            say(f" layer {piece.layer} of {layers}")
+        tensor: Any = reader.read(piece.key, piece.layer)
+        if piece.key in WORD_TABLES:
+            tensor = tensor[:vocab_size]
+        for name, part in zip(huggingface_names(piece.key, piece.layer), split(piece.key, tensor, groups, queries), strict=True):
+            writer.add(name, part)
+    return writer.finish()
