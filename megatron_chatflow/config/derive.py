@@ -83,6 +83,8 @@ def _resolve_model(config: Config) -> None:
             f"seq_length {config.data.seq_length} is larger than max_position_embeddings {m.max_position_embeddings}; "
             "raise --max-position-embeddings or lower --seq-length"
         )
+    if m.rotary_seq_len_interpolation_factor == 0:
+        raise UsageError("rotary_seq_len_interpolation_factor is 0; give --rotary-seq-len-interpolation-factor a positive number or leave it out")
     for name in ("attention_dropout", "hidden_dropout"):
         if not 0 <= getattr(m, name) < 1:
             raise UsageError(f"{name} is {getattr(m, name)}; give {_flag(name)} a number from 0 up to, not including, 1")

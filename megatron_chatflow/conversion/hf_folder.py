@@ -47,6 +47,12 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def check_target(folder: Path) -> None:
+    """Refuse to write where something is."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--save-dir {folder} is there already; give a new folder")
+
+
 class Weights:
     """The tensors of a folder, found by name and read one at a time.
 

@@ -75,13 +75,13 @@ def _fault(told: TokenMap) -> str | None:
     return None
 
 
-def check_base(told: TokenMap, folder: Path, tokenizer_file: Path, rows: int) -> None:
-    """Refuse a map that was made from another tokenizer than the model's. `rows` of the model's embedding."""
-    actual = hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
-    if told.base_sha256 != actual:
+def check_base(told: TokenMap, folder: Path, tokenizer_files: Sequence[Path], rows: int) -> None:
+    """Refuse a map that was made from none of the model's tokenizer files. `rows` of the model's embedding."""
+    actual = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tokenizer_files}
+    if told.base_sha256 not in actual.values():
         raise UsageError(
-            f"{folder / TOKEN_MAP}: made from a tokenizer with the sha256 {told.base_sha256[:12]}..., and {tokenizer_file} has {actual[:12]}...; "
-            "extend the tokenizer of this very model"
+            f"{folder / TOKEN_MAP}: made from a tokenizer with the sha256 {told.base_sha256[:12]}..., and the model's is "
+            f"{', '.join(f'{name} {sha[:12]}...' for name, sha in actual.items())}; extend the tokenizer of this very model"
         )
     if told.base_vocab_size > rows:
         raise UsageError(f"{folder / TOKEN_MAP}: the base tokenizer has {told.base_vocab_size} tokens, and the model has {rows} rows; they do not fit")

@@ -15,8 +15,9 @@ from megatron_chatflow.config import Config, UsageError, load_values
 from megatron_chatflow.config.parse import section_of
 from megatron_chatflow.config.settings import ParallelSettings
 from megatron_chatflow.conversion.hf_config import config_json
-from megatron_chatflow.conversion.hf_folder import MODEL_FILES, TOKENIZER_FILES, WeightsWriter, copy_files, read_json
+from megatron_chatflow.conversion.hf_folder import MODEL_FILES, TOKENIZER_FILES, WeightsWriter, check_target, copy_files, read_json
 from megatron_chatflow.conversion.mapping import WORD_TABLES, huggingface_names, split, split_shapes
+from megatron_chatflow.conversion.opened import groups_of
 from megatron_chatflow.conversion.torch_dist import Contents, Piece, Reader, describe
 from megatron_chatflow.engine import distributed
 from megatron_chatflow.engine.launch import Launch
@@ -37,6 +38,7 @@ def convert(load: Path, save: Path, ckpt_step: int | None, tokenizer_folder: Pat
     Raises:
         UsageError: what is there cannot be converted; nothing has been written.
     """
+    check_target(save)
     config = _read_config(load)
     checkpoint = find_checkpoint(load, ckpt_step)
     if checkpoint is None:
@@ -49,8 +51,6 @@ def convert(load: Path, save: Path, ckpt_step: int | None, tokenizer_folder: Pat
     try:
         reader = Reader(checkpoint)
         pieces = _check_checkpoint(contents, reader, checkpoint, vocab_size)
-        if save.exists() and (not save.is_dir() or any(save.iterdir())):
-            raise UsageError(f"--save-dir {save} is there already; give a new folder")
         partial = save.with_name(save.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -102,22 +102,22 @@ def _check_checkpoint(contents: Contents, reader: Reader, checkpoint: Path, voca
 
 def _write_weights(config: Config, pieces: list[Piece], reader: Reader, vocab_size: int, folder: Path, say: Callable[[str], None]) -> int:
     """Returns the number of files."""
-    layers = config.model.num_layers
-    groups = config.model.num_query_groups or config.model.num_attention_heads
-    queries = config.model.num_attention_heads // groups
+    layers, told = config.model.num_layers, -1
+    groups = groups_of(config.model)
     sizes: dict[str, int] = {}
     for piece in pieces:
         shape = (vocab_size, *piece.shape[1:]) if piece.key in WORD_TABLES else piece.shape
-        shapes = split_shapes(piece.key, shape, groups, queries)
+        shapes = split_shapes(piece.key, shape, *groups)
         names = huggingface_names(piece.key, piece.layer)
         sizes |= {name: torch.Size(s).numel() * reader.dtypes[piece.key].itemsize for name, s in zip(names, shapes, strict=True)}
     writer = WeightsWriter(folder, sizes)
     for piece in pieces:
-        if piece.layer is not None and piece.layer % max(1, layers // 10) == 0 and piece.key.endswith("linear_qkv.weight"):
-            say(f" layer {piece.layer} of {layers}")
+        if piece.layer is not None and piece.layer >= told + max(1, layers // 10):
+            told = piece.layer
+            say(f" layer {piece.layer + 1} of {layers}")
         tensor: Any = reader.read(piece.key, piece.layer)
         if piece.key in WORD_TABLES:
             tensor = tensor[:vocab_size]
-        for name, part in zip(huggingface_names(piece.key, piece.layer), split(piece.key, tensor, groups, queries), strict=True):
+        for name, part in zip(huggingface_names(piece.key, piece.layer), split(piece.key, tensor, *groups), strict=True):
             writer.add(name, part)
     return writer.finish()
