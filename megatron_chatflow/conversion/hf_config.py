@@ -33,8 +33,8 @@ def model_settings(hf: Mapping[str, Any], where: str) -> tuple[ModelSettings, li
     window = _sliding_window(hf)
     if window is not None and window < longest:
         notes.append(
-            f"sliding_window {window}: attention here sees the whole sequence, which is the same up to {window} tokens, so max_position_embeddings is "
-            f"{window}, not {longest}"
+            f"sliding_window {window}: attention here sees the whole sequence, which is the same up to {window} tokens, so "
+            f"max_position_embeddings is {window}, not {longest}"
         )
         longest = window
     settings = ModelSettings(

@@ -108,8 +108,8 @@ def _vocabulary(
         raise UsageError(f"{load / 'config.json'}: vocab_size is missing; take the config.json that belongs to the weights")
     if own.vocab_size > rows:
         raise UsageError(
-            f"{load}: the tokenizer has {own.vocab_size} tokens and the model has {rows} rows (vocab_size in config.json); they do not belong together: "
-            "take the model's own tokenizer, and give an extended one with its token_map.json as --tokenizer-folder"
+            f"{load}: the tokenizer has {own.vocab_size} tokens and the model has {rows} rows (vocab_size in config.json); they do not belong "
+            "together: take the model's own tokenizer, and give an extended one with its token_map.json as --tokenizer-folder"
         )
     if folder is None:
         if any(methods.values()):
@@ -118,12 +118,12 @@ def _vocabulary(
             notes.append(f"the model has {rows - own.vocab_size} rows more than its tokenizer has tokens ({own.vocab_size}); they are kept")
         return Vocabulary(kind, file, rows, rows, None, {})
     if tied and methods["output"] and methods["output"] != (methods["input"] or "mean"):
-        raise UsageError("the model's embedding is its output layer as well (tie_word_embeddings), so --new-output-rows has no meaning of its own; drop it")
+        raise UsageError("the model's embedding is its output layer as well (tie_word_embeddings), so --new-output-rows has no effect; drop it")
     told = read_token_map(folder)
     check_base(told, folder, [load / name for name in TOKENIZERS if (load / name).is_file()], rows)
     new_kind, new_file, new = _open_tokenizer(folder)
     if new.vocab_size != told.vocab_size:
-        raise UsageError(f"{folder}: the tokenizer has {new.vocab_size} tokens and its token_map.json says {told.vocab_size}; make the tokenizer again")
+        raise UsageError(f"{folder}: the tokenizer has {new.vocab_size} tokens and its token_map.json says {told.vocab_size}; make it again")
     sides = ("input",) if tied else ("input", "output")
     return Vocabulary(new_kind, new_file, rows, max(rows, told.vocab_size), told, {side: methods[side] or "mean" for side in sides})
 
@@ -151,16 +151,17 @@ def _check_weights(
             if name not in left:
                 raise UsageError(f"{load}: the weights lack {name}, which config.json asks for; copy the folder again")
             if left.pop(name) != wanted:
-                raise UsageError(f"{load}: {name} is {list(weights.shapes[name])} and should be {list(wanted)} by config.json; they do not belong together")
+                found = list(weights.shapes[name])
+                raise UsageError(f"{load}: {name} is {found} and should be {list(wanted)} by config.json; take the one that belongs to the weights")
         found = {weights.dtypes[name] for name in names} | {dtypes.get(piece.key, weights.dtypes[names[0]])}
         if len(found) > 1:
             raise UsageError(f"{load}: {names[0]} and its like are of several types ({', '.join(sorted(map(str, found)))}); save the model in one")
         dtypes[piece.key] = found.pop()
     if left.pop(_TIED_COPY, None):
         if not torch.equal(weights.read(_TIED_COPY), weights.read("model.embed_tokens.weight")):
-            raise UsageError(f"{load}: {_TIED_COPY} differs from the embedding, and config.json says tie_word_embeddings; set it to false if that is so")
+            raise UsageError(f"{load}: {_TIED_COPY} differs from the embedding, and config.json says tie_word_embeddings; set that to false")
         notes.append(f"{_TIED_COPY} is the embedding once more (tie_word_embeddings); it is kept once")
     unknown = [name for name in left if not name.endswith(_BUFFER)]
     if unknown:
-        raise UsageError(f"{load}: {unknown[0]} has no place in the model that config.json describes ({len(unknown)} such tensors); it cannot be converted")
+        raise UsageError(f"{load}: {unknown[0]} ({len(unknown)} such tensors) has no place in the model of config.json, so it cannot be converted")
     return dtypes

@@ -83,7 +83,7 @@ def _vocabulary(config: Config, tokenizer_folder: Path | None) -> tuple[int, Pat
     if t.vocab_size:
         return t.vocab_size, folder
     if t.tokenizer_type is None:
-        raise UsageError("the run's config.yaml has neither vocab_size nor a tokenizer, so the rows are not known; write tokenizer: {vocab_size: N} there")
+        raise UsageError("the run's config.yaml has neither vocab_size nor a tokenizer, so the rows are not known; write vocab_size there")
     found = load_tokenizer(t.tokenizer_type, tokenizer_model=file, vocab_file=t.vocab_file, merge_file=t.merge_file)
     return found.vocab_size, folder
 

@@ -18,7 +18,9 @@ from tests.tokenizer import samples
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-SHAPE = {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 9, "initializer_range": 0.15, "rms_norm_eps": 1e-5}
+SHAPE = {
+    "hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 9, "initializer_range": 0.15, "rms_norm_eps": 1e-5,
+}  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama2": {"vocab_size": 4096, "num_key_value_heads": 9, "max_position_embeddings": 512, "dtype": "float16"},
@@ -102,13 +104,18 @@ def tool(*words: object) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def run_logits(run: Path, rows: Sequence[Sequence[int]], *words: str) -> list[np.ndarray] | None:
-    """The same logits by the run directory's checkpoint, in float32, in this launch's layout; None but on the last stage."""
+def run_logits(run: Path, rows: Sequence[Sequence[int]], *words: str, direct: Path | None = None) -> list[np.ndarray] | None:
+    """The same logits by the run directory's checkpoint, in float32, in this launch's layout; None but on the last stage.
+
+    With `direct` the weights come straight from that Hugging Face folder, and the settings alone from the run directory.
+    """
     import torch
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     from megatron_chatflow.config import load_values, make_parser, parse, resolve
+    from megatron_chatflow.conversion.in_place import load_weights
+    from megatron_chatflow.conversion.opened import open_folder
     from megatron_chatflow.engine import distributed
     from megatron_chatflow.engine.launch import read_launch
     from megatron_chatflow.model.gpt import build_model
@@ -116,13 +123,17 @@ def run_logits(run: Path, rows: Sequence[Sequence[int]], *words: str) -> list[np
     from megatron_chatflow.training.run_directory import find_checkpoint
 
     launch = read_launch()
+    opened = open_folder(direct) if direct else None
     longest = str(max(map(len, rows)))
     flags = ["--seq-length", longest, "--train-iters", "1", "--lr", "1", "--no-bf16", *words]
     config = resolve(parse(make_parser("test", ""), flags, load_values(run / "config.yaml"))[0], launch.world_size)
     distributed.initialize(launch, config.parallel, config.model.num_layers)
     try:
         model = build_model(config, config.tokenizer.vocab_size, "local", wrap=False)
-        checkpoint.load(find_checkpoint(run, None), model, None)
+        if direct is None:
+            checkpoint.load(find_checkpoint(run, None), model, None)
+        else:
+            load_weights(opened, model)
         model[0].eval()
 
         def forward(iterator: Any, chunk: Any) -> Any:

@@ -110,8 +110,8 @@ def test_after_extension_the_logits_of_the_old_tokens_are_the_same_bit_for_bit(
 def test_replaced_tokens_get_new_rows_in_the_old_places(pool: Pool, folders: Folders, tmp_path: Path) -> None:
     base = folders("mistral")
     folder = extended(tmp_path / "tokenizer", base, "mistral", kind="replace")
-    words = ["--load-dir", base, "--save-dir", tmp_path / "run", "--tokenizer-folder", folder, "--new-rows", "mean_all", "--new-output-rows", "random"]
-    ((code, out, err),) = pool.run(1, tool, *words)
+    words = ["--tokenizer-folder", folder, "--new-rows", "mean_all", "--new-output-rows", "random"]
+    ((code, out, err),) = pool.run(1, tool, "--load-dir", base, "--save-dir", tmp_path / "run", *words)
     assert code == 0 and "3 rows replaced: input mean_all, output random" in out, err
     pool.run(1, tool, "--load-dir", tmp_path / "run", "--save-dir", tmp_path / "back")
     old, new = tensors(base), tensors(tmp_path / "back")
@@ -152,7 +152,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(pool: Pool, folders:
         (base, other, [], "made from a tokenizer with the sha256"),
         (base, without, [], "has no token_map.json"),
         (base, smaller, [], "the tokenizer has 459 tokens and its token_map.json says 460"),
-        (folders("qwen2"), good, ["--new-output-rows", "random"], "has no meaning of its own"),
+        (folders("qwen2"), good, ["--new-output-rows", "random"], "has no effect"),
         (base, tmp_path / "nowhere", [], "has no token_map.json"),
     ):
         ((code, _, err),) = pool.run(1, tool, "--load-dir", load, "--save-dir", tmp_path / "out", "--tokenizer-folder", folder, *words)

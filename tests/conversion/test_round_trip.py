@@ -43,6 +43,24 @@ def test_logits_are_those_of_transformers(pool: Pool, folders: Folders, runs: Fo
     assert max(np.abs(w).max() for w in wanted) > 1
 
 
+def _direct_logits(folder: Path, run: Path, rows: list[list[int]], words: tuple[str, ...]) -> list[np.ndarray] | None:
+    return run_logits(run, rows, *words, direct=folder)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+def test_weights_loaded_in_place_are_those_of_the_checkpoint(pool: Pool, folders: Folders, runs: Folders, family: str) -> None:
+    rows = rows_of(family, folders(family))[:2]
+    for world, words in LAYOUTS.values():
+        (first, *_), (second, *_) = (
+            [answer for answer in answers if answer is not None]
+            for answers in (
+                pool.run(world, run_logits, runs(family), rows, *words),
+                pool.run(world, _direct_logits, folders(family), runs(family), rows, words),
+            )
+        )
+        assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize(("family", "flag"), [("llama3", "--no-use-rope-scaling"), ("linear", "--rotary-seq-len-interpolation-factor=1")])
 def test_the_scaling_of_the_rotations_is_part_of_it(pool: Pool, folders: Folders, runs: Folders, family: str, flag: str) -> None:
     rows = rows_of(family, folders(family))

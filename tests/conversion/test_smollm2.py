@@ -95,9 +95,9 @@ def write_large(folder: Path, layers: int) -> int:
     from tests.conversion.models import write_tokenizer
 
     hidden, ffn, kv, vocab = 2048, 5632, 256, 32000
-    shapes = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden),
-              "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden),
-              "mlp.down_proj": (hidden, ffn)}  # fmt: skip
+    shapes = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "self_attn.q_proj": (hidden, hidden),
+              "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, hidden),
+              "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn)}  # fmt: skip
     files = [{"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden), "model.norm.weight": (hidden,)}]
     for first in range(0, layers, 4):
         files.append({f"model.layers.{i}.{name}.weight": shape for i in range(first, min(first + 4, layers)) for name, shape in shapes.items()})

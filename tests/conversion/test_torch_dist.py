@@ -19,8 +19,8 @@ def _written_alive(folder: str) -> tuple[int, int, list[str]]:
 
     config = Config(
         model=ModelSettings(
-            num_layers=12, hidden_size=16, num_attention_heads=2, kv_channels=8, ffn_hidden_size=32, max_position_embeddings=8, normalization="RMSNorm",
-            position_embedding_type="rope", swiglu=True, add_bias_linear=False, untie_embeddings_and_output_weights=True,
+            num_layers=12, hidden_size=16, num_attention_heads=2, kv_channels=8, ffn_hidden_size=32, max_position_embeddings=8,
+            normalization="RMSNorm", position_embedding_type="rope", swiglu=True, add_bias_linear=False, untie_embeddings_and_output_weights=True,
         )
     )  # fmt: skip
     contents = describe(config, 100)
