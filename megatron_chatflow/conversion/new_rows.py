@@ -84,7 +84,7 @@ def check_base(told: TokenMap, folder: Path, tokenizer_files: Sequence[Path], ro
             f"{', '.join(f'{name} {sha[:12]}...' for name, sha in actual.items())}; extend the tokenizer of this very model"
         )
     if told.base_vocab_size > rows:
-        raise UsageError(f"{folder / TOKEN_MAP}: its base has {told.base_vocab_size} tokens and the model {rows} rows; take the tokenizer of this model")
+        raise UsageError(f"{folder / TOKEN_MAP}: its base has {told.base_vocab_size} tokens and the model {rows} rows; extend its own")
 
 
 def with_new_rows(

@@ -99,9 +99,7 @@ def open_folder(folder: Path, tokenizer_folder: Path | None = None, methods: dic
     return Opened(folder, hf, config, vocabulary, contents, dtypes, tuple(notes), weights)
 
 
-def _vocabulary(
-    load: Path, folder: Path | None, hf: dict[str, Any], methods: dict[str, str | None], tied: bool, notes: list[str]
-) -> Vocabulary:
+def _vocabulary(load: Path, folder: Path | None, hf: dict[str, Any], methods: dict[str, str | None], tied: bool, notes: list[str]) -> Vocabulary:
     kind, file, own = _open_tokenizer(load)
     rows = hf.get("vocab_size")
     if not isinstance(rows, int):

@@ -133,9 +133,10 @@ class Reader:
 
     def read(self, key: str, layer: int | None) -> torch.Tensor:
         """A tensor as it was saved; of the layer `layer` where it has the axis of the layers."""
-        shape = self.shapes[key]
+        shape, dtype = self.shapes[key], self.dtypes[key]
         if layer is None:
-            wanted = ShardedTensor.from_rank_offsets(key, torch.empty(shape, dtype=self.dtypes[key]))
+            wanted = ShardedTensor.from_rank_offsets(key, torch.empty(shape, dtype=dtype))
         else:
-            wanted = ShardedTensor.from_rank_offsets(key, torch.empty(shape[1:], dtype=self.dtypes[key]), (0, layer, shape[0]), prepend_axis_num=1)
-        return dist_checkpointing.load({"tensor": wanted}, self._folder, validate_access_integrity=False)["tensor"]
+            wanted = ShardedTensor.from_rank_offsets(key, torch.empty((1, *shape[1:]), dtype=dtype), (0, layer, shape[0]))
+        found = dist_checkpointing.load({"tensor": wanted}, self._folder, validate_access_integrity=False)["tensor"]
+        return found if layer is None else found[0]

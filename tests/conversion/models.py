@@ -139,7 +139,7 @@ def run_logits(run: Path, rows: Sequence[Sequence[int]], *words: str, direct: Pa
         def forward(iterator: Any, chunk: Any) -> Any:
             tokens = next(iterator)
             logits = chunk(tokens, torch.arange(tokens.shape[1])[None], None, runtime_gather_output=True)
-            return logits, lambda output, non_loss_data: output[0, :, : config.tokenizer.vocab_size].numpy().copy()
+            return logits, lambda output, non_loss_data: output[0, :, : config.tokenizer.vocab_size].detach().numpy().copy()
 
         found: list[np.ndarray] = []
         for row in rows:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.config import UsageError
@@ -22,6 +22,7 @@ BASE = {
 }  # fmt: skip
 
 
+@settings(deadline=None)
 @given(groups=st.integers(1, 5), queries=st.integers(1, 4), head=st.integers(1, 4), width=st.integers(1, 3), bias=st.booleans())
 def test_queries_keys_and_values_are_parted_as_they_were_joined(groups: int, queries: int, head: int, width: int, bias: bool) -> None:
     tail = () if bias else (width,)
@@ -48,26 +49,25 @@ def test_the_gate_lies_above_the_up_projection() -> None:
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "llama3", "factor": 32.0}, {"type": "linear", "factor": 2.0}])
 def test_a_config_is_kept_as_it_was_where_nothing_changed(kind: str, scaling: dict | None) -> None:
     template = BASE | {"model_type": kind, "rope_scaling": scaling, "sliding_window": None, "something_else": [1, 2]}
-    settings, notes = model_settings(template, "config.json")
+    told, notes = model_settings(template, "config.json")
     assert notes == []
-    assert config_json(settings, 100, "bfloat16", template) == template
+    assert config_json(told, 100, "bfloat16", template) == template
 
 
+@settings(deadline=None)
 @given(st.fixed_dictionaries({"heads": st.sampled_from([2, 4]), "scaled": st.booleans(), "bias": st.booleans(), "untied": st.booleans()}))
 def test_a_config_without_a_pattern_tells_the_same_settings(case: dict) -> None:
-    settings, _ = model_settings(BASE | {"num_key_value_heads": case["heads"]}, "config.json")
-    settings = dataclasses.replace(
-        settings, use_rope_scaling=case["scaled"], add_qkv_bias=case["bias"], untie_embeddings_and_output_weights=case["untied"]
-    )
-    assert model_settings(config_json(settings, 100, "float32", None), "config.json")[0] == settings
+    told, _ = model_settings(BASE | {"num_key_value_heads": case["heads"]}, "config.json")
+    told = dataclasses.replace(told, use_rope_scaling=case["scaled"], add_qkv_bias=case["bias"], untie_embeddings_and_output_weights=case["untied"])
+    assert model_settings(config_json(told, 100, "float32", None), "config.json")[0] == told
 
 
 def test_what_the_run_changed_is_changed_in_the_config_and_nothing_else() -> None:
     new_style = {key: value for key, value in BASE.items() if key not in ("rope_theta", "torch_dtype")}
     new_style |= {"dtype": "bfloat16", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    settings, _ = model_settings(new_style, "config.json")
-    settings = dataclasses.replace(settings, rotary_base=500000, max_position_embeddings=16, norm_epsilon=1e-5)
-    written = config_json(settings, 120, "float32", new_style)
+    told, _ = model_settings(new_style, "config.json")
+    told = dataclasses.replace(told, rotary_base=500000, max_position_embeddings=16, norm_epsilon=1e-5)
+    written = config_json(told, 120, "float32", new_style)
     changed = {key: value for key, value in written.items() if new_style.get(key) != value}
     assert changed == {
         "vocab_size": 120, "dtype": "float32", "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
@@ -76,8 +76,8 @@ def test_what_the_run_changed_is_changed_in_the_config_and_nothing_else() -> Non
 
 
 def test_a_sliding_window_shortens_the_longest_sequence_and_is_told() -> None:
-    settings, (note,) = model_settings(BASE | {"model_type": "mistral", "sliding_window": 1024}, "config.json")
-    assert settings.max_position_embeddings == 1024 and "sliding_window 1024" in note
+    told, (note,) = model_settings(BASE | {"model_type": "mistral", "sliding_window": 1024}, "config.json")
+    assert told.max_position_embeddings == 1024 and "sliding_window 1024" in note
     silent, (note,) = model_settings(BASE | {"model_type": "mistral", "max_position_embeddings": 32768}, "config.json")
     assert silent.max_position_embeddings == 4096 and "sliding_window 4096" in note
 

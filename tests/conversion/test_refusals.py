@@ -112,7 +112,6 @@ def test_a_folder_that_cannot_be_converted(pool: Pool, folders: Folders, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
-
 def edit_yaml(path: Path, section: str, **changes: Any) -> None:
     import yaml
 

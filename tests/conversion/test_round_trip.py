@@ -96,6 +96,7 @@ def settings_for(run: Path, sample: Path, folder: Path) -> Path:
     converted = yaml.safe_load((run / "config.yaml").read_text())
     settings |= {"model": converted["model"], "tokenizer": converted["tokenizer"]}
     settings["tokenizer"]["tokenizer_model"] = str(run / converted["tokenizer"]["tokenizer_model"])
+    settings["training"]["bf16"] = False
     settings["data"]["curriculum"] = str(sample / "curriculum.yaml")
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     return folder

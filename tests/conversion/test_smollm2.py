@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_chatflow.tokenizer import load_tokenizer
-from tests.conversion.models import TEXTS, greedy, reference_logits, run_logits, tensors, tool
+from tests.conversion.models import TEXTS, greedy, reference_logits, run_logits, tensors
 from tests.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]

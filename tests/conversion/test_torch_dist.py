@@ -50,8 +50,7 @@ def test_tensors_are_asked_for_one_by_one_and_layer_by_layer(pool: Pool, tmp_pat
 
 def _keys(folder: str) -> tuple[dict[str, tuple], dict[str, tuple]]:
     """{key: (shape, type)} of a checkpoint of `train`, and what `describe` says of the same settings."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from torch.distributed.checkpoint import FileSystemReader
 
     from megatron_chatflow.config import Config, load_values
     from megatron_chatflow.config.parse import section_of
@@ -62,8 +61,8 @@ def _keys(folder: str) -> tuple[dict[str, tuple], dict[str, tuple]]:
     for name, value in load_values(Path(folder) / "config.yaml").items():
         setattr(getattr(config, section_of()[name]), name, value)
     contents = describe(config, 4096)
-    saved = dist_checkpointing.load_sharded_metadata(str(find_checkpoint(folder, None)))
-    there = {key: () if isinstance(entry, ShardedObject) else tuple(entry.global_shape) for key, entry in saved.items()}
+    saved = FileSystemReader(find_checkpoint(folder, None)).read_metadata().state_dict_metadata
+    there = {key: tuple(getattr(entry, "size", ())) for key, entry in saved.items()}
     told = {key: tuple(shape) for key, shape in contents.shapes.items()} | dict.fromkeys(contents.objects, ())
     return {key: shape for key, shape in there.items() if not key.startswith("optimizer.")}, told
 
