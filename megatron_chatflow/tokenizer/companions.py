@@ -1,0 +1,15 @@
+"""The small files that stand beside a tokenizer."""
+
+import os
+import shutil
+
+_NAMES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+
+
+def copy_companions(source: str, folder: str) -> list[str]:
+    """Copies what stands beside a tokenizer's file and does not depend on its tokens into another folder; returns the names."""
+    beside = os.path.dirname(os.path.abspath(source))
+    found = [name for name in _NAMES if os.path.isfile(os.path.join(beside, name))]
+    for name in found:
+        shutil.copyfile(os.path.join(beside, name), os.path.join(folder, name))
+    return found
