@@ -133,7 +133,7 @@ def manual_text(roff: str) -> str:
     for line in roff.split("\n"):
         macro, _, rest = line.partition(" ")
         rest = rest.replace('"', "").strip()
-        if line.startswith((".\\\"", "'\\\"")):
+        if line.startswith(('.\\"', "'\\\"")):
             continue
         if macro in (".SH", ".SS", ".Sh", ".Ss"):
             lines += ["", rest, ""]
@@ -222,7 +222,13 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         folders, sources = fetch(DEBIAN | (HUNGARIAN if arguments.hungarian else {}) | PYPI, folder)
         files: dict[str, dict[str, str]] = {}
-        for records in (office_help(folders, languages), handbooks(folders), manuals(folders, languages), poems(folders["fortunes-zh"]), conversations(folders)):
+        for records in (
+            office_help(folders, languages),
+            handbooks(folders),
+            manuals(folders, languages),
+            poems(folders["fortunes-zh"]),
+            conversations(folders),
+        ):
             for name, record in records:
                 content = {key: value for key, value in record.items() if key != "source"}
                 files.setdefault(name, {}).setdefault(json.dumps(content, ensure_ascii=False), record["source"])

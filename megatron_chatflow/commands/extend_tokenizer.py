@@ -52,12 +52,18 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     description = "Extends a model's tokenizer for a new language, or replaces its least used tokens, and tells how well the result fits."
-    parser = _Parser("extend_tokenizer.py", description=description, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(
+        "extend_tokenizer.py", description=description, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     base = parser.add_argument_group("the tokenizer to start from")
     base.add_argument("--tokenizer-type", required=True, metavar="TYPE", help=", ".join(EXTENDABLE))
-    base.add_argument("--tokenizer-model", required=True, metavar="FILE", help="the SentencePiece .model (BPE), or a byte-level tokenizer.json or its folder")
+    base.add_argument(
+        "--tokenizer-model", required=True, metavar="FILE", help="the SentencePiece .model (BPE), or a byte-level tokenizer.json or its folder"
+    )
     text = parser.add_argument_group("text")
-    text.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text of the new language: JSON lines, .txt, parquet; .gz, .zst; patterns")
+    text.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="text of the new language: JSON lines, .txt, parquet; .gz, .zst; patterns"
+    )
     text.add_argument("--base-input", nargs="+", default=[], metavar="FILE", help="text of the language to keep: measured, and needed by --replace")
     text.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of a record that hold text (default: text)")
     text.add_argument(
@@ -72,7 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--replace", action="store_true", help="put the new tokens in the place of the least used ones; the size stays")
     what.add_argument("--characters", action="store_true", help="add single characters only, the most frequent first")
     what.add_argument("--output", required=True, metavar="DIR", help="folder for the new tokenizer")
-    what.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="to tell the size that the vocabulary is padded to (default: 1)")
+    what.add_argument(
+        "--tensor-model-parallel-size", type=int, default=1, metavar="N", help="to tell the size that the vocabulary is padded to (default: 1)"
+    )
     what.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="for the same (default: 128)")
     return parser
 

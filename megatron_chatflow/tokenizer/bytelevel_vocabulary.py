@@ -152,13 +152,17 @@ _BYTES_OF_TEXT = [*range(0xC0), *range(0xC2, 0xF5)]
 def _check(path: str, description: dict[str, Any]) -> None:
     model = description["model"]
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
-        raise ValueError(f"{path} is of type {model.get('type')}, which has no merges that could be continued: give a byte-level BPE or a SentencePiece BPE model")
+        raise ValueError(
+            f"{path} is of type {model.get('type')}, which has no merges that could be continued: give a byte-level BPE or a SentencePiece BPE model"
+        )
     steps = _steps(description.get("pre_tokenizer"), "pretokenizers")
     if not any(step["type"] == "ByteLevel" for step in steps):
         raise ValueError(f"{path} is a BPE of characters, not of bytes: give the tokenizer.model (SentencePiece) of this model instead")
     for setting in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(setting):
-            raise ValueError(f"{path} has {setting} {model[setting]!r}, with which merges cannot be continued: give a byte-level BPE as GPT-2's or LLaMA-3's")
+            raise ValueError(
+                f"{path} has {setting} {model[setting]!r}, with which merges cannot be continued: give a byte-level BPE as GPT-2's or LLaMA-3's"
+            )
 
 
 def _steps(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:

@@ -59,8 +59,7 @@ def continue_merges(
     state = _State(chunks, by_count, text)
     learned: list[Learned] = []
     while len(learned) < wanted and (best := state.best()) is not None:
-        left, right, count = best
-        new = text[left] if right is None else text[left] + text[right]
+        new = text[best.left] if best.right is None else text[best.left] + text[best.right]
         if not allowed(new):
             state.drop(best)
             continue

@@ -78,7 +78,7 @@ def extend(base: Vocabulary, corpus: Texts, count: int, characters: bool = False
     if lost:
         raise ValueError(
             f"the tokenizer knows no bytes (byte fallback), and with --new-tokens {count} it would still lose {len(lost)} characters of the corpus "
-            f"({', '.join(lost[:5])}...): give a larger --new-tokens, or a tokenizer trained with --byte_fallback"
+            f"({_some(lost)}): give a larger --new-tokens, or a tokenizer trained with --byte_fallback"
         )
     new = _tokens(learned, text, range(base.size, base.size + count))
     return Outcome(_checked(base.changed((), new), new), new, [], other_script)
@@ -103,7 +103,9 @@ def replace(base: Vocabulary, corpus: Texts, base_corpus: Texts, count: int, pro
     usage = _shares(base, base_corpus) + _shares(base, corpus)
     removed = least_used(base, usage, count)
     if len(removed) < count:
-        raise ValueError(f"--new-tokens {count} is more than can be replaced: {len(removed)} tokens are neither control tokens nor bytes; give at most that")
+        raise ValueError(
+            f"--new-tokens {count} is more than can be replaced: {len(removed)} tokens are neither control tokens nor bytes; give at most that"
+        )
     pruned = base.changed(removed, ())
     learned, text, other_script, lost = _learn(pruned, corpus, count, False, progress)
     _check_enough(len(learned), count, "--new-tokens")
@@ -112,7 +114,7 @@ def replace(base: Vocabulary, corpus: Texts, base_corpus: Texts, count: int, pro
     if lost:
         raise ValueError(
             f"the tokenizer knows no bytes (byte fallback), and with --new-tokens {count} replaced it would lose {len(lost)} characters of the corpora "
-            f"({', '.join(lost[:5])}...): extend it instead, or give a tokenizer trained with --byte_fallback"
+            f"({_some(lost)}): extend it instead, or give a tokenizer trained with --byte_fallback"
         )
     new = _tokens(learned, text, removed)
     return Outcome(_checked(base.changed(removed, new), new), new, removed, other_script)
@@ -141,6 +143,10 @@ def _learn(
 def _check_enough(found: int, count: int, flag: str) -> None:
     if found < count:
         raise ValueError(f"{flag} {count} is more than the corpus holds: {found} candidates occur at least twice; give at most that, or more text")
+
+
+def _some(characters: Sequence[str]) -> str:
+    return ", ".join(map(repr, characters[:5])) + ", ..." * (len(characters) > 5)
 
 
 def _tokens(learned: Sequence[Learned], text: SymbolText, ids: Sequence[int]) -> list[NewToken]:

@@ -100,7 +100,6 @@ class SentencePieceVocabulary(Vocabulary):
     def changed(self, removed: Iterable[int], new: Sequence[NewToken]) -> "SentencePieceVocabulary":
         model = protocol.ModelProto()
         model.CopyFrom(self._model)
-        model.ClearField("self_test_data")
         score = np.float32(min(piece.score for piece in model.pieces))
         for i in removed:
             # Three or more characters of which no two neighbours are a piece: never found in a text.
@@ -152,7 +151,6 @@ def _bare(model: protocol.ModelProto) -> protocol.ModelProto:
     """The model without a space before the text and without normalisation."""
     result = protocol.ModelProto()
     result.CopyFrom(model)
-    result.ClearField("self_test_data")
     spec = result.normalizer_spec
     spec.name, spec.precompiled_charsmap = "identity", b""
     spec.add_dummy_prefix = spec.remove_extra_whitespaces = False

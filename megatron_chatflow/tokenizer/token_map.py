@@ -23,7 +23,8 @@ def token_map(kind: str, base: Vocabulary, vocab_size: int, new: Sequence[NewTok
     """
     splits = base.split([token.text for token in new])
     entries = [
-        {"id": token.id, "pieces": pieces, "chars": _shares(token.text, [base.text[i] for i in pieces])} for token, pieces in zip(new, splits, strict=True)
+        {"id": token.id, "pieces": pieces, "chars": _shares(token.text, [base.text[i] for i in pieces])}
+        for token, pieces in zip(new, splits, strict=True)
     ]
     digest = hashlib.sha256(base.content).hexdigest()
     return {"version": VERSION, "kind": kind, "base_vocab_size": base.size, "vocab_size": vocab_size, "base_sha256": digest, "new": entries}

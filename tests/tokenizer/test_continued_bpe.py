@@ -35,7 +35,9 @@ def plainly(lists, wanted: int) -> list[tuple[int, int | None]]:
         characters = Counter(symbol for run in lists for symbol in run if not known(symbol))
         size = {symbol: len(chr(symbol - UNKNOWN_CHARACTER).encode()) for symbol in characters}
         counts |= {(symbol, None): (count, count * (size[symbol] - 1)) for symbol, count in characters.items()}
-        candidates = [(-gain, pair[1] is not None, pair if pair[1] is not None else (-pair[0],), pair) for pair, (n, gain) in counts.items() if n >= 2]
+        candidates = [
+            (-gain, pair[1] is not None, pair if pair[1] is not None else (-pair[0],), pair) for pair, (n, gain) in counts.items() if n >= 2
+        ]
         if not candidates:
             break
         pair = min(candidates, key=lambda c: c[:3])[3]

@@ -62,7 +62,9 @@ def test_english_keeps_its_tokens(extended):
     assert after.encode_batch(ENGLISH) == before.encode_batch(ENGLISH)
 
 
-MIXED = st.lists(st.sampled_from([*samples.TEXTS, *CHINESE[:5], "LibreOffice ", "按 Ctrl", "，", "中"]) | st.text(max_size=20), max_size=6).map("".join)
+MIXED = st.lists(st.sampled_from([*samples.TEXTS, *CHINESE[:5], "LibreOffice ", "按 Ctrl", "，", "中"]) | st.text(max_size=20), max_size=6).map(
+    "".join
+)
 
 
 @settings(max_examples=150)
@@ -153,7 +155,7 @@ def test_a_piece_that_no_merge_leads_to_is_not_brought_to_life(tmp_path):
 
 def test_symbols_that_a_model_s_maker_defined_are_in_no_new_token(tmp_path):
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(bases.english_spm(user_defined_symbols=["中"]))
+    path.write_bytes(bases.english_spm(user_defined_symbols="中"))
     base = open_vocabulary("SentencePieceTokenizer", str(path))
     outcome = extend(base, bases.corpus(["中文中文"] * 50, TRAINING), 100)
     assert not any("中" in token.text.decode() for token in outcome.new)
@@ -182,7 +184,9 @@ class TestRefusals:
 
     def test_more_tokens_than_the_corpus_has_candidates_for(self, tmp_path):
         base = bases.open_base(tmp_path, "sentencepiece")
-        with pytest.raises(ValueError, match=r"--new-tokens 500 is more than the corpus holds: \d+ candidates occur at least twice; give at most that, or more"):
+        with pytest.raises(
+            ValueError, match=r"--new-tokens 500 is more than the corpus holds: \d+ candidates occur at least twice; give at most that, or more"
+        ):
             extend(base, bases.corpus(TRAINING[:1]), 500)
 
     def test_a_corpus_without_letters(self, tmp_path):
@@ -232,7 +236,9 @@ class TestRefusals:
             open_vocabulary("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
 
     def test_kinds_that_are_not_extended(self, tmp_path):
-        with pytest.raises(ValueError, match=r"tokenizer_type TikTokenizer cannot be extended: give a SentencePiece BPE model .* or a byte-level tokenizer\.json"):
+        with pytest.raises(
+            ValueError, match=r"tokenizer_type TikTokenizer cannot be extended: give a SentencePiece BPE model .* or a byte-level tokenizer\.json"
+        ):
             open_vocabulary("TikTokenizer", str(tmp_path))
 
 

@@ -127,7 +127,9 @@ def test_tokens_that_the_new_language_uses_are_kept(tmp_path):
 
 def test_more_tokens_than_can_be_replaced_are_refused(tmp_path):
     base = bases.open_base(tmp_path, "gpt2")
-    with pytest.raises(ValueError, match=r"--new-tokens 5000 is more than can be replaced: 7\d\d tokens are neither control tokens nor bytes; give at most"):
+    with pytest.raises(
+        ValueError, match=r"--new-tokens 5000 is more than can be replaced: 7\d\d tokens are neither control tokens nor bytes; give at most"
+    ):
         replace(base, bases.corpus(TRAINING), bases.corpus(ENGLISH), 5000)
 
 

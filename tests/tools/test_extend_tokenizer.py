@@ -72,7 +72,11 @@ def test_the_report_tells_what_the_tokenizers_do_to_held_out_text(done, model):
     assert report["languages"]["base-input"]["unchanged_documents"] == report["languages"]["base-input"]["documents"]
     assert (report["after"]["vocab_size"], report["padded_vocab_size"]["size"]) == (1400, 1536)
     assert report["unreachable_new_tokens"] == 0
-    for said in ("400 tokens added: 1,400 tokens, padded to 1,536 for --tensor-model-parallel-size 6", "unreachable: 0 new tokens", "Latin letters keeps"):
+    for said in (
+        "400 tokens added: 1,400 tokens, padded to 1,536 for --tensor-model-parallel-size 6",
+        "unreachable: 0 new tokens",
+        "Latin letters keeps",
+    ):
         assert said in result.stdout
 
 
@@ -94,7 +98,16 @@ def test_packed_files_other_keys_and_named_held_out_files_give_the_same_tokens_t
     lines = "".join(json.dumps({"body": text}) + "\n" for text in bases.documents("zh")[:200])
     (tmp_path / "zh.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "held.jsonl").write_text(json.dumps({"body": "打开文档"}) + "\n")
-    words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(base.parent), "--input", str(tmp_path / "*.gz"), "--json-keys", "body"]
+    words = [
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        str(base.parent),
+        "--input",
+        str(tmp_path / "*.gz"),
+        "--json-keys",
+        "body",
+    ]
     words += ["--held-out", f"zh={tmp_path / 'held.jsonl'}", "--new-tokens", "200", "--characters"]
     for name in ("one", "two", "two"):
         assert main([*words, "--output", str(tmp_path / name)]) == 0
@@ -110,7 +123,9 @@ def test_replacing_keeps_the_size_and_lists_what_is_gone(model, tmp_path, capsys
     assert report["after"]["vocab_size"] == report["before"]["vocab_size"] == 1000
     assert len(report["removed"]) == 100
     assert "100 tokens replaced: 1,000 tokens, padded to 1,024" in capsys.readouterr().out
-    assert {entry["id"] for entry in report["removed"]} == {entry["id"] for entry in json.loads((tmp_path / "new" / "token_map.json").read_text())["new"]}
+    assert {entry["id"] for entry in report["removed"]} == {
+        entry["id"] for entry in json.loads((tmp_path / "new" / "token_map.json").read_text())["new"]
+    }
 
 
 @pytest.mark.parametrize(
@@ -123,7 +138,7 @@ def test_replacing_keeps_the_size_and_lists_what_is_gone(model, tmp_path, capsys
         (["--new-tokens", 5, "--held-out", "zh.jsonl"], "--held-out zh.jsonl has no name: write it as NAME=FILE"),
         (["--new-tokens", 5, "--held-out", "zh=-"], "the standard input is not taken"),
         (["--new-tokens", 5, "--json-keys", "body"], "zh.jsonl, line 1: no key 'body'"),
-        (["--new-token", 5], "--new-token is unknown: did you mean --new-tokens?"),
+        (["--new-tokens", 5, "--base-inputs", EN], "--base-inputs is unknown: did you mean --base-input?"),
         (["--new-tokens", "many"], "argument --new-tokens: invalid int value: 'many'"),
         (["--new-tokens", 10**7], "is more than the corpus holds"),
         (["--new-tokens", 5, "--tokenizer-model", "absent.model"], "tokenizer_model absent.model cannot be read"),
