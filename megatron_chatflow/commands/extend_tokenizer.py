@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
-import json
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from megatron_chatflow.data.formats import STDIN, open_sources
 from megatron_chatflow.data.texts import read_texts
 from megatron_chatflow.report.fertility_table import fertility_table
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer.companions import write_json
 from megatron_chatflow.tokenizer.extend import EXTENDABLE, SENTENCEPIECE, Outcome, Texts, extend, open_vocabulary, replace
 from megatron_chatflow.tokenizer.fertility import Comparison, compare
 from megatron_chatflow.tokenizer.token_map import token_map
@@ -147,14 +147,16 @@ def _run(settings: argparse.Namespace) -> None:
         outcome = extend(base, corpus, settings.new_tokens, settings.characters, progress)
     os.makedirs(settings.output, exist_ok=True)
     files = outcome.vocabulary.save(settings.output, file)
+    if "tokenizer.json" not in files:
+        _say("no tokenizer.json is written, because the model normalises text; transformers makes one by itself from tokenizer.model")
     written = os.path.join(settings.output, "tokenizer.model") if settings.tokenizer_type in SENTENCEPIECE else settings.output
     after = load_tokenizer(settings.tokenizer_type, tokenizer_model=written)
     _say(f"measuring on {', '.join(measured)}")
     languages = {name: compare(before, after, texts) for name, texts in measured.items()}
     report = _report(settings, base, before, after, outcome, languages)
-    _write_json(os.path.join(settings.output, "report.json"), report)
+    write_json(os.path.join(settings.output, "report.json"), report)
     kind = "replace" if settings.replace else "extend"
-    _write_json(os.path.join(settings.output, _OWN), token_map(kind, base, outcome.vocabulary.size, outcome.new))
+    write_json(os.path.join(settings.output, _OWN), token_map(kind, base, outcome.vocabulary.size, outcome.new))
     print("\n".join(fertility_table({name: language.to_json() for name, language in languages.items()})))
     print("\n".join(_conclusion(settings, report)))
     print(f"{settings.output}: {', '.join([*files, 'report.json', _OWN])}; {time.perf_counter() - start:.0f} s")
@@ -239,7 +241,8 @@ def _conclusion(settings: argparse.Namespace, report: dict[str, Any]) -> Iterato
     size, padded = report["after"]["vocab_size"], report["padded_vocab_size"]
     done = f"{report['new_tokens']:,} tokens " + ("replaced" if settings.replace else "added")
     yield f"{done}: {size:,} tokens, padded to {padded['size']:,} for --tensor-model-parallel-size {padded['tensor_model_parallel_size']}"
-    yield f"unreachable: {report['unreachable_new_tokens']} new tokens; {report['unreachable_tokens_after']} of all, {report['unreachable_tokens_before']} before"
+    dead, dead_before = report["unreachable_tokens_after"], report["unreachable_tokens_before"]
+    yield f"unreachable: {report['unreachable_new_tokens']} new tokens; {dead:,} of all, {dead_before:,} before"
     if report["new_tokens_are_of_another_script_than_latin"] and not settings.replace:
         yield "text in Latin letters keeps its tokens: every new token has a letter of another script or East Asian punctuation"
 
@@ -256,12 +259,6 @@ class _Progress:
         if now - self._last >= 2:
             self._last = now
             _say(f"{done:,} of {self._wanted:,} tokens learned")
-
-
-def _write_json(path: str, content: dict[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False, indent=1)
-        file.write("\n")
 
 
 def _say(sentence: str) -> None:

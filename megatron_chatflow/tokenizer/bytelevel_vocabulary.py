@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 
 from megatron_chatflow.tokenizer.chunks import SymbolText
-from megatron_chatflow.tokenizer.companions import copy_companions
+from megatron_chatflow.tokenizer.companions import copy_companions, write_json
 from megatron_chatflow.tokenizer.vocabulary import NewToken, Vocabulary, last_merge
 
 _LONGEST = 16
@@ -28,7 +28,7 @@ class ByteLevelVocabulary(Vocabulary):
         content: the `tokenizer.json`.
 
     Raises:
-        ValueError: it is no byte-level BPE, or text would be lost.
+        ValueError: it is no byte-level BPE.
     """
 
     def __init__(self, type: str, path: str, content: bytes) -> None:
@@ -42,7 +42,6 @@ class ByteLevelVocabulary(Vocabulary):
         self._merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
         added = {entry["id"]: entry for entry in self._description.get("added_tokens") or ()}
         self.size = max([*self._tokens.values(), *added]) + 1
-        self.loses_text = False
         alphabet = byte_alphabet()
         self._byte_of = {char: byte for byte, char in enumerate(alphabet)}
         self._char_of = alphabet
@@ -50,12 +49,7 @@ class ByteLevelVocabulary(Vocabulary):
         for i, entry in added.items():
             self.text[i] = b"" if entry["special"] else entry["content"].encode()
         self.fixed = np.array([i in added or len(self.text.get(i, b"")) < 2 for i in range(self.size)])
-        missing = [byte for byte in _BYTES_OF_TEXT if alphabet[byte] not in self._tokens]
-        if missing:
-            raise ValueError(
-                f"{path} has no token for the byte {missing[0]:#04x}{f' and {len(missing) - 1} others' * (len(missing) > 1)}, so text would be lost: "
-                "give a byte-level tokenizer with all bytes in its vocabulary"
-            )
+        self._missing = frozenset(byte for byte in _BYTES_OF_TEXT if alphabet[byte] not in self._tokens)
         self._backend = tokenizers.Tokenizer.from_buffer(content)
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -116,15 +110,16 @@ class ByteLevelVocabulary(Vocabulary):
         model["merges"] = [" ".join(merge) for merge in merges] if as_text else [list(merge) for merge in merges]
         return ByteLevelVocabulary(self.type, self._path, json.dumps(description, ensure_ascii=False, indent=2).encode())
 
+    def lost(self, texts: Sequence[str], symbols: np.ndarray) -> set[str]:
+        return {char for char in set().union(*texts) if not self._missing.isdisjoint(char.encode())} if self._missing else set()
+
     def save(self, folder: str, source: str) -> list[str]:
         with open(os.path.join(folder, "tokenizer.json"), "wb") as file:
             file.write(self.content)
         copied = copy_companions(source, folder)
         if "tokenizer_config.json" in copied:
             return ["tokenizer.json", *copied]
-        with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
-            json.dump({"tokenizer_class": "PreTrainedTokenizerFast"}, file)
-            file.write("\n")
+        write_json(os.path.join(folder, "tokenizer_config.json"), {"tokenizer_class": "PreTrainedTokenizerFast"})
         return ["tokenizer.json", "tokenizer_config.json", *copied]
 
     def _bytes(self, token: str) -> bytes:

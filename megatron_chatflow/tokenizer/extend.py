@@ -74,12 +74,8 @@ def extend(base: Vocabulary, corpus: Texts, count: int, characters: bool = False
         ValueError: the corpus has fewer candidates, or characters of it would still be lost.
     """
     learned, text, other_script, lost = _learn(base, corpus, count, characters, progress)
-    _check_enough(len(learned), count, "--new-tokens")
-    if lost:
-        raise ValueError(
-            f"the tokenizer knows no bytes (byte fallback), and with --new-tokens {count} it would still lose {len(lost)} characters of the corpus "
-            f"({_some(lost)}): give a larger --new-tokens, or a tokenizer trained with --byte_fallback"
-        )
+    _check_enough(len(learned), count)
+    _check_nothing_lost(lost)
     new = _tokens(learned, text, range(base.size, base.size + count))
     return Outcome(_checked(base.changed((), new), new), new, [], other_script)
 
@@ -108,14 +104,8 @@ def replace(base: Vocabulary, corpus: Texts, base_corpus: Texts, count: int, pro
         )
     pruned = base.changed(removed, ())
     learned, text, other_script, lost = _learn(pruned, corpus, count, False, progress)
-    _check_enough(len(learned), count, "--new-tokens")
-    if base.loses_text:
-        lost += [text[i].decode() for i in removed if usage[i] and len(text[i].decode()) == 1]
-    if lost:
-        raise ValueError(
-            f"the tokenizer knows no bytes (byte fallback), and with --new-tokens {count} replaced it would lose {len(lost)} characters of the corpora "
-            f"({_some(lost)}): extend it instead, or give a tokenizer trained with --byte_fallback"
-        )
+    _check_enough(len(learned), count)
+    _check_nothing_lost(lost)
     new = _tokens(learned, text, removed)
     return Outcome(_checked(base.changed(removed, new), new), new, removed, other_script)
 
@@ -126,27 +116,33 @@ def _learn(
     """Returns the new tokens, the text of each symbol, whether they are of another script, and the characters that would still be lost."""
     text = SymbolText(vocabulary.text)
     chunks = Chunks()
-    unknown: set[int] = set()
+    lost: set[str] = set()
     for batch in corpus():
         symbols, ends = vocabulary.encode(batch)
         chunks.add(symbols, ends, text, within_characters=characters)
-        if vocabulary.loses_text:
-            unknown.update(symbols[symbols >= UNKNOWN_CHARACTER].tolist())
+        lost |= vocabulary.lost(batch, symbols)
     runs, other_script = chunks.target()
     if not runs and not chunks.letters[4:].any():
         raise ValueError("the corpus has no letters, so there is nothing to learn: check --input and --json-keys")
     learned = continue_merges(runs, text, count, vocabulary.may_be_added(), by_count=characters, progress=progress)
-    unknown -= {token.left for token in learned if token.right is None}
-    return learned, text, other_script, [chr(symbol - UNKNOWN_CHARACTER) for symbol in sorted(unknown)]
+    lost -= {chr(token.left - UNKNOWN_CHARACTER) for token in learned if token.right is None}
+    return learned, text, other_script, sorted(lost)
 
 
-def _check_enough(found: int, count: int, flag: str) -> None:
+def _check_enough(found: int, count: int) -> None:
     if found < count:
-        raise ValueError(f"{flag} {count} is more than the corpus holds: {found} candidates occur at least twice; give at most that, or more text")
+        raise ValueError(
+            f"--new-tokens {count} is more than the corpus holds: {found} candidates occur at least twice; give at most that, or more text"
+        )
 
 
-def _some(characters: Sequence[str]) -> str:
-    return ", ".join(map(repr, characters[:5])) + ", ..." * (len(characters) > 5)
+def _check_nothing_lost(lost: Sequence[str]) -> None:
+    if lost:
+        some = ", ".join(map(repr, lost[:5])) + ", ..." * (len(lost) > 5)
+        raise ValueError(
+            f"the tokenizer would lose {len(lost)} characters of the corpus ({some}), for which it has neither tokens nor bytes: "
+            "give a larger --new-tokens if they are letters, take them out of the text, or start from a tokenizer with byte fallback"
+        )
 
 
 def _tokens(learned: Sequence[Learned], text: SymbolText, ids: Sequence[int]) -> list[NewToken]:

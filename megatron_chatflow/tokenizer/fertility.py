@@ -107,12 +107,12 @@ def _example(before: Tokenizer, after: Tokenizer, text: str) -> dict[str, Any]:
 
 def _spelled(tokenizer: Tokenizer, text: str) -> str:
     """The text with a bar between tokens; a character that is spelled in several tokens has their number behind it."""
+    ids = tokenizer.encode(text)
     pieces: list[str] = []
-    held: list[int] = []
-    for token in tokenizer.encode(text):
-        held.append(token)
-        piece = tokenizer.decode(held)
-        if "\ufffd" not in piece:
-            pieces.append(piece if len(held) == 1 else f"{piece}({len(held)})")
-            held = []
+    start = length = 0
+    for stop in range(1, len(ids) + 1):
+        so_far = tokenizer.decode(ids[:stop])
+        if not so_far.endswith("\ufffd"):
+            pieces.append(so_far[length:] + (f"({stop - start})" if stop - start > 1 else ""))
+            start, length = stop, len(so_far)
     return "|".join(pieces)

@@ -1,4 +1,4 @@
-"""What kind of character each one is: a new token never joins two kinds, so it is a run of letters of one script, perhaps with the space before it."""
+"""Kinds of characters: a new token never joins two, so it is a run of letters of one script, perhaps with the space before it."""
 
 import unicodedata
 

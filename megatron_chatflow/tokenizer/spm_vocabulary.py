@@ -1,6 +1,5 @@
 """SentencePiece BPE models, read and written as the protocol buffer that they are."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 
@@ -9,7 +8,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as protocol
 
 from megatron_chatflow.tokenizer.chunks import UNKNOWN_CHARACTER, SymbolText
-from megatron_chatflow.tokenizer.companions import copy_companions
+from megatron_chatflow.tokenizer.companions import copy_companions, write_json
+from megatron_chatflow.tokenizer.spm_json import tokenizer_json
 from megatron_chatflow.tokenizer.vocabulary import NewToken, Vocabulary, last_merge
 
 _Piece = protocol.ModelProto.SentencePiece
@@ -49,10 +49,10 @@ class SentencePieceVocabulary(Vocabulary):
         self.size = len(pieces)
         self._normal = np.array([piece.type == _Piece.NORMAL for piece in pieces])
         self._user_defined = np.array([piece.type == _Piece.USER_DEFINED for piece in pieces])
-        self.loses_text = not self._model.trainer_spec.byte_fallback
         self.text = SymbolText({i: _text_of(piece) for i, piece in enumerate(pieces)})
-        lengths = np.array([len(piece.piece.encode()) for piece in pieces])
-        self.fixed = ~self._normal | (lengths == 1) | np.array([piece.piece == "\u2581" for piece in pieces])
+        # Without bytes to spell it with, a character that has no piece any more would be lost.
+        single = [len(piece.piece if not self._model.trainer_spec.byte_fallback else piece.piece.encode()) == 1 for piece in pieces]
+        self.fixed = ~self._normal | np.array(single) | np.array([piece.piece == "\u2581" for piece in pieces])
         self._whole = sentencepiece.SentencePieceProcessor(model_proto=_with_bytes(self._model).SerializeToString())
         self._bare = sentencepiece.SentencePieceProcessor(model_proto=_bare(self._model).SerializeToString())
         self._byte = np.array([self._whole.IdToPiece(i)[3:5] if self._whole.IsByte(i) else "100" for i in range(self._whole.GetPieceSize())])
@@ -113,20 +113,28 @@ class SentencePieceVocabulary(Vocabulary):
         model.trainer_spec.vocab_size = len(model.pieces)
         return SentencePieceVocabulary(self.type, self._path, model.SerializeToString(deterministic=True))
 
+    def lost(self, texts: Sequence[str], symbols: np.ndarray) -> set[str]:
+        if self._model.trainer_spec.byte_fallback:
+            return set()
+        return {chr(symbol - UNKNOWN_CHARACTER) for symbol in np.unique(symbols[symbols >= UNKNOWN_CHARACTER]).tolist()}
+
     def save(self, folder: str, source: str) -> list[str]:
         with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
             file.write(self.content)
+        written = ["tokenizer.model"]
+        if (fast := tokenizer_json(self._model)) is not None:
+            write_json(os.path.join(folder, "tokenizer.json"), fast)
+            written.append("tokenizer.json")
         copied = copy_companions(source, folder)
-        if "tokenizer_config.json" in copied:
-            return ["tokenizer.model", *copied]
-        spec = self._model.trainer_spec
-        names = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id, "pad_token": spec.pad_id}
-        config = {role: self._model.pieces[i].piece if i >= 0 else None for role, i in names.items()}
-        config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True}
-        with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
-            json.dump(config, file, indent=2, ensure_ascii=False, sort_keys=True)
-            file.write("\n")
-        return ["tokenizer.model", "tokenizer_config.json", *copied]
+        if "tokenizer_config.json" not in copied:
+            spec = self._model.trainer_spec
+            names = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id, "pad_token": spec.pad_id}
+            config = {role: self._model.pieces[i].piece for role, i in names.items() if i >= 0}
+            # The first takes the tokenizer.json as it is; the other one makes its own from tokenizer.model.
+            config["tokenizer_class"] = "PreTrainedTokenizerFast" if fast is not None else "LlamaTokenizer"
+            write_json(os.path.join(folder, "tokenizer_config.json"), config)
+            written.append("tokenizer_config.json")
+        return [*written, *copied]
 
 
 def _text_of(piece: _Piece) -> bytes:

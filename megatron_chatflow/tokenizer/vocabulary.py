@@ -35,7 +35,6 @@ class Vocabulary(abc.ABC):
         size: number of ids.
         text: UTF-8 of each id; empty for control tokens.
         fixed: ids that are never taken out: control and added tokens, bytes, single-byte tokens bool[size].
-        loses_text: whether characters without a token are lost, not spelled in bytes.
     """
 
     type: str
@@ -43,11 +42,14 @@ class Vocabulary(abc.ABC):
     size: int
     text: SymbolText
     fixed: np.ndarray
-    loses_text: bool
 
     @abc.abstractmethod
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the documents as symbols int32[n], and whether the tokenizer never merges a symbol with the next one bool[n]."""
+
+    @abc.abstractmethod
+    def lost(self, texts: Sequence[str], symbols: np.ndarray) -> set[str]:
+        """Returns the characters of documents, which were encoded to these symbols, that have neither a token nor bytes to spell them with."""
 
     @abc.abstractmethod
     def split(self, texts: Sequence[bytes]) -> list[list[int]]:

@@ -9,8 +9,10 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2 as protocol
 
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.bytelevel_vocabulary import byte_alphabet
 from megatron_chatflow.tokenizer.extend import extend, open_vocabulary
 from megatron_chatflow.tokenizer.token_map import token_map
 from tests.tokenizer import bases, samples
@@ -137,8 +139,6 @@ def test_special_tokens_behind_the_vocabulary_keep_their_ids(tmp_path):
 
 def test_a_piece_that_no_merge_leads_to_is_not_brought_to_life(tmp_path):
     """A model's own piece that cannot be reached (here 人生而) would change old text once a new piece led to it."""
-    from sentencepiece import sentencepiece_model_pb2 as protocol
-
     model = protocol.ModelProto()
     model.ParseFromString(bases.english_spm())
     lowest = min(piece.score for piece in model.pieces)
@@ -153,6 +153,34 @@ def test_a_piece_that_no_merge_leads_to_is_not_brought_to_life(tmp_path):
     assert not {"人生", "生而"} & {token.text.decode() for token in outcome.new}
 
 
+SPACED = st.lists(MIXED | st.integers(1, 40).map(lambda n: " " * n) | st.sampled_from(["\n", "a", "\u2581"]), max_size=5).map("".join)
+
+
+@pytest.fixture(scope="module")
+def both_files(tmp_path_factory):
+    """One extended model, read by SentencePiece and by `tokenizers`; runs of spaces have pieces of one score, as in LLaMA's."""
+    folder = tmp_path_factory.mktemp("both")
+    model = protocol.ModelProto()
+    model.ParseFromString(bases.english_spm())
+    for length in range(2, 17):
+        model.pieces.add(piece="\u2581" * length, score=-1e9, type=1)
+    (folder / "base.model").write_bytes(model.SerializeToString())
+    outcome = extend(open_vocabulary("Llama2Tokenizer", str(folder / "base.model")), bases.corpus(TRAINING), NEW)
+    assert outcome.vocabulary.save(str(folder), str(folder / "base.model")) == ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"]
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")), load_tokenizer(
+        "HuggingFaceTokenizer", tokenizer_model=folder
+    )
+
+
+@settings(max_examples=200)
+@given(text=SPACED)
+def test_the_tokenizer_json_beside_a_sentencepiece_model_gives_the_same_ids_and_text(both_files, text):
+    model, fast = both_files
+    ids = model.encode(text)
+    assert fast.encode(text) == ids
+    assert fast.decode(ids) == model.decode(ids)
+
+
 def test_symbols_that_a_model_s_maker_defined_are_in_no_new_token(tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(bases.english_spm(user_defined_symbols="中"))
@@ -163,8 +191,6 @@ def test_symbols_that_a_model_s_maker_defined_are_in_no_new_token(tmp_path):
 
 def test_scores_stay_in_order_where_whole_steps_are_too_fine_for_float32(tmp_path):
     """LLaMA-2 gives pieces of spaces the score -1e9, next to which float32 holds multiples of 64 alone."""
-    from sentencepiece import sentencepiece_model_pb2 as protocol
-
     model = protocol.ModelProto()
     model.ParseFromString(bases.english_spm())
     model.pieces.add(piece="\u2581\u2581", score=-1e9, type=1)
@@ -195,7 +221,7 @@ class TestRefusals:
 
     def test_a_tokenizer_without_bytes_that_would_still_lose_text(self, tmp_path):
         base = open_vocabulary("SentencePieceTokenizer", self.model(tmp_path, byte_fallback=False))
-        with pytest.raises(ValueError, match=r"would still lose \d+ characters of the corpus .*: give a larger --new-tokens, or .* --byte_fallback"):
+        with pytest.raises(ValueError, match=r"would lose \d+ characters of the corpus .*: give a larger --new-tokens .* or .* byte fallback"):
             extend(base, bases.corpus(TRAINING), 100)
 
     def test_a_tokenizer_without_bytes_is_extended_where_all_characters_fit(self, tmp_path):
@@ -226,14 +252,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match="is of type WordLevel, which has no merges"):
             open_vocabulary("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
 
-    def test_a_byte_level_vocabulary_that_lacks_bytes(self, tmp_path):
+    def test_a_byte_level_vocabulary_that_lacks_bytes_of_the_text(self, tmp_path):
+        """As SmolLM2's, which has no token for the byte 4."""
         content = json.loads(bases.english_bytes())
-        gone = "Ģ"  # how 0x80 + ... is spelled; any byte of a text will do
+        gone = byte_alphabet()[4]
         content["model"]["vocab"] = {token: i for token, i in content["model"]["vocab"].items() if gone not in token}
-        content["model"]["merges"] = [merge for merge in content["model"]["merges"] if gone not in "".join(merge)]
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="has no token for the byte 0x.., so text would be lost: give a byte-level tokenizer with all bytes"):
-            open_vocabulary("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
+        base = open_vocabulary("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
+        assert len(extend(base, bases.corpus(TRAINING), 20).new) == 20
+        with pytest.raises(ValueError, match=r"would lose 1 characters of the corpus \('\\x04'\), .*: .* take them out of the text, or start from"):
+            extend(base, bases.corpus(TRAINING, ["a\x04b"]), 20)
 
     def test_kinds_that_are_not_extended(self, tmp_path):
         with pytest.raises(

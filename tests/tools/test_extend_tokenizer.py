@@ -47,13 +47,16 @@ def done(model, tmp_path_factory):
 
 def test_the_folder_holds_the_tokenizer_its_map_and_the_report(done, model):
     output, result = done
-    assert sorted(path.name for path in output.iterdir()) == ["report.json", "token_map.json", "tokenizer.model", "tokenizer_config.json"]
+    files = ["report.json", "token_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    assert sorted(path.name for path in output.iterdir()) == files
     assert (output / "tokenizer_config.json").read_bytes() == (model.parent / "tokenizer_config.json").read_bytes()
     assert sentencepiece.SentencePieceProcessor(model_file=str(output / "tokenizer.model")).GetPieceSize() == 1400
     token_map = json.loads((output / "token_map.json").read_text())
     assert token_map["base_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     assert len(token_map["new"]) == 400
-    assert result.stdout.splitlines()[-1].startswith(f"{output}: tokenizer.model, tokenizer_config.json, report.json, token_map.json; ")
+    assert result.stdout.splitlines()[-1].startswith(
+        f"{output}: tokenizer.model, tokenizer.json, tokenizer_config.json, report.json, token_map.json; "
+    )
 
 
 def test_the_report_tells_what_the_tokenizers_do_to_held_out_text(done, model):
