@@ -59,9 +59,15 @@ TRANSLATED = {"en": bool, "zh": is_chinese, "hu": is_hungarian}
 """Whether a paragraph of a page in a language is in that language."""
 
 
+def is_navigation(block: Block) -> bool:
+    """Whether a paragraph is a line of a table of contents, or the links to the pages around."""
+    listed = block.tag in ("dt", "dd", "li") and re.match(r"[\dA-Z]+(\.\d+)+\.? ", block.text)
+    return bool(listed) or block.text.startswith("‹") or block.text.endswith("›") or block.text in ("Table of Contents", "目录")
+
+
 def page(blocks: Iterable[Block], language: str, source: str) -> Iterator[tuple[str, Record]]:
     """A page's paragraphs as one document, where they are long enough."""
-    text = "\n".join(block.text for block in blocks if TRANSLATED[language](block.text))
+    text = "\n".join(block.text for block in blocks if TRANSLATED[language](block.text) and not is_navigation(block))
     if len(text) >= _LEAST[language]:
         yield language, {"text": text, "source": source}
 
