@@ -18,10 +18,10 @@ from megatron_chatflow.tokenizer.token_map import token_map
 from tests.tokenizer import bases, samples
 
 KINDS = ("sentencepiece", "gpt2", "llama3")
-NEW = 300
+NEW = 200
 CHINESE = bases.documents("zh")
-TRAINING, HELD_OUT = CHINESE[:300], CHINESE[300:360]
-ENGLISH = bases.documents("en")[150:250]
+TRAINING, HELD_OUT = CHINESE[:120], CHINESE[300:340]
+ENGLISH = bases.documents("en")[150:190]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -30,7 +30,7 @@ def extended(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     tokenizer_type, path = bases.write_base(folder / "base", request.param)
     base = open_vocabulary(tokenizer_type, str(path))
-    outcome = extend(base, bases.corpus(TRAINING[:100], TRAINING[100:]), NEW)
+    outcome = extend(base, bases.corpus(TRAINING[:50], TRAINING[50:]), NEW)
     (folder / "new").mkdir()
     [file, *_] = outcome.vocabulary.save(str(folder / "new"), str(path))
     before, after = (load_tokenizer(tokenizer_type, tokenizer_model=p) for p in (path, folder / "new" / file))
@@ -55,7 +55,7 @@ def test_every_new_token_is_reached_and_no_old_one_is_lost(extended):
 
 def test_held_out_text_of_the_new_language_takes_fewer_tokens(extended):
     _, _, before, after = extended
-    assert sum(map(len, after.encode_batch(HELD_OUT))) < 0.75 * sum(map(len, before.encode_batch(HELD_OUT)))
+    assert sum(map(len, after.encode_batch(HELD_OUT))) < 0.8 * sum(map(len, before.encode_batch(HELD_OUT)))
 
 
 def test_english_keeps_its_tokens(extended):
@@ -69,7 +69,7 @@ MIXED = st.lists(st.sampled_from([*samples.TEXTS, *CHINESE[:5], "LibreOffice ", 
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(text=MIXED)
 def test_any_text_comes_back_and_keeps_its_tokens_where_none_is_new(extended, text):
     base, _, before, after = extended
@@ -80,7 +80,7 @@ def test_any_text_comes_back_and_keeps_its_tokens_where_none_is_new(extended, te
         assert ids == old
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(text=MIXED)
 def test_new_tokens_are_old_ones_joined(extended, text):
     base, outcome, before, after = extended
@@ -114,16 +114,16 @@ def test_the_same_text_gives_the_same_bytes_whatever_its_batches(extended, tmp_p
 @pytest.mark.parametrize("kind", KINDS)
 def test_characters_alone_are_added_the_most_frequent_first(kind, tmp_path):
     base = bases.open_base(tmp_path, kind)
-    outcome = extend(base, bases.corpus(TRAINING), 200, characters=True)
+    outcome = extend(base, bases.corpus(TRAINING), 150, characters=True)
     texts = [token.text for token in outcome.new]
     whole = [text.decode() for text in texts if text.decode(errors="ignore").encode() == text]
     assert all(len(text) == 1 for text in whole)
     counts = [sum(document.count(char) for document in TRAINING) for char in whole]
     if kind == "sentencepiece":
-        assert len(whole) == 200 and counts == sorted(counts, reverse=True)
+        assert len(whole) == 150 and counts == sorted(counts, reverse=True)
     else:
         # The others are the bytes that several characters begin with; a character's own count is that of its last merge.
-        assert len(whole) > 100
+        assert len(whole) > 70
         missing = {char for document in TRAINING for char in document if "\u4e00" <= char <= "\u9fff"} - set(whole)
         assert max(sum(document.count(char) for document in TRAINING) for char in missing) <= min(counts)
 
@@ -172,7 +172,7 @@ def both_files(tmp_path_factory):
     )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(text=SPACED)
 def test_the_tokenizer_json_beside_a_sentencepiece_model_gives_the_same_ids_and_text(both_files, text):
     model, fast = both_files

@@ -85,7 +85,7 @@ def test_the_report_tells_what_the_tokenizers_do_to_held_out_text(done, model):
 
 def test_held_out_documents_are_not_learned_from(model, tmp_path):
     """Where they alone hold a word, it becomes no token."""
-    texts = list(bases.documents("zh")[:200])
+    texts = list(bases.documents("zh")[:100])
     word = next(text for text in (f"龘靐齉{i}" for i in range(1000)) if is_held_out(text))
     held_out = [text for text in (f"{word} {i}" for i in range(1000)) if is_held_out(text)][:20]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (*texts, *held_out)))
@@ -98,7 +98,7 @@ def test_held_out_documents_are_not_learned_from(model, tmp_path):
 
 def test_packed_files_other_keys_and_named_held_out_files_give_the_same_tokens_twice(tmp_path, capsys):
     _, base = bases.write_base(tmp_path / "base", "gpt2")
-    lines = "".join(json.dumps({"body": text}) + "\n" for text in bases.documents("zh")[:200])
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in bases.documents("zh")[:100])
     (tmp_path / "zh.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "held.jsonl").write_text(json.dumps({"body": "打开文档"}) + "\n")
     words = [
@@ -111,7 +111,7 @@ def test_packed_files_other_keys_and_named_held_out_files_give_the_same_tokens_t
         "--json-keys",
         "body",
     ]
-    words += ["--held-out", f"zh={tmp_path / 'held.jsonl'}", "--new-tokens", "200", "--characters"]
+    words += ["--held-out", f"zh={tmp_path / 'held.jsonl'}", "--new-tokens", "100", "--characters"]
     for name in ("one", "two", "two"):
         assert main([*words, "--output", str(tmp_path / name)]) == 0
     for file in ("tokenizer.json", "token_map.json", "report.json"):
@@ -143,7 +143,6 @@ def test_replacing_keeps_the_size_and_lists_what_is_gone(model, tmp_path, capsys
         (["--new-tokens", 5, "--json-keys", "body"], "zh.jsonl, line 1: no key 'body'"),
         (["--new-tokens", 5, "--base-inputs", EN], "--base-inputs is unknown: did you mean --base-input?"),
         (["--new-tokens", "many"], "argument --new-tokens: invalid int value: 'many'"),
-        (["--new-tokens", 10**7], "is more than the corpus holds"),
         (["--new-tokens", 5, "--tokenizer-model", "absent.model"], "tokenizer_model absent.model cannot be read"),
         (["--new-tokens", 5, "--tokenizer-type", "TikTokenizer", "--tokenizer-model", EN], "is not a tiktoken vocabulary"),
         (["--new-tokens", 5, "--tokenizer-type", "ByteLevelTokenizer"], "tokenizer_type ByteLevelTokenizer cannot be extended"),
