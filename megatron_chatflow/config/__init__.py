@@ -1,6 +1,6 @@
 """Every setting of a run, as dataclasses: YAML and flags in, resolved YAML out."""
 
-from megatron_chatflow.config.derive import Schedule, padded_vocab_size, resolve, resolve_data, resolve_reading, total_samples
+from megatron_chatflow.config.derive import Schedule, pad_vocab_size, padded_vocab_size, resolve, resolve_data, resolve_reading, total_samples
 from megatron_chatflow.config.parse import UsageError, load_values, make_parser, nearest, parse, to_yaml
 from megatron_chatflow.config.settings import Config
 
@@ -11,6 +11,7 @@ __all__ = [
     "load_values",
     "make_parser",
     "nearest",
+    "pad_vocab_size",
     "padded_vocab_size",
     "parse",
     "resolve",

@@ -256,7 +256,12 @@ def total_samples(config: Config) -> int:
 
 def padded_vocab_size(config: Config, vocab_size: int) -> int:
     """The vocabulary padded to a multiple of make_vocab_size_divisible_by and the tensor-parallel size."""
-    multiple = math.lcm(config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
+    return pad_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
+
+
+def pad_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """A vocabulary's size padded to a multiple of both numbers."""
+    multiple = math.lcm(make_vocab_size_divisible_by, tensor_model_parallel_size)
     return -(-vocab_size // multiple) * multiple
 
 

@@ -1,0 +1,32 @@
+"""The documents of text files, as plain text."""
+
+from collections.abc import Iterator, Sequence
+
+from megatron_chatflow.data.formats import open_sources
+from megatron_chatflow.data.records import each_record
+from megatron_chatflow.data.templates import MalformedRecord, text_field
+
+_CHUNK = 1 << 22
+
+
+def read_texts(paths: Sequence[str], keys: Sequence[str] = ("text",)) -> Iterator[str]:
+    """Gives the documents of files, those without a letter or mark left out.
+
+    Args:
+        paths: JSON lines, parquet or plain text, packed or not, as `preprocess` takes them; patterns too.
+        keys: of a record; the text under each is a document.
+
+    Raises:
+        ValueError: a file cannot be read, or a record holds no text; it names file and line.
+    """
+    for source in open_sources(paths):
+        fields = ("text",) if source.format == "text" else keys
+        for chunk in source.chunks(_CHUNK, list(fields)):
+            for number, record in each_record(chunk.data, chunk.first, source.format):
+                try:
+                    if isinstance(record, MalformedRecord):
+                        raise record
+                    texts = [text_field(record, key) for key in fields]
+                except MalformedRecord as error:
+                    raise ValueError(f"{source.path}, {source.record} {number}: {error}; mend it, take it out, or correct --json-keys") from None
+                yield from (text for text in texts if not text.isspace() and text)

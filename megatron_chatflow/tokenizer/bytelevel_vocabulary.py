@@ -1,0 +1,166 @@
+"""Byte-level BPE in Hugging Face's `tokenizer.json` (GPT-2, SmolLM2, Qwen, LLaMA-3), read and written as the JSON that it is."""
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from megatron_chatflow.tokenizer.chunks import SymbolText
+from megatron_chatflow.tokenizer.companions import copy_companions, write_json
+from megatron_chatflow.tokenizer.vocabulary import NewToken, Vocabulary, last_merge
+
+_LONGEST = 16
+"""Characters of a new token, as in SentencePiece's training."""
+
+
+class ByteLevelVocabulary(Vocabulary):
+    """The tokens of a byte-level BPE.
+
+    Its merges are a list of pairs, the first of which is done first. New ones stand at the end.
+
+    Args:
+        type: Megatron's name.
+        path: the file, for messages.
+        content: the `tokenizer.json`.
+
+    Raises:
+        ValueError: it is no byte-level BPE.
+    """
+
+    def __init__(self, type: str, path: str, content: bytes) -> None:
+        self.type = type
+        self.content = content
+        self._path = path
+        self._description = json.loads(content)
+        model = self._description["model"]
+        _check(path, self._description)
+        self._tokens: dict[str, int] = model["vocab"]
+        self._merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+        added = {entry["id"]: entry for entry in self._description.get("added_tokens") or ()}
+        self.size = max([*self._tokens.values(), *added]) + 1
+        alphabet = byte_alphabet()
+        self._byte_of = {char: byte for byte, char in enumerate(alphabet)}
+        self._char_of = alphabet
+        self.text = SymbolText({i: self._bytes(token) for token, i in self._tokens.items()})
+        for i, entry in added.items():
+            self.text[i] = b"" if entry["special"] else entry["content"].encode()
+        self.fixed = np.array([i in added or len(self.text.get(i, b"")) < 2 for i in range(self.size)])
+        self._missing = frozenset(byte for byte in _BYTES_OF_TEXT if alphabet[byte] not in self._tokens)
+        self._backend = tokenizers.Tokenizer.from_buffer(content)
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = True
+        merging = {key: value for key, value in model.items() if key != "ignore_merges"}
+        self._merging = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", "model": merging})).model
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        ids = np.concatenate([np.array(document.ids, np.int32) for document in encoded] or [np.zeros(0, np.int32)])
+        ends = np.zeros(len(ids), bool)
+        start = 0
+        for document in encoded:
+            words = np.array(document.word_ids, np.int64)
+            if len(words):
+                ends[start : start + len(words)] = np.append(words[1:] != words[:-1], True)
+            start += len(words)
+        return ids, ends
+
+    def split(self, texts: Sequence[bytes]) -> list[list[int]]:
+        return [[token.id for token in self._merging.tokenize(self._spelled(text))] for text in texts]
+
+    def parts(self) -> list[tuple[int, ...]]:
+        order = {merge: i for i, merge in reversed(list(enumerate(self._merges)))}
+
+        def rank(left: str, right: str) -> float | None:
+            return order.get((left, right))
+
+        result: list[tuple[int, ...]] = [()] * self.size
+        for token, i in self._tokens.items():
+            if not self.fixed[i]:
+                result[i] = tuple(self._tokens[part] for part in last_merge(list(token), rank))
+        return result
+
+    def may_be_added(self) -> Callable[[bytes], bool]:
+        added = {entry["content"].encode() for entry in self._description.get("added_tokens") or ()}
+
+        def allowed(text: bytes) -> bool:
+            characters = sum(byte & 0xC0 != 0x80 for byte in text)
+            return characters <= _LONGEST and self._spelled(text) not in self._tokens and text not in added
+
+        return allowed
+
+    def changed(self, removed: Iterable[int], new: Sequence[NewToken]) -> "ByteLevelVocabulary":
+        description = copy.deepcopy(self._description)
+        model = description["model"]
+        gone = set(removed)
+        vocab = {token: i for token, i in self._tokens.items() if i not in gone}
+        merges = [(a, b) for a, b in self._merges if a in vocab and b in vocab and a + b in vocab]
+        for entry in description.get("added_tokens") or ():
+            # The library numbers added tokens that the vocabulary lacks from its end on, so they would move.
+            vocab[entry["content"]] = entry["id"]
+        for token in new:
+            vocab[self._spelled(token.text)] = token.id
+            merges.append((self._spelled(token.left), self._spelled(token.right)))
+        as_text = bool(model["merges"]) and isinstance(model["merges"][0], str)
+        model["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
+        model["merges"] = [" ".join(merge) for merge in merges] if as_text else [list(merge) for merge in merges]
+        return ByteLevelVocabulary(self.type, self._path, json.dumps(description, ensure_ascii=False, indent=2).encode())
+
+    def lost(self, texts: Sequence[str], symbols: np.ndarray) -> set[str]:
+        return {char for char in set().union(*texts) if not self._missing.isdisjoint(char.encode())} if self._missing else set()
+
+    def save(self, folder: str, source: str) -> list[str]:
+        with open(os.path.join(folder, "tokenizer.json"), "wb") as file:
+            file.write(self.content)
+        copied = copy_companions(source, folder)
+        if "tokenizer_config.json" in copied:
+            return ["tokenizer.json", *copied]
+        write_json(os.path.join(folder, "tokenizer_config.json"), {"tokenizer_class": "PreTrainedTokenizerFast"})
+        return ["tokenizer.json", "tokenizer_config.json", *copied]
+
+    def _bytes(self, token: str) -> bytes:
+        """The bytes that a token spells; an added token of the vocabulary is its own text."""
+        return bytes(self._byte_of[char] for char in token) if self._byte_of.keys() >= set(token) else token.encode()
+
+    def _spelled(self, text: bytes) -> str:
+        return "".join(self._char_of[byte] for byte in text)
+
+
+def byte_alphabet() -> list[str]:
+    """Returns the character by which a byte-level vocabulary spells each byte.
+
+    A byte that is a printable character of Latin-1 stands for itself, the others take the characters from U+0100 on (GPT-2's encoder.py).
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+_BYTES_OF_TEXT = [*range(0xC0), *range(0xC2, 0xF5)]
+"""The bytes that UTF-8 is made of."""
+
+
+def _check(path: str, description: dict[str, Any]) -> None:
+    model = description["model"]
+    if model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
+        raise ValueError(
+            f"{path} is of type {model.get('type')}, which has no merges that could be continued: give a byte-level BPE or a SentencePiece BPE model"
+        )
+    steps = _steps(description.get("pre_tokenizer"), "pretokenizers")
+    if not any(step["type"] == "ByteLevel" for step in steps):
+        raise ValueError(f"{path} is a BPE of characters, not of bytes: give the tokenizer.model (SentencePiece) of this model instead")
+    for setting in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(setting):
+            raise ValueError(
+                f"{path} has {setting} {model[setting]!r}, with which merges cannot be continued: give a byte-level BPE as GPT-2's or LLaMA-3's"
+            )
+
+
+def _steps(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    if step is None:
+        return []
+    return [inner for each in step[name] for inner in _steps(each, name)] if step["type"] == "Sequence" else [step]

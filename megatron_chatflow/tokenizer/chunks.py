@@ -1,0 +1,92 @@
+"""Encoded text to the runs of tokens in which new tokens are looked for."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_chatflow.tokenizer.scripts import WIDE, Characters, joins, target_kinds
+
+UNKNOWN_CHARACTER = 1 << 24
+"""Symbols from here on are characters that the vocabulary has no piece for: this number and the code point. Smaller ones are ids."""
+
+NEW_SYMBOL = 1 << 26
+"""Symbols from here on are new tokens, in the order in which they were learned."""
+
+
+class SymbolText(dict[int, bytes]):
+    """UTF-8 of each symbol; that of characters without a piece is made when it is asked for."""
+
+    def __missing__(self, symbol: int) -> bytes:
+        assert UNKNOWN_CHARACTER <= symbol < NEW_SYMBOL, symbol
+        self[symbol] = text = chr(symbol - UNKNOWN_CHARACTER).encode()
+        return text
+
+
+@dataclass
+class Chunks:
+    """Runs of symbols between which no new token may reach, and how often each occurs; by the kind of their characters.
+
+    Attributes:
+        counts: of each kind the runs, as the bytes of int32 symbols.
+        letters: how often each kind of character occurs.
+        characters: the kinds.
+    """
+
+    counts: dict[int, Counter[bytes]] = field(default_factory=dict)
+    letters: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    characters: Characters = field(default_factory=Characters)
+
+    def add(self, symbols: np.ndarray, ends: np.ndarray, text: SymbolText, within_characters: bool = False) -> None:
+        """Counts the runs of encoded documents.
+
+        Args:
+            symbols: tokens and characters without a piece int32[n].
+            ends: whether the tokenizer never merges a symbol with the next one bool[n].
+            text: UTF-8 of each symbol.
+            within_characters: runs are the parts of one character.
+        """
+        if not len(symbols):
+            return
+        parts = [text[symbol] for symbol in symbols.tolist()]
+        joined = b"".join(parts)
+        codepoints = np.frombuffer(joined.decode().encode("utf-32-le"), np.uint32)
+        kinds = self.characters.kinds(codepoints)
+        found = np.bincount(kinds, minlength=len(self.characters.names))
+        found[: len(self.letters)] += self.letters
+        self.letters = found
+
+        widths = 1 + (codepoints >= 0x80) + (codepoints >= 0x800) + (codepoints >= 0x10000)
+        kind_at = np.repeat(kinds, widths)
+        opens = np.zeros(len(joined), bool)
+        opens[np.cumsum(widths) - widths] = True
+        last = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
+        first = np.concatenate([[0], last[:-1]])
+        border = first[1:]
+        inside = ~opens[border]
+        together = inside & _parts_of_one_character(opens, first, last) if within_characters else inside | joins(kind_at[border - 1], kind_at[border])
+        together &= ~ends[:-1]
+
+        starts = np.flatnonzero(np.concatenate([[True], ~together]))
+        stops = np.append(starts[1:], len(symbols))
+        kind = np.maximum.reduceat(kind_at, first[starts])
+        useful = (kind >= WIDE) & ((stops - starts > 1) | (symbols[starts] >= UNKNOWN_CHARACTER))
+        data = symbols.astype(np.int32).tobytes()
+        for number, start, stop in zip(kind[useful].tolist(), (starts[useful] * 4).tolist(), (stops[useful] * 4).tolist(), strict=True):
+            self.counts.setdefault(number, Counter())[data[start:stop]] += 1
+
+    def target(self) -> tuple[Counter[bytes], bool]:
+        """Returns the runs of the kinds that new tokens are made of, and whether these are of another script than Latin."""
+        kinds, distinct = target_kinds(self.letters, self.characters.names)
+        result: Counter[bytes] = Counter()
+        for kind in sorted(kinds):
+            result.update(self.counts.get(kind, {}))
+        return result, distinct
+
+
+def _parts_of_one_character(opens: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Whether each symbol and the next one hold nothing but bytes of one character; `opens` says where characters begin."""
+    characters = np.add.reduceat(opens.astype(np.int64), first)
+    closed = opens[np.minimum(last, len(opens) - 1)] | (last == len(opens))
+    fragment = (characters == 0) | ((characters == 1) & opens[first] & ~closed)
+    return fragment[:-1] & fragment[1:]

@@ -1,0 +1,167 @@
+"""Vocabularies for a new language: extended by new tokens, or with new tokens in place of the least used ones.
+
+Both continue the merges that the vocabulary has (arXiv 2512.03989). The new tokens merge after all old ones, so they can all be reached, and a
+text in which none of them occurs keeps its tokens.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_chatflow.tokenizer.base import read_bytes
+from megatron_chatflow.tokenizer.bytelevel_vocabulary import ByteLevelVocabulary
+from megatron_chatflow.tokenizer.chunks import NEW_SYMBOL, UNKNOWN_CHARACTER, Chunks, SymbolText
+from megatron_chatflow.tokenizer.continued_bpe import Learned, continue_merges
+from megatron_chatflow.tokenizer.prune import least_used
+from megatron_chatflow.tokenizer.spm_vocabulary import SentencePieceVocabulary
+from megatron_chatflow.tokenizer.vocabulary import NewToken, Vocabulary
+
+SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+EXTENDABLE = (*SENTENCEPIECE, "HuggingFaceTokenizer")
+
+Texts = Callable[[], Iterable[Sequence[str]]]
+"""Gives the documents of a corpus from the first to the last, in batches, as often as it is called."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A changed vocabulary.
+
+    Attributes:
+        vocabulary: as it is now.
+        new: the new tokens, in the order in which they were learned.
+        removed: ids whose old tokens are gone.
+        other_script: whether the new tokens are of other scripts than Latin, so that Latin text keeps its tokens.
+    """
+
+    vocabulary: Vocabulary
+    new: list[NewToken]
+    removed: list[int]
+    other_script: bool
+
+
+def open_vocabulary(tokenizer_type: str, path: str) -> Vocabulary:
+    """Opens a tokenizer that `load_tokenizer` has opened before.
+
+    Args:
+        tokenizer_type: Megatron's name.
+        path: the `.model` or `tokenizer.json`.
+
+    Raises:
+        ValueError: the tokenizer is of a kind that cannot be extended.
+    """
+    if tokenizer_type not in EXTENDABLE:
+        raise ValueError(
+            f"tokenizer_type {tokenizer_type} cannot be extended: give a SentencePiece BPE model (SentencePieceTokenizer, Llama2Tokenizer) "
+            "or a byte-level tokenizer.json (HuggingFaceTokenizer)"
+        )
+    kind = SentencePieceVocabulary if tokenizer_type in SENTENCEPIECE else ByteLevelVocabulary
+    return kind(tokenizer_type, path, read_bytes(tokenizer_type, "tokenizer_model", path))
+
+
+def extend(base: Vocabulary, corpus: Texts, count: int, characters: bool = False, progress: Callable[[int], None] = lambda done: None) -> Outcome:
+    """Adds tokens behind the last id.
+
+    Args:
+        base: the vocabulary.
+        corpus: text of the new language.
+        count: how many tokens to add.
+        characters: add single characters only, the most frequent first; in a byte-level vocabulary also the bytes that several begin with.
+        progress: told how many tokens are learned.
+
+    Raises:
+        ValueError: the corpus has fewer candidates, or characters of it would still be lost.
+    """
+    learned, text, other_script, lost = _learn(base, corpus, count, characters, progress)
+    _check_enough(len(learned), count)
+    _check_nothing_lost(lost)
+    new = _tokens(learned, text, range(base.size, base.size + count))
+    return Outcome(_checked(base.changed((), new), new), new, [], other_script)
+
+
+def replace(base: Vocabulary, corpus: Texts, base_corpus: Texts, count: int, progress: Callable[[int], None] = lambda done: None) -> Outcome:
+    """Puts new tokens in the place of the least used ones (after Csaki et al., arXiv 2311.05741); the size stays.
+
+    A token's use is its share of the tokens of the old language's text and its share of those of the new one's, added, so that tokens which
+    the new language needs stay too.
+
+    Args:
+        base: the vocabulary.
+        corpus: text of the new language.
+        base_corpus: text of the language whose tokens are to be kept.
+        count: how many tokens to replace.
+        progress: told how many tokens are learned.
+
+    Raises:
+        ValueError: fewer tokens can be taken out, or the corpus has fewer candidates, or characters of a corpus would be lost.
+    """
+    usage = _shares(base, base_corpus) + _shares(base, corpus)
+    removed = least_used(base, usage, count)
+    if len(removed) < count:
+        raise ValueError(
+            f"--new-tokens {count} is more than can be replaced: {len(removed)} tokens are neither control tokens nor bytes; give at most that"
+        )
+    pruned = base.changed(removed, ())
+    learned, text, other_script, lost = _learn(pruned, corpus, count, False, progress)
+    _check_enough(len(learned), count)
+    _check_nothing_lost(lost)
+    new = _tokens(learned, text, removed)
+    return Outcome(_checked(base.changed(removed, new), new), new, removed, other_script)
+
+
+def _learn(
+    vocabulary: Vocabulary, corpus: Texts, count: int, characters: bool, progress: Callable[[int], None]
+) -> tuple[list[Learned], SymbolText, bool, list[str]]:
+    """Returns the new tokens, the text of each symbol, whether they are of another script, and the characters that would still be lost."""
+    text = SymbolText(vocabulary.text)
+    chunks = Chunks()
+    lost: set[str] = set()
+    for batch in corpus():
+        symbols, ends = vocabulary.encode(batch)
+        chunks.add(symbols, ends, text, within_characters=characters)
+        lost |= vocabulary.lost(batch, symbols)
+    runs, other_script = chunks.target()
+    if not runs and not chunks.letters[4:].any():
+        raise ValueError("the corpus has no letters, so there is nothing to learn: check --input and --json-keys")
+    learned = continue_merges(runs, text, count, vocabulary.may_be_added(), by_count=characters, progress=progress)
+    lost -= {chr(token.left - UNKNOWN_CHARACTER) for token in learned if token.right is None}
+    return learned, text, other_script, sorted(lost)
+
+
+def _check_enough(found: int, count: int) -> None:
+    if found < count:
+        raise ValueError(
+            f"--new-tokens {count} is more than the corpus holds: {found} candidates occur at least twice; give at most that, or more text"
+        )
+
+
+def _check_nothing_lost(lost: Sequence[str]) -> None:
+    if lost:
+        some = ", ".join(map(repr, lost[:5])) + ", ..." * (len(lost) > 5)
+        raise ValueError(
+            f"the tokenizer would lose {len(lost)} characters of the corpus ({some}), for which it has neither tokens nor bytes: "
+            "give a larger --new-tokens if they are letters, take them out of the text, or start from a tokenizer with byte fallback"
+        )
+
+
+def _tokens(learned: Sequence[Learned], text: SymbolText, ids: Sequence[int]) -> list[NewToken]:
+    return [
+        NewToken(i, text[NEW_SYMBOL + n], text[token.left], None if token.right is None else text[token.right])
+        for n, (token, i) in enumerate(zip(learned, ids, strict=True))
+    ]
+
+
+def _checked(vocabulary: Vocabulary, new: Sequence[NewToken]) -> Vocabulary:
+    unreachable = vocabulary.unreachable([token.id for token in new])
+    assert not unreachable, [vocabulary.text[i] for i in unreachable[:10]]
+    return vocabulary
+
+
+def _shares(vocabulary: Vocabulary, corpus: Texts) -> np.ndarray:
+    """The share of each id in the tokens of a corpus float64[size]."""
+    counts = np.zeros(vocabulary.size, np.int64)
+    for batch in corpus():
+        symbols, _ = vocabulary.encode(batch)
+        counts += np.bincount(symbols[symbols < vocabulary.size], minlength=vocabulary.size)
+    return counts / max(1, counts.sum())

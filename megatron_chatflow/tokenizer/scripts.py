@@ -1,0 +1,84 @@
+"""Kinds of characters: a new token never joins two, so it is a run of letters of one script, perhaps with the space before it."""
+
+import unicodedata
+
+import numpy as np
+
+SPACE = "\u2581"
+"""What SentencePiece writes for a space."""
+
+OTHER, BLANK, JOINER, WIDE = range(4)
+"""Digits, symbols, Western punctuation and controls; the space; marks that join whatever letter they stand behind; East Asian punctuation."""
+
+_FIRST_SCRIPT = WIDE + 1
+_HAN = frozenset(["CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HALFWIDTH", "IDEOGRAPHIC", "BOPOMOFO"])
+_JOINERS = frozenset(["COMBINING", "VARIATION"])
+_UNSEEN = np.iinfo(np.uint16).max
+
+
+class Characters:
+    """The kinds of characters, as small numbers.
+
+    A script is the first word of the Unicode names of its letters (`CJK`, `LATIN`, `THAI`); Chinese and Japanese letters are one.
+
+    Attributes:
+        names: name of each kind; from index 4 on they are scripts, in the order in which they were met.
+    """
+
+    def __init__(self) -> None:
+        self.names = ["other", "space", "joiner", "wide punctuation", "LATIN"]
+        self._kinds = np.full(0x110000, _UNSEEN, np.uint16)
+
+    def kinds(self, codepoints: np.ndarray) -> np.ndarray:
+        """Returns the kind of each code point: uint16, of the shape of `codepoints`."""
+        result = self._kinds[codepoints]
+        unseen = np.unique(codepoints[result == _UNSEEN])
+        if len(unseen):
+            self._kinds[unseen] = [self._kind(chr(codepoint)) for codepoint in unseen.tolist()]
+            result = self._kinds[codepoints]
+        return result
+
+    def _kind(self, char: str) -> int:
+        category = unicodedata.category(char)
+        script = unicodedata.name(char, "UNNAMED").split(" ")[0]
+        if char in (" ", SPACE):
+            return BLANK
+        if char in "\u200c\u200d" or (category[0] in "LM" and script in _JOINERS):
+            return JOINER
+        if category[0] in "LM" or char == "〇":
+            script = "CJK" if script in _HAN else script
+            if script not in self.names:
+                self.names.append(script)
+            return self.names.index(script)
+        return WIDE if category[0] == "P" and unicodedata.east_asian_width(char) in "WF" else OTHER
+
+
+def joins(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Returns whether a token may hold two neighbours of these kinds: bool, of the shape of both.
+
+    A space opens a token and is not inside one. Digits and Western punctuation stay alone, so that numbers and code keep their tokens.
+    """
+    same = (left == right) & (left != BLANK)
+    return (left != OTHER) & (right != OTHER) & (right != BLANK) & (same | (left == BLANK) | (left == JOINER) | (right == JOINER))
+
+
+def target_kinds(letters: np.ndarray, names: list[str]) -> tuple[frozenset[int], bool]:
+    """Chooses the kinds of characters that new tokens are made of.
+
+    A corpus of which a quarter of the letters are not Latin is one of another script: new tokens are then of the other scripts and of East
+    Asian punctuation alone, so text that has none of these keeps its tokens. (A quarter, because a Chinese character says as much as
+    several Latin letters.) Otherwise they are of all scripts. Scripts with less than 1% of those letters are left out.
+
+    Args:
+        letters: how often each kind occurs in the corpus.
+        names: name of each kind, as in `Characters`.
+
+    Returns:
+        The kinds, and whether they are of another script than Latin.
+    """
+    scripts = {kind: int(letters[kind]) for kind in range(_FIRST_SCRIPT, len(letters))}
+    other = {kind: count for kind, count in scripts.items() if names[kind] != "LATIN"}
+    distinct = sum(other.values()) * 4 >= sum(scripts.values()) > 0
+    chosen = other if distinct else scripts
+    kinds = {kind for kind, count in chosen.items() if count * 100 >= sum(chosen.values()) and count}
+    return frozenset(kinds | {WIDE} if distinct else kinds), distinct
