@@ -14,7 +14,6 @@ from tests.pool import Pool
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Gives the Hugging Face folder of a family."""
-    pytest.importorskip("transformers")
     made: dict[str, Path] = {}
 
     def folder(family: str) -> Path:

@@ -33,8 +33,6 @@ def script(path: Path) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for name in ("transformers", "gguf"):
-        pytest.importorskip(name)
     folder = tmp_path_factory.mktemp("smollm2")
     try:
         gguf = script(FETCH).download(folder)

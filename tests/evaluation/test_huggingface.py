@@ -17,7 +17,6 @@ TEXT = "The quick brown fox. 敏捷的狐狸。"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaMA of random weights with grouped queries and scaled rotary positions."""
-    pytest.importorskip("transformers")
     from tests.conversion.models import build
 
     return build(tmp_path_factory.mktemp("hf") / "llama3", "llama3")
