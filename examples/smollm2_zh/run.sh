@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# An English model learns Chinese on two cores: SmolLM2-135M with an extended tokenizer, a curriculum from English to Chinese to instructions,
+# judged in bits per byte against the untouched model, and written back for transformers.
+#
+#     bash examples/smollm2_zh/run.sh --short    # a few minutes
+#     bash examples/smollm2_zh/run.sh            # the whole, about forty
+#
+# Needs a Debian system (apt-get download) and pip. Everything it makes is in out/ beside this script; model and corpora are fetched once.
+# Flags after it go to the training, e.g. --curriculum chinese.yaml --save out/chinese for a run of Chinese alone.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+# shellcheck source-path=SCRIPTDIR source=../../tools/venv.sh
+. "$root/tools/venv.sh"
+use_environment "$root" requirements-dev.txt
+
+if [ "${1:-}" = --short ]; then
+    shift
+    iterations=36 batch=4 length=256 warmup=4 decay=8 first=16 held=24000
+else
+    iterations=110 batch=8 length=512 warmup=6 decay=20 first=64 held=100000
+fi
+out="$here/out"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # one process on both cores
+mkdir -p "$out"
+cd "$here"
+
+step() { printf '\n== %s\n' "$*"; }
+
+step "1. Model and corpora"
+[ -f out/smollm2/NOTICE ] || python fetch_model.py out/smollm2
+[ -f out/corpora/sources.json ] || python fetch_corpora.py out/corpora
+rm -rf out/data out/tokenizer out/base out/run out/smollm2-zh
+mkdir -p out/data
+for language in en zh; do
+    python hold_out.py "out/corpora/$language.jsonl" "out/data/$language.jsonl" "out/data/${language}_test.jsonl" --bytes "$held"
+done
+
+step "2. A tokenizer with Chinese tokens"
+python "$root/tools/extend_tokenizer.py" --tokenizer-type HuggingFaceTokenizer --tokenizer-model out/smollm2 --input out/data/zh.jsonl \
+    --base-input out/data/en.jsonl --held-out zh=out/data/zh_test.jsonl en=out/data/en_test.jsonl --new-tokens 2000 --output out/tokenizer
+
+step "3. Model and tokenizer together: new rows are means of the rows of their pieces"
+python "$root/tools/convert_checkpoint.py" --load-dir out/smollm2 --save-dir out/base --tokenizer-folder out/tokenizer --new-rows mean
+
+step "4. Text to Megatron's .bin/.idx"
+preprocess() { # input, name of the corpus, further flags
+    python "$root/tools/preprocess_data.py" --input "$1" --output-prefix "out/data/$2" --tokenizer-type HuggingFaceTokenizer \
+        --tokenizer-model out/tokenizer --workers 2 "${@:3}"
+}
+preprocess out/data/en.jsonl en --append-eod
+preprocess out/data/zh.jsonl zh --append-eod
+preprocess out/corpora/en-zh.jsonl enzh --append-eod --kind parallel --template $'{en}\n{zh}'
+preprocess out/corpora/instruct.jsonl instruct --kind instruct --template chatml
+
+step "5. Training"
+python -m megatron_chatflow train --config out/base/config.yaml --load out/base --finetune --save out/run --curriculum curriculum.yaml \
+    --bf16 --seq-length "$length" --micro-batch-size 4 --global-batch-size "$batch" --train-iters "$iterations" --split 980,20,0 \
+    --reset-attention-mask --lr 3e-4 --min-lr 1e-4 --lr-decay-style WSD --lr-wsd-decay-iters "$decay" --lr-wsd-decay-style minus_sqrt \
+    --lr-warmup-iters "$warmup" --adam-beta2 0.95 --weight-decay 0.1 --train-new-rows-samples "$first" --no-save-optim --log-interval 4 "$@"
+python -m megatron_chatflow plan --config out/run/config.yaml --plot out/plan.png >out/plan.txt
+
+step "6. Against the untouched model, on the same held-out documents"
+python -m megatron_chatflow evaluate --load out/run --reference out/smollm2 --text zh=out/data/zh_test.jsonl --text en=out/data/en_test.jsonl
+
+step "7. Back to Hugging Face"
+python "$root/tools/convert_checkpoint.py" --load-dir out/run --save-dir out/smollm2-zh
+
+step "8. Text"
+python -m megatron_chatflow generate --load out/run --prompt '在 Linux 系统中，' --prompt 'In a Linux system,' --max-new-tokens 40
+
+step "Done"
+echo "checkpoint:    $out/run"
+echo "TensorBoard:   $out/run/tensorboard   (tensorboard --logdir \"$out/run/tensorboard\")"
+echo "plot:          $out/plan.png"
+echo "transformers:  $out/smollm2-zh"
