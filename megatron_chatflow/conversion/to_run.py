@@ -1,6 +1,6 @@
 """A Hugging Face folder to a run directory that holds one checkpoint, of iteration 0, and no optimizer.
 
-SAVE/iter_0000000/      the weights in torch_dist, for any layout, and state.json
+SAVE/iter_0000000/      the weights in torch_dist, for any layout, state.json and manifest.json
 SAVE/huggingface/       the tokenizer's files, config.json, generation_config.json: what the way back needs
 SAVE/config.yaml        the model's settings and its tokenizer
 """
@@ -21,7 +21,9 @@ from megatron_chatflow.conversion.hf_config import config_json
 from megatron_chatflow.conversion.hf_folder import MODEL_FILES, TOKENIZER_FILES, check_target, copy_files
 from megatron_chatflow.conversion.opened import Opened, open_folder
 from megatron_chatflow.conversion.torch_dist import Piece, write
-from megatron_chatflow.training.run_directory import POINTER, iteration_folder, write_atomically
+from megatron_chatflow.training.durable import sync_folder, write_atomically
+from megatron_chatflow.training.manifest import write_manifest
+from megatron_chatflow.training.run_directory import POINTER, iteration_folder
 
 FILES = "huggingface"
 """Folder of a run directory with the files that are carried along."""
@@ -49,12 +51,14 @@ def convert(load: Path, save: Path, tokenizer_folder: Path | None, methods: dict
     folder = iteration_folder(partial, 0)
     folder.mkdir(parents=True)
     write(folder, model.contents, model.dtypes, _with_progress(model, say))
-    state = {"iteration": 0, "consumed_train_samples": 0, "optimizer": False, "converted_from": {"type": "huggingface", "name": load.name}}
+    state = {"iteration": 0, "consumed_train_samples": 0, "sealed": True, "optimizer": False, "converted_from": {"type": "huggingface", "name": load.name}}
     write_atomically(folder / "state.json", json.dumps(state, indent=1))
+    write_manifest(folder, {})
     _carry_files(model, partial / FILES)
     write_atomically(partial / "config.yaml", _yaml(model))
     write_atomically(partial / POINTER, "0\n")
     os.rename(partial, save)
+    sync_folder(save.parent)
 
 
 def _with_progress(model: Opened, say: Callable[[str], None]) -> Callable[[Piece], torch.Tensor]:

@@ -33,6 +33,13 @@ def read_manifest(folder: Path) -> Seals | None:
     return files
 
 
+def _was_sealed(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "state.json").read_bytes()).get("sealed"))
+    except (OSError, ValueError, AttributeError):
+        return True  # a state that cannot be read is damage enough
+
+
 def _render(files: Seals) -> str:
     body = json.dumps(files, indent=1, sort_keys=True)
     return json.dumps({"version": 1, "sha256": hashlib.sha256(body.encode()).hexdigest(), "files": files}, indent=1, sort_keys=True) + "\n"
@@ -44,7 +51,7 @@ def damage_at_first_sight(folder: Path) -> str | None:
 
 
 def damage(folder: Path, read: Any) -> str | None:
-    """What is wrong with a checkpoint; None where nothing is, or where it has no manifest.
+    """What is wrong with a checkpoint; None where nothing is, or where it never had a manifest.
 
     Args:
         folder: the checkpoint.
@@ -54,7 +61,9 @@ def damage(folder: Path, read: Any) -> str | None:
         seals = read_manifest(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{NAME} is damaged ({error})"
-    for name, seal in (seals or {}).items():
+    if seals is None:
+        return f"{NAME} is missing" if _was_sealed(folder) else None
+    for name, seal in seals.items():
         path = folder / name
         try:
             size = path.stat().st_size
