@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_chatflow import __version__
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "text from a checkpoint",
     "doctor": "what this machine can run, with the reason for each answer",
     "preflight": "a cluster configuration checked without the cluster",
+    "submit": "a run as a SLURM job: the script written, checked and queued",
 }
 
 EXIT_USAGE = 2
@@ -50,12 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS) or '; the commands are ' + ', '.join(COMMANDS)}")
         return importlib.import_module(f"megatron_chatflow.commands.{words[0]}").main(words[1:])
     except UsageError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"chatflow {words[0]}: error: {error}", file=sys.stderr)
+        where = _speaker(os.environ)
+        if where is not None:
+            print(f"chatflow {words[0]}{where}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _speaker(env: Mapping[str, str]) -> str | None:
+    """How a process names itself where it reports an error: the first one not at all, one of each further node by the node, the others are silent (None).
+
+    What is wrong may be wrong on one node only, so the first process cannot speak for all.
+    """
+    if env.get("RANK", env.get("SLURM_PROCID", "0")) == "0":
+        return ""
+    if env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0")) != "0":
+        return None
+    from megatron_chatflow.engine.launch import node_name
+
+    return f" on {node_name(env)}"
 
 
 if __name__ == "__main__":

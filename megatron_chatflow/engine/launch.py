@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,12 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
         port = int(env.get("MASTER_PORT") or 20000 + int(env["SLURM_JOB_ID"]) % 20000)
         return Launch("slurm", int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), address, port)
     return Launch("single", 0, 1, 0, None, None)
+
+
+def node_name(environ: Mapping[str, str] | None = None) -> str:
+    """What messages call this node: SLURM's name for it, else the host's."""
+    env = os.environ if environ is None else environ
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def first_host(nodelist: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_chatflow.config import Config, UsageError
+from megatron_chatflow import __version__
+from megatron_chatflow.config import Config, UsageError, to_yaml
 from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
 from megatron_chatflow.data import Blend
 from megatron_chatflow.engine.launch import Launch
@@ -151,6 +153,17 @@ class Run:
         return self.launch.rank == 0
 
 
+def _facts(start: Start, inputs: Inputs) -> dict[str, str]:
+    """What must be the same on every process, in short forms."""
+    corpora = {f"the corpus of {name}": fingerprint[:12] for name, fingerprint in data_identity(start.config, inputs)["corpora"].items()}
+    return corpora | {
+        "the version": __version__,
+        "the settings": hashlib.sha256(to_yaml(start.config).encode()).hexdigest()[:12],
+        "the plan": start.blend.plan.fingerprint()[:12],
+        "the checkpoint": str(start.checkpoint),
+    }
+
+
 def join(launch: Launch, config: Config) -> Lifeline | None:
     """Make this process one of the job's, with megatron-core's process groups; what tells the others why it failed, where there are others."""
     from megatron_chatflow.engine import cpu, distributed
@@ -162,9 +175,14 @@ def join(launch: Launch, config: Config) -> Lifeline | None:
 
 
 def find_sound_start(config: Config, inputs: Inputs, start: Start) -> Start:
-    """`start`, or an earlier one if its checkpoint turns out to be damaged when the ranks read all of it. Raises UsageError where none is sound."""
+    """`start`, or an earlier one if its checkpoint turns out to be damaged when the ranks read all of it. Raises UsageError where none is sound.
+
+    Before that all ranks compare what they are about to run. Raises UsageError where it is not the same.
+    """
+    from megatron_chatflow.engine.agreement import require_agreement
     from megatron_chatflow.training.checkpoint import find_damage
 
+    require_agreement(_facts(start, inputs))
     damaged: dict[Path, str] = {}
     while start.checkpoint is not None and (wrong := find_damage(start.checkpoint)):
         damaged[start.checkpoint] = wrong

@@ -1,4 +1,4 @@
-"""plan, locate, evaluate, generate and doctor on the reference run."""
+"""plan, locate, evaluate and generate on the reference run."""
 
 from __future__ import annotations
 
@@ -109,15 +109,3 @@ def test_evaluate_and_generate_without_a_checkpoint_are_refused(reference: Path,
     shutil.copy(reference / "config.yaml", tmp_path)
     code, _, err = command("evaluate", "--load", str(tmp_path))
     assert code == 2 and "holds no checkpoint" in err
-
-
-def test_doctor_gives_a_reason_for_each_answer(pool: Pool) -> None:
-    ((code, out, _),) = pool.run(1, command, "doctor")
-    assert code == 0 and out.endswith("training: can run\n")
-    for part in (
-        "megatron-core       0.16.1",
-        "launcher            single  (neither",
-        "device              cpu  (torch.cuda.is_available() is False)",
-        "layers              portable",
-    ):
-        assert part in out

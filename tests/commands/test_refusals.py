@@ -103,7 +103,7 @@ def test_help_and_version_answer_at_once_and_load_neither_numpy_nor_torch() -> N
     assert "chatflow <command>" in done.stdout and done.stdout.rstrip().endswith("[]")
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "locate", "evaluate", "generate", "doctor"])
+@pytest.mark.parametrize("command", ["train", "plan", "locate", "evaluate", "generate", "doctor", "submit"])
 def test_every_command_has_help_that_needs_no_torch(command: str) -> None:
     code = f"import sys\nfrom megatron_chatflow.__main__ import main\ntry: main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
     code += "print('torch' in sys.modules)"

@@ -1,0 +1,96 @@
+"""Devices, collectives and layers. torch is imported where a GPU is possible, or where it was asked for; elsewhere the answer is known without it."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import runpy
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.commands.checkup import Row
+
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
+
+def no_cuda_reason() -> str | None:
+    """Why there can be no CUDA device, or None where only torch can tell."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return "torch is missing"
+    told = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    if told.get("cuda") is None:
+        return f"torch {told['__version__']} was built without CUDA"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver (libcuda.so.1)"
+    return None
+
+
+def devices(*, full: bool) -> list[Row]:
+    """Rows of devices, collectives, layers and the extension that apex builds."""
+    reason = no_cuda_reason()
+    if reason is None or full:
+        return _asked_of_torch()
+    return [
+        Row("device", "cpu", reason),
+        Row("collectives", "gloo", "nccl needs CUDA"),
+        Row("layers", "portable", f"{reason}; FP8 is the reference in plain torch, for rehearsal"),
+        _fused_weight_gradients(),
+        Row("imports", "not tried", "`chatflow doctor --full` imports torch and megatron-core, and lets the processes meet"),
+    ]
+
+
+def _asked_of_torch() -> list[Row]:
+    begin = time.perf_counter()
+    try:
+        import torch
+    except Exception as error:  # a library that is missing or does not fit raises OSError or RuntimeError
+        return [Row("torch", "does not import", str(error), wrong=True)]
+    there = torch.cuda.is_available()
+    rows = [Row("device", "cuda" if there else "cpu", "" if there else no_cuda_reason() or "torch.cuda.is_available() is False")]
+    for i in range(torch.cuda.device_count() if there else 0):
+        of = torch.cuda.get_device_properties(i)
+        rows.append(Row(f"  GPU {i}", of.name, f"{of.total_memory / 2**30:.1f} GiB, compute capability {of.major}.{of.minor}"))
+    backends = {"nccl": torch.distributed.is_nccl_available(), "gloo": torch.distributed.is_gloo_available()}
+    used = "nccl" if there else "gloo"
+    rows.append(Row("collectives", ", ".join(name for name, ok in backends.items() if ok), f"{used} is used on this device", wrong=not backends[used]))
+    rows += _layers(torch, there)
+    return [*rows, _fused_weight_gradients(), Row("imports", "tried", f"{time.perf_counter() - begin:.1f} s")]
+
+
+def _layers(torch: Any, there: bool) -> list[Row]:
+    from megatron_chatflow.engine import cpu, distributed
+
+    distributed.hide_engine_warnings()
+    cpu.install()
+    try:
+        from megatron_chatflow.precision.te import device_reason, transformer_engine_reason
+    except ImportError as error:
+        return [Row("megatron-core", "does not import", str(error), wrong=True)]
+    reason = transformer_engine_reason()
+    if not there:
+        return [Row("layers", "portable", f"{reason}; FP8 is the reference in plain torch, for rehearsal")]
+    if reason:
+        return [Row("layers", "portable", f"{reason}; no FP8")]
+    rows = [Row("layers", "transformer_engine", "CUDA and Transformer Engine are there")]
+    capability, cuda = torch.cuda.get_device_capability(), torch.version.cuda
+    for recipe in RECIPES:
+        why = device_reason(recipe, capability, cuda)
+        rows.append(Row(f"  {recipe}", "no" if why else "yes", why or ""))
+    return rows
+
+
+def _fused_weight_gradients() -> Row:
+    """The extension by which megatron-core's own layers add weight gradients in place. `import apex` would prove nothing: another package has that name."""
+    name = "fused_weight_gradient_mlp_cuda"
+    if importlib.util.find_spec(name) is None:
+        return Row("apex extension", "absent", f"{name}; not needed")
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        return Row("apex extension", "does not import", f"{name}: {error}; not needed")
+    return Row("apex extension", "present", f"{name}; not used yet")

@@ -1,0 +1,38 @@
+"""In the stand-in for NVIDIA's image: Transformer Engine's own Python comes from its wheel, and the first import of it is given the emulated extension.
+
+See tests/precision/emulation, which lies beside this file in the image.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from types import ModuleType
+
+
+class _Loaded(importlib.abc.Loader):
+    """Hands over a module that is there already."""
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has run."""
+
+
+class _Emulated(importlib.abc.MetaPathFinder):
+    asked = False
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        if name != "transformer_engine" or self.asked:
+            return None
+        self.asked = True
+        sys.path.append("/opt/standin")
+        from tests.precision.emulation import loader
+
+        loader.load((9, 0))
+        spec = importlib.machinery.ModuleSpec(name, _Loaded(), is_package=True)
+        spec.submodule_search_locations = list(sys.modules[name].__path__)
+        return spec
+
+
+sys.meta_path.insert(0, _Emulated())
