@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _speaker(env: Mapping[str, str]) -> str | None:
-    """How a process names itself where it reports an error: the first one not at all, one of each further node by the node, the others are silent (None).
+    """How a process names itself in an error: the first one not at all, one of each further node by the node; None keeps the others silent.
 
     What is wrong may be wrong on one node only, so the first process cannot speak for all.
     """

@@ -5,8 +5,9 @@
     python examples/gpu_smoke/smoke.py --case fp8-delayed  # one case; --case can be given several times
     python examples/gpu_smoke/smoke.py --write-reference   # on a machine without CUDA: make reference.json anew
 
-Everything is made in out/ beside this script; out/report.json is what to send (README.md). Exit code 0: every case that this machine can run is within
-its tolerance; 1: one is not, or failed.
+Everything is made in out/ beside this script; out/report.json is what to send (README.md).
+
+Exit code 0: every case that this machine can run is within its tolerance; 1: one is not, or failed.
 """
 
 import argparse
@@ -111,7 +112,7 @@ def run(name: str) -> dict:
     if unfit:
         return {"refused": unfit[1]}
     if code:
-        return {"failed": f"exit code {code}; see {OUT / f'{name}.log'}: {printed.strip().splitlines()[-1] if printed.strip() else 'it printed nothing'}"}
+        return {"failed": f"exit code {code}; see {OUT / f'{name}.log'}: {(printed.strip().splitlines() or ['it printed nothing'])[-1]}"}
     records = [json.loads(text) for text in (save / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "lm loss" in record]
     layers = re.search(r"(\w+) layers on (\w+)", printed)

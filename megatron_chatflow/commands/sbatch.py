@@ -88,7 +88,7 @@ save={save}
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR="${{hosts%%$'\\n'*}}" MASTER_PORT="$((10000 + SLURM_JOB_ID % 20000))"
 
-# Needed with tensor or context parallelism before Blackwell (megatron-core insists): the order of launches on the device is the order in which they were issued.
+# Needed with tensor or context parallelism before Blackwell (megatron-core insists): kernels are launched in the order in which they were issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 # Leaves room on the device for the collectives while norms run; worth it when communication overlaps with computation.
 export NVTE_FWD_LAYERNORM_SM_MARGIN=16 NVTE_BWD_LAYERNORM_SM_MARGIN=16
@@ -108,7 +108,7 @@ if [ -s "$pointer" ]; then
     resume=(--load "$save" --no-finetune)
 fi
 
-# --wait: when a process has ended, the others have a minute to follow. (--kill-on-bad-exit would end those that still leave in order, and hide the exit code.)
+# --wait: when a process has ended, the others have a minute to follow. --kill-on-bad-exit would end those that still leave in order.
 code=0
 {srun} \\
     chatflow train {train} "${{resume[@]}}" || code=$?

@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
         return 1
     number = done.stdout.strip().split(";")[0]
     console.say(f"job {number} is in the queue: {job.nodes * job.ntasks_per_node} processes on {job.nodes} nodes")
-    console.say(f"script: {path}\nlog:    {job.save}/slurm-{number}.log\nends:   scancel {number}; with a checkpoint, to go on later: scancel --signal=USR1 {number}")
+    console.say(f"script: {path}\nlog:    {job.save}/slurm-{number}.log")
+    console.say(f"end it: scancel {number}; save, and back into the queue: scancel --signal=USR1 {number}")
     return 0
 
 
@@ -95,5 +96,15 @@ def _job(config: Config, args: argparse.Namespace, words: Sequence[str], sbatch:
     _add_flags(own)
     _, training = own.parse_known_args(list(words))
     return Job(
-        training, kept.save, os.getcwd(), args.nodes, args.ntasks_per_node, gpus, args.cpus_per_task, args.lead_seconds, args.container, args.mounts, sbatch
-    )  # fmt: skip
+        words=training,
+        save=kept.save,
+        folder=os.getcwd(),
+        nodes=args.nodes,
+        ntasks_per_node=args.ntasks_per_node,
+        gpus_per_node=gpus,
+        cpus_per_task=args.cpus_per_task,
+        lead_seconds=args.lead_seconds,
+        container=args.container,
+        mounts=args.mounts,
+        sbatch=sbatch,
+    )

@@ -19,6 +19,8 @@ from megatron_chatflow.engine.agreement import differences
 from tests.pool import Pool, command
 from tests.sample import CURRICULUM
 
+ROWS = ("cores", "memory", "shared memory", "disk", "open files", "memory maps", "locked memory", "clock", "locale", "slurm", "apex extension")
+
 
 def row(out: str, name: str) -> str:
     """What the table says after a name."""
@@ -38,7 +40,7 @@ def test_without_a_gpu_the_doctor_answers_without_torch_in_a_second_and_a_half_o
     assert row(done.stdout, "device").startswith("cpu  (") and row(done.stdout, "layers").startswith("portable  (")
     assert row(done.stdout, "megatron-core") == "0.16.1"
     assert row(done.stdout, "launcher") == "single  (neither torchrun's nor SLURM's variables are set; rank 0 of 1)"
-    for name in ("cores", "memory", "shared memory", "disk", "open files", "memory maps", "locked memory", "clock", "locale", "slurm", "apex extension"):
+    for name in ROWS:
         row(done.stdout, name)
 
 
@@ -104,7 +106,10 @@ def test_the_full_table_imports_the_engine(pool: Pool) -> None:
     assert row(out, "meeting").startswith("1 of 1  (1 host, gloo, ")
 
 
-@given(st.lists(st.fixed_dictionaries({"a": st.sampled_from("xy"), "b": st.sampled_from("xyz")}, optional={"c": st.just("x")}), min_size=1, max_size=6))
+FACTS = st.fixed_dictionaries({"a": st.sampled_from("xy"), "b": st.sampled_from("xyz")}, optional={"c": st.just("x")})
+
+
+@given(st.lists(FACTS, min_size=1, max_size=6))
 def test_a_difference_is_told_exactly_where_there_is_one_and_names_every_value(facts: list[dict[str, str]]) -> None:
     found = differences([(f"n{rank // 2}", fact) for rank, fact in enumerate(facts)])
     for name in ("a", "b", "c"):

@@ -1,7 +1,7 @@
 """A real SLURM cluster of two nodes on this machine: own munged, slurmctld and two slurmd, everything under one folder.
 
-Debian's packages are enough (apt-get install slurmctld slurmd slurm-client munge); nothing is started by systemd, nothing outside the folder changes. The
-daemons live in mount namespaces of their own: there the nodes' names lead to this machine, and each node has a disk of its own at the same path.
+Debian's packages are enough (apt-get install slurmctld slurmd slurm-client munge); nothing is started by systemd, nothing outside the folder changes.
+The daemons live in mount namespaces of their own: there the nodes' names lead to this machine, and each node has a disk of its own at the same path.
 """
 
 from __future__ import annotations

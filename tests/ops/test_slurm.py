@@ -40,7 +40,8 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Iterato
 def settings(made: Cluster, folder: Path, iterations: int) -> None:
     """run.yaml and curriculum.yaml in a folder that all nodes see; the corpora are on the nodes' disks."""
     curriculum = CURRICULUM | {"domains": {name: d | {"path": str(made.disk / d["path"])} for name, d in CURRICULUM["domains"].items()}}
-    run = SETTINGS | {"training": SETTINGS["training"] | {"train_iters": iterations}, "checkpoint": {"save": str(folder / "saved"), "save_interval": 10}}
+    training, kept = SETTINGS["training"] | {"train_iters": iterations}, {"save": str(folder / "saved"), "save_interval": 10}
+    run = SETTINGS | {"training": training, "checkpoint": kept}
     (folder / "curriculum.yaml").write_text(yaml.safe_dump(curriculum, sort_keys=False), encoding="utf-8")
     (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
 
@@ -65,7 +66,7 @@ def records(run: Path) -> list[dict]:
     return metrics(run) if path.exists() and path.read_text().endswith("\n") else []
 
 
-def test_a_job_is_preempted_requeued_and_finished_with_the_losses_of_one_process(two_nodes: Cluster, tmp_path: Path, pool: Pool, sample: Path) -> None:
+def test_a_job_is_preempted_requeued_and_finished_as_on_one_process(two_nodes: Cluster, tmp_path: Path, pool: Pool, sample: Path) -> None:
     settings(two_nodes, tmp_path, 60)
     run = tmp_path / "saved"
     done = submit(two_nodes, tmp_path)

@@ -56,8 +56,8 @@ def _asked_of_torch() -> list[Row]:
         of = torch.cuda.get_device_properties(i)
         rows.append(Row(f"  GPU {i}", of.name, f"{of.total_memory / 2**30:.1f} GiB, compute capability {of.major}.{of.minor}"))
     backends = {"nccl": torch.distributed.is_nccl_available(), "gloo": torch.distributed.is_gloo_available()}
-    used = "nccl" if there else "gloo"
-    rows.append(Row("collectives", ", ".join(name for name, ok in backends.items() if ok), f"{used} is used on this device", wrong=not backends[used]))
+    used, names = "nccl" if there else "gloo", ", ".join(name for name, ok in backends.items() if ok)
+    rows.append(Row("collectives", names, f"{used} is used on this device", wrong=not backends[used]))
     rows += _layers(torch, there)
     return [*rows, _fused_weight_gradients(), Row("imports", "tried", f"{time.perf_counter() - begin:.1f} s")]
 
@@ -85,7 +85,7 @@ def _layers(torch: Any, there: bool) -> list[Row]:
 
 
 def _fused_weight_gradients() -> Row:
-    """The extension by which megatron-core's own layers add weight gradients in place. `import apex` would prove nothing: another package has that name."""
+    """By this extension megatron-core's own layers add weight gradients in place. `import apex` proves nothing: another package has that name."""
     name = "fused_weight_gradient_mlp_cuda"
     if importlib.util.find_spec(name) is None:
         return Row("apex extension", "absent", f"{name}; not needed")

@@ -56,7 +56,7 @@ def _slurm() -> Row:
         asked = ["sinfo", "--noheader", "--format=%P %D x %G"]
         done = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=1)
     except subprocess.CalledProcessError as error:
-        return Row("slurm", "not reachable", error.stderr.strip().splitlines()[-1] if error.stderr.strip() else f"sinfo ended with {error.returncode}")
+        return Row("slurm", "not reachable", (error.stderr.strip().splitlines() or [f"sinfo ended with {error.returncode}"])[-1])
     except subprocess.TimeoutExpired:
         return Row("slurm", "not reachable", "sinfo did not answer within a second")
     partitions = [" ".join(line.split()).replace("(null)", "no GPUs") for line in done.stdout.splitlines()]

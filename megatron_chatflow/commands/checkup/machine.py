@@ -65,7 +65,8 @@ def _shared_memory() -> Row:
         size = shutil.disk_usage("/dev/shm").total
     except OSError as error:
         return Row("shared memory", "none", f"/dev/shm: {error.strerror}; NCCL needs it between GPUs of one node")
-    return Row("shared memory", f"{size / GIB:.1f} GiB", "NCCL between GPUs of one node wants 1 GiB: docker run --ipc=host" if size < GIB else "/dev/shm")
+    small = "; NCCL between GPUs of one node wants 1 GiB: docker run --ipc=host" if size < GIB else ""
+    return Row("shared memory", f"{size / GIB:.1f} GiB", f"/dev/shm{small}")
 
 
 def _disk(save: str | None, checkpoint_bytes: int | None) -> Row:

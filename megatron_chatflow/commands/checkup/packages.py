@@ -25,7 +25,7 @@ def packages() -> list[Row]:
 
 
 def _bounds() -> dict[str, str]:
-    """{distribution: bounds, e.g. "==0.16.1"}, the most telling first; bounds are empty where this project is not installed but run from its folder."""
+    """{distribution: bounds, e.g. "==0.16.1"}, the most telling first; bounds are empty where this project is not installed."""
     from packaging.requirements import Requirement
 
     first = {"megatron-core": "", "torch": "", "transformer-engine": "", "numpy": "", "psutil": ""}

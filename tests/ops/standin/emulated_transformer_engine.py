@@ -1,6 +1,6 @@
-"""In the stand-in for NVIDIA's image: Transformer Engine's own Python comes from its wheel, and the first import of it is given the emulated extension.
+"""In the stand-in for NVIDIA's image Transformer Engine's own Python comes from its wheel; the first import of it is given the emulated extension.
 
-See tests/precision/emulation, which lies beside this file in the image.
+tests/precision/emulation lies in /opt/standin there.
 """
 
 import importlib.abc
