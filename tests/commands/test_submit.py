@@ -40,10 +40,10 @@ def test_the_example_is_what_submit_writes() -> None:
 
 
 def test_a_dry_run_prints_the_script_with_the_flags_as_written_and_leaves_nothing_behind(folder: Path) -> None:
-    words = ["--nodes", "2", "--config", "run.yaml", "--ntasks-per-node=2", "--lr", "1e-4", "--dry-run", "--data-path", "1"]
+    words = ["--nodes", "2", "--config", "run.yaml", "--ntasks-per-node=2", "--lr", "4e-3", "--dry-run", "--data-path", "1"]
     code, out, err = command("submit", *words, "a b", "2", "c", "--", "--partition", "gpu", "--comment=it's", "--exclusive")
     assert (code, err) == (0, "")
-    assert "chatflow train --config run.yaml --lr 1e-4 --data-path 1 'a b' 2 c \"${resume[@]}\"" in out
+    assert "chatflow train --config run.yaml --lr 4e-3 --data-path 1 'a b' 2 c \"${resume[@]}\"" in out
     head = re.findall(r"^#SBATCH (.*)$", out, re.MULTILINE)
     assert {f"--chdir={folder}", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--signal=USR1@300", "--requeue"} <= set(head)
     assert head[-3:] == ["--partition gpu", """'--comment=it'"'"'s'""", "--exclusive"]
