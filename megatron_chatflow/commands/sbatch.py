@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 EXIT_PREEMPTED = 3
+"""`megatron_chatflow.training.stop.EXIT_PREEMPTED`, which cannot be imported without torch."""
+EXIT_UNHEARD = 138
+"""Of a process that SIGUSR1 ended before it could hear it: while it started."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def render(job: Job) -> str:
         srun=" ".join(map(q, srun)),
         train=" ".join(map(q, job.words)),
         preempted=EXIT_PREEMPTED,
+        unheard=EXIT_UNHEARD,
     )
 
 
@@ -119,8 +123,8 @@ if [ "$code" -eq 0 ]; then
     echo "job $SLURM_JOB_ID: the run is finished"
 elif [ "$code" -eq 2 ]; then
     echo "job $SLURM_JOB_ID: the configuration is refused (see the message above); a new try would end the same way" >&2
-elif [ "$code" -eq {preempted} ]; then
-    echo "job $SLURM_JOB_ID: left at a signal, with checkpoint $after; back into the queue"
+elif [ "$code" -eq {preempted} ] || [ "$code" -eq {unheard} ]; then
+    echo "job $SLURM_JOB_ID: left at a signal (code $code), with checkpoint $after; back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 elif [ "$after" != "$before" ]; then
     echo "job $SLURM_JOB_ID: failed with code $code, after checkpoint $after; back into the queue, to go on from there" >&2

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from megatron_chatflow.commands.sbatch import EXIT_PREEMPTED, Job, render
+from megatron_chatflow.commands import sbatch
+from megatron_chatflow.commands.sbatch import EXIT_PREEMPTED, EXIT_UNHEARD, Job, render
+from megatron_chatflow.training import stop
 from tests.pool import command
 from tests.sample import SETTINGS
 
@@ -37,6 +40,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_example_is_what_submit_writes() -> None:
     assert (ROOT / "examples" / "slurm" / "train.sbatch").read_text(encoding="utf-8") == render(EXAMPLE)
+
+
+def test_the_script_knows_the_exit_code_of_a_run_that_was_told_to_leave() -> None:
+    assert sbatch.EXIT_PREEMPTED == stop.EXIT_PREEMPTED
+    assert sbatch.EXIT_UNHEARD == 128 + signal.SIGUSR1
 
 
 def test_a_dry_run_prints_the_script_with_the_flags_as_written_and_leaves_nothing_behind(folder: Path) -> None:
@@ -114,6 +122,7 @@ def run_script(folder: Path, code: int, *, checkpoint: bool, moved: bool) -> tup
         (2, False, False),
         (EXIT_PREEMPTED, True, True),
         (EXIT_PREEMPTED, False, True),
+        (EXIT_UNHEARD, False, True),
         (1, True, True),
         (1, False, False),
         (137, True, True),

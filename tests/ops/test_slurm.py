@@ -79,7 +79,7 @@ def test_a_job_is_preempted_requeued_and_finished_as_on_one_process(two_nodes: C
     until(lambda: two_nodes.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), 240, log)
     text, job = log.read_text(), two_nodes.job(number)
     assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("COMPLETED", "1", "0:0"), text
-    left = re.findall(rf"^job {number}: left at a signal, with checkpoint (\d+); back into the queue$", text, re.MULTILINE)
+    left = re.findall(rf"^job {number}: left at a signal \(code 3\), with checkpoint (\d+); back into the queue$", text, re.MULTILINE)
     assert len(left) == 1 and 12 <= int(left[0]) < 60, text
     assert f"going on after iteration {left[0]}" in text and text.rstrip().endswith(f"job {number}: the run is finished")
     assert "4 processes (slurm)" in text
