@@ -89,6 +89,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         yield made
     finally:
         subprocess.run(["scancel", "--user=root"], env=made.environment, capture_output=True)
+        with contextlib.suppress(AssertionError):
+            _wait(lambda: _idle(made) == len(NODES), 30, "")
         for process in reversed(processes):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)

@@ -73,10 +73,10 @@ def test_a_job_is_preempted_requeued_and_finished_as_on_one_process(two_nodes: C
     assert done.returncode == 0, done.stdout + done.stderr
     number = re.search(r"^job (\d+) is in the queue: 4 processes on 2 nodes$", done.stdout, re.MULTILINE)[1]
     log = run / f"slurm-{number}.log"
-    until(lambda: len(records(run)) >= 12, 240, log)
+    until(lambda: len(records(run)) >= 12, 400, log)
     two_nodes.slurm("scancel", "--signal=USR1", number)
-    until(lambda: two_nodes.job(number)["Restarts"] == "1", 120, log)
-    until(lambda: two_nodes.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), 240, log)
+    until(lambda: two_nodes.job(number)["Restarts"] == "1", 400, log)
+    until(lambda: two_nodes.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), 400, log)
     text, job = log.read_text(), two_nodes.job(number)
     assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("COMPLETED", "1", "0:0"), text
     left = re.findall(rf"^job {number}: left at a signal \(code 3\), with checkpoint (\d+); back into the queue$", text, re.MULTILINE)
@@ -104,7 +104,7 @@ def test_a_node_with_another_corpus_is_named_and_the_job_is_not_tried_again(two_
         done = submit(two_nodes, tmp_path)
         number = re.search(r"^job (\d+) ", done.stdout)[1]
         log = tmp_path / "saved" / f"slurm-{number}.log"
-        until(lambda: two_nodes.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), 240, log)
+        until(lambda: two_nodes.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), 400, log)
     finally:
         for suffix, content in kept.items():
             (two_nodes.node_disk("n2") / f"zh_text_document{suffix}").write_bytes(content)
