@@ -139,12 +139,12 @@ def _configuration(folder: Path) -> str:
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=1000 State=UNKNOWN"
         for node, port in zip(NODES, ports[1:], strict=True)
     )
-    # cred_expire is how long a requeued job waits; config_overrides lets the nodes have more cores than the machine.
+    # cred_expire is how long a requeued job waits, at least 5 s; config_overrides lets the nodes have more cores than the machine.
     return f"""ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=3
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root

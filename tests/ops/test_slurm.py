@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +89,40 @@ def test_a_job_is_preempted_requeued_and_finished_as_on_one_process(two_nodes: C
     ((code, _, err),) = pool.run(1, train, sample, "--train-iters", "60", "--save", str(tmp_path / "one"))
     assert code == 0, err
     assert largest_difference(metrics(run), metrics(tmp_path / "one")) < 1e-5
+
+
+def test_a_killed_process_brings_the_job_down_within_a_minute_and_it_goes_on_from_its_checkpoint(two_nodes: Cluster, tmp_path: Path) -> None:
+    settings(two_nodes, tmp_path, 40)
+    run = tmp_path / "saved"
+    number = re.search(r"^job (\d+) ", submit(two_nodes, tmp_path).stdout)[1]
+    log, pointer = run / f"slurm-{number}.log", run / "latest_checkpointed_iteration.txt"
+    until(pointer.exists, 400, log)
+    victim = next(pid for pid in processes(run) if rank_of(pid) == "3")
+    os.kill(victim, signal.SIGKILL)
+    begin = time.monotonic()
+    until(lambda: two_nodes.job(number)["Restarts"] == "1", 400, log)
+    seconds = time.monotonic() - begin
+    until(lambda: two_nodes.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), 400, log)
+    text = log.read_text()
+    assert two_nodes.job(number)["JobState"] == "COMPLETED", text
+    assert seconds < 60 and re.search(rf"^job {number}: failed with code \d+, after checkpoint \d+; back into the queue", text, re.MULTILINE), text
+    assert "the job ends: rank 3 on " in text
+    assert [record["iteration"] for record in metrics(run)] == list(range(1, 41))
+
+
+def processes(run: Path) -> list[int]:
+    """The training processes that save in this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"PWD={run.parent}\0".encode() in path.read_bytes() and b"megatron_chatflow\0train" in path.with_name("cmdline").read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def rank_of(pid: int) -> str | None:
+    environment = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+    return next((word.removeprefix("SLURM_PROCID=") for word in environment if word.startswith("SLURM_PROCID=")), None)
 
 
 def test_each_node_packed_the_conversations_for_itself(two_nodes: Cluster) -> None:
