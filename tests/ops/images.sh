@@ -60,8 +60,8 @@ say "Dockerfile.cpu built in $((SECONDS - begin)) s"
 say "the quickstart in it, as its user"
 container=$("${buildah[@]}" from --pull-never megatron_chatflow:cpu)
 begin=$SECONDS
-"${buildah[@]}" run --isolation chroot "$container" -- bash /opt/megatron_chatflow/examples/quickstart/run.sh | tee "$work/quickstart.log"
-"${buildah[@]}" run --isolation chroot "$container" -- sh -c 'id -un && chatflow doctor'
+"${buildah[@]}" run --isolation chroot --hostname localhost "$container" -- bash /opt/megatron_chatflow/examples/quickstart/run.sh | tee "$work/quickstart.log"
+"${buildah[@]}" run --isolation chroot --hostname localhost "$container" -- sh -c 'id -un && chatflow doctor'
 "${buildah[@]}" rm "$container" >/dev/null
 say "the quickstart took $((SECONDS - begin)) s"
 
@@ -84,6 +84,6 @@ begin=$SECONDS
 build --file "$root/Dockerfile" --tag megatron_chatflow:cuda "$root"
 say "Dockerfile built in $((SECONDS - begin)) s"
 container=$("${buildah[@]}" from --pull-never megatron_chatflow:cuda)
-"${buildah[@]}" run --isolation chroot "$container" -- sh -c 'id -un && chatflow --version && chatflow doctor'
+"${buildah[@]}" run --isolation chroot --hostname localhost "$container" -- sh -c 'id -un && chatflow --version && chatflow doctor'
 "${buildah[@]}" rm "$container" >/dev/null
 say "done: both images are built; the quickstart's log is $work/quickstart.log"
