@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = HERE / "out"
@@ -130,8 +132,8 @@ def judge(result: dict, reference: dict, tolerance: dict) -> dict:
         return {"verdict": "refused" if "refused" in result else "failed"}
     losses = [abs(a - b) for a, b in zip(result["lm loss"], reference["lm loss"], strict=True)]
     norms = [abs(a / b - 1) for a, b in zip(result["grad-norm"], reference["grad-norm"], strict=True)]
-    off = {"first": losses[0], "loss": max(losses), "grad-norm": max(norms[:NORMS])}
-    # A loss that is not a number is within no tolerance.
+    # numpy's maximum is not a number where one of the values is not, and that is within no tolerance.
+    off = {"first": losses[0], "loss": float(np.max(losses)), "grad-norm": float(np.max(norms[:NORMS]))}
     return {"off": off, "tolerance": tolerance, "verdict": "agrees" if all(off[key] <= tolerance[key] for key in off) else "DIFFERS"}
 
 

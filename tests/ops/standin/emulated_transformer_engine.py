@@ -10,10 +10,13 @@ from types import ModuleType
 
 
 class _Loaded(importlib.abc.Loader):
-    """Hands over a module that is there already."""
+    """Hands over a module that was made already."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return sys.modules[spec.name]
+        return self._module
 
     def exec_module(self, module: ModuleType) -> None:
         """It has run."""
@@ -30,8 +33,10 @@ class _Emulated(importlib.abc.MetaPathFinder):
         from tests.precision.emulation import loader
 
         loader.load((9, 0))
-        spec = importlib.machinery.ModuleSpec(name, _Loaded(), is_package=True)
-        spec.submodule_search_locations = list(sys.modules[name].__path__)
+        # Were it still there, Python would take its own specification and run it a second time.
+        module = sys.modules.pop(name)
+        spec = importlib.machinery.ModuleSpec(name, _Loaded(module), is_package=True)
+        spec.submodule_search_locations = list(module.__path__)
         return spec
 
 
