@@ -244,7 +244,7 @@ def _conclusion(settings: argparse.Namespace, report: dict[str, Any]) -> Iterato
     dead, dead_before = report["unreachable_tokens_after"], report["unreachable_tokens_before"]
     yield f"unreachable: {report['unreachable_new_tokens']} new tokens; {dead:,} of all, {dead_before:,} before"
     if report["new_tokens_are_of_another_script_than_latin"] and not settings.replace:
-        yield "text in Latin letters keeps its tokens: every new token has a letter of another script or East Asian punctuation"
+        yield "text in Latin letters keeps its tokens: every new token has, or begins, a letter of another script or East Asian punctuation"
 
 
 class _Progress:

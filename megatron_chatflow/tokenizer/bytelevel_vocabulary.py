@@ -88,8 +88,8 @@ class ByteLevelVocabulary(Vocabulary):
         added = {entry["content"].encode() for entry in self._description.get("added_tokens") or ()}
 
         def allowed(text: bytes) -> bool:
-            characters = sum(byte & 0xC0 != 0x80 for byte in text)
-            return characters <= _LONGEST and self._spelled(text) not in self._tokens and text not in added
+            characters = sum(not _continues(byte) for byte in text)
+            return characters <= _LONGEST and _is_whole_or_begins_one(text) and self._spelled(text) not in self._tokens and text not in added
 
         return allowed
 
@@ -138,6 +138,21 @@ def byte_alphabet() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _is_whole_or_begins_one(text: bytes) -> bool:
+    """Whether a text is whole characters, or the first bytes of a single one; with or without a space before it.
+
+    Bytes from within characters are in characters of many scripts, and a token of them would change text that has nothing to do with the corpus.
+    """
+    body = text.removeprefix(b" ")
+    if not body or _continues(body[0]):
+        return False
+    return body.decode(errors="ignore").encode() == body or all(map(_continues, body[1:]))
+
+
+def _continues(byte: int) -> bool:
+    return byte & 0xC0 == 0x80
 
 
 _BYTES_OF_TEXT = [*range(0xC0), *range(0xC2, 0xF5)]

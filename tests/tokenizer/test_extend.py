@@ -64,6 +64,14 @@ def test_english_keeps_its_tokens(extended):
     assert after.encode_batch(ENGLISH) == before.encode_batch(ENGLISH)
 
 
+@settings(max_examples=80)
+@given(text=st.text(st.characters(max_codepoint=0x2DFF), max_size=30))
+def test_text_in_other_scripts_keeps_its_tokens(extended, text):
+    """Chinese characters and punctuation begin at U+2E80, and none of the others begins with the same two bytes."""
+    _, _, before, after = extended
+    assert after.encode(text) == before.encode(text)
+
+
 MIXED = st.lists(st.sampled_from([*samples.TEXTS, *CHINESE[:5], "LibreOffice ", "按 Ctrl", "，", "中"]) | st.text(max_size=20), max_size=6).map(
     "".join
 )
