@@ -28,7 +28,7 @@ def test_the_file_is_read_as_the_page_says(tmp_path: Path) -> None:
     assert list(c.domains) == ["en", "zh", "en-zh", "instruct"] and list(c.validation) == ["news", "chat"]
     assert c.domains["en"].valid == str(tmp_path / "data" / "en_heldout_text_document")
     keys = set(re.findall(r"^\| `(?:domains\.NAME\.|stages\[\]\.)?(\w+)(?:\.NAME)?` \|", PAGE.split("## Ramps")[0], re.MULTILINE))
-    assert keys == {"clock", "path", "kind", "max_epochs", "valid", "name", "at", "weights", "ramp", "on_exhausted", "validation"}
+    assert keys == {"clock", "path", "kind", "train_on_prompt", "max_epochs", "valid", "name", "at", "weights", "ramp", "on_exhausted", "validation"}
 
 
 @pytest.mark.parametrize("ramp", ["step", "linear", "cosine", "root2", "root3.5", "geometric"])
