@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_chatflow.config import Config
@@ -117,9 +117,16 @@ def write(folder: Path, contents: Contents, dtypes: dict[str, torch.dtype], make
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=_Planner(contents, dtypes, make), no_dist=True)
+        dcp.save({}, storage_writer=_Writer(folder), planner=_Planner(contents, dtypes, make), no_dist=True)
     torch.save({}, folder / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Leaves the folder's path and a random name out of ``.metadata``: the path would be pickled, and twice the same is to give the same bytes."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
 
 
 class Reader:
