@@ -51,7 +51,8 @@ def convert(load: Path, save: Path, tokenizer_folder: Path | None, methods: dict
     folder = iteration_folder(partial, 0)
     folder.mkdir(parents=True)
     write(folder, model.contents, model.dtypes, _with_progress(model, say))
-    state = {"iteration": 0, "consumed_train_samples": 0, "sealed": True, "optimizer": False, "converted_from": {"type": "huggingface", "name": load.name}}
+    source = {"type": "huggingface", "name": load.name}
+    state = {"iteration": 0, "consumed_train_samples": 0, "sealed": True, "optimizer": False, "converted_from": source}
     write_atomically(folder / "state.json", json.dumps(state, indent=1))
     write_manifest(folder, {})
     _carry_files(model, partial / FILES)
