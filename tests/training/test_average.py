@@ -64,17 +64,20 @@ def test_a_run_without_a_mean_begins_one_and_says_so(pool: Pool, sample: Path, r
 def load_mean_and_save(run: Path, target: Path, flags: list[str]) -> None:
     """Opens the run's mean in place of its weights, in the layout of `flags`, and saves what the model then holds."""
     from megatron_chatflow.commands.common import run_values
-    from megatron_chatflow.config import make_parser, parse, resolve
+    from megatron_chatflow.config import make_parser, parse
     from megatron_chatflow.engine.launch import read_launch
-    from megatron_chatflow.evaluation.session import open_model
+    from megatron_chatflow.evaluation.session import open_model, process_groups
+    from megatron_chatflow.evaluation.subject import find_subject
     from megatron_chatflow.training import checkpoint
     from megatron_chatflow.training.inputs import open_inputs
+    from megatron_chatflow.training.run_directory import find_checkpoint
 
     config, _ = parse(make_parser("test", ""), ["--load", str(run), *flags], run_values(run, keep_layout=False))
     launch = read_launch()
-    config = resolve(config, launch.world_size)
-    with open_model(config, launch, open_inputs(config)) as session:
-        checkpoint.load_average(session.checkpoint, session.model)
+    subject = find_subject(config, launch.world_size)
+    with process_groups(subject.config, launch) as device:
+        session = open_model(subject, open_inputs(subject.config).vocab_size, device)
+        checkpoint.load_average(find_checkpoint(run, None), session.model)
         checkpoint.save(target, 1, session.model, None, {})
 
 
