@@ -62,6 +62,7 @@ class Keeper:
     def _begin(self) -> None:
         run, optimizer = self._run, None if self._where.no_save_optim else self._run.optimizer
         self._reporter.flush()
+        self._saver.resident = checkpoint.resident(run.model, run.optimizer, run.average)
         self._saver.begin(run.iteration, checkpoint.sharded_state(run.model, optimizer, run.average), _state(run))
 
     def _tell(self, saved: Any) -> None:
