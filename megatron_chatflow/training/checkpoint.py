@@ -57,6 +57,15 @@ def sharded_state(
     return state
 
 
+def resident(model: list[MegatronModule], optimizer: MegatronOptimizer | None, average: WeightAverage | None) -> list[torch.Tensor]:
+    """The large tensors that every step changes: weights, gradients, the optimizer's state, and the running mean."""
+    tensors = [t for chunk in model for p in chunk.parameters() for t in (p, getattr(p, "main_grad", None)) if t is not None]
+    for part in getattr(optimizer, "chained_optimizers", []):
+        states = part.optimizer.state.items() if part.optimizer else []
+        tensors += [t for key, state in states for t in (key, *state.values()) if isinstance(t, torch.Tensor)]
+    return tensors + (average.tensors() if average else [])
+
+
 def gather_weights(model: list[MegatronModule]) -> None:
     """Complete the weights of every rank. Under --overlap-param-gather what the optimizer changed is otherwise gathered in the next forward pass."""
     for chunk in model:

@@ -27,18 +27,18 @@ class Keeper:
         """Save the run as it is now; with --async-save only begin to. Raises SaveError under --exit-on-failed-save."""
         if self._saver is None:
             return
+        self.poll(wait=True)
         try:
-            self._tell(self._saver.poll(wait=True))
             self._begin()
-            self._tell(self._saver.poll(wait=not self._where.async_save))
         except SaveError as error:
             self._failed(error)
+        self.poll(wait=not self._where.async_save)
 
-    def poll(self) -> None:
-        """Publish what has been written meanwhile. Raises SaveError under --exit-on-failed-save."""
+    def poll(self, *, wait: bool = False) -> None:
+        """Publish what has been written meanwhile; with `wait`, what is being written. Raises SaveError under --exit-on-failed-save."""
         if self._saver is not None:
             try:
-                self._tell(self._saver.poll())
+                self._tell(self._saver.poll(wait=wait))
             except SaveError as error:
                 self._failed(error)
 
@@ -46,10 +46,7 @@ class Keeper:
         """Have the last iteration saved and published. Raises SaveError where that fails."""
         if self._saver is None:
             return
-        try:
-            self._tell(self._saver.poll(wait=True))
-        except SaveError as error:
-            self._failed(error)
+        self.poll(wait=True)
         if self._kept != self._run.iteration:
             self._begin()
             self._tell(self._saver.poll(wait=True))
@@ -62,6 +59,7 @@ class Keeper:
     def _begin(self) -> None:
         run, optimizer = self._run, None if self._where.no_save_optim else self._run.optimizer
         self._reporter.flush()
+        self._saver.resident = checkpoint.resident(run.model, run.optimizer, run.average)
         self._saver.begin(run.iteration, checkpoint.sharded_state(run.model, optimizer, run.average), _state(run))
 
     def _tell(self, saved: Any) -> None:

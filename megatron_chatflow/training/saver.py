@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from megatron_chatflow.training.manifest import write_manifest
 from megatron_chatflow.training.processes import deaf
 from megatron_chatflow.training.run_directory import POINTER, complete_iterations, iteration_folder, outdated
 from megatron_chatflow.training.shards import SealedShards, results_of_rank, seals_of_rank
+from megatron_chatflow.training.staging import Staging, left_at_home
 
 
 class SaveError(RuntimeError):
@@ -62,6 +64,9 @@ class Saver:
     run: Path
     most_recent_k: int | None = None
     retain_interval: int | None = None
+    resident: Sequence[torch.Tensor] = ()
+    """Weights, gradients and moments of this rank: what the writing processes do without."""
+    _staging: Staging = field(default_factory=Staging)
     _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
     _writing: _Writing | None = None
     _saved: Saved | None = None
@@ -91,7 +96,9 @@ class Saver:
                 TorchCommonSaveStrategy("torch", 1).save_common(common, str(self._writing.partial))
             except (OSError, RuntimeError) as error:  # told at the end, when all ranks are there to hear it
                 self._writing.problem = f"common.pt: {error}"
-            self._queue.schedule_async_request(SealedShards(self._end).async_save(sharded, str(self._writing.partial)))
+            request = SealedShards(self._staging, self._end).async_save(sharded, str(self._writing.partial))
+            with left_at_home(self.resident):
+                self._queue.schedule_async_request(request)
         self._writing.seconds = time.perf_counter() - begin
 
     def poll(self, *, wait: bool = False) -> Saved | None:

@@ -24,24 +24,26 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_chatflow.training.durable import seal_file, write_atomically
 from megatron_chatflow.training.manifest import Seals
 from megatron_chatflow.training.processes import die_with_parent
+from megatron_chatflow.training.staging import Staging
 
 
 class SealedShards(TorchDistSaveShardedStrategy):
     """Writes this rank's shards in a process of its own and calls `end(writer, metadata)` on every rank when all of them are written."""
 
-    def __init__(self, end: Callable[[Any, Any], None]) -> None:
+    def __init__(self, staging: Staging, end: Callable[[Any, Any], None]) -> None:
         super().__init__("torch_dist", 1)
-        self._end = end
+        self._staging, self._end = staging, end
         if filesystem_async._results_queue is None:  # megatron-core would start the same process, but one that outlives a killed rank for ever
             manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
             manager.start(die_with_parent)
             filesystem_async._results_queue = manager.Queue()
 
     def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
-        write, stage, arguments = writer.get_save_function_and_args()
+        write, _, arguments = writer.get_save_function_and_args()
         end = partial(self._end, writer, save_state_dict_ret[1])
         if write is None:  # nothing to write on this rank
             return AsyncRequest(None, (), [end])
+        stage = partial(self._staging.copy, writer.write_buckets)
         return AsyncRequest(partial(_write, write, Path(writer.checkpoint_dir)), arguments, [end], preload_fn=stage)
 
 
@@ -53,6 +55,7 @@ def seals_of_rank(folder: Path, rank: int) -> Path:
 def _write(write: Callable[..., None], folder: Path, rank: int, buckets: list[Any], results: Any) -> None:
     """The writing process: shards, then their seals."""
     die_with_parent()
+    os.nice(10)  # the training goes first
     write(rank, buckets, results)
     try:
         seals = {name: seal_file(Path(path)) for path, name, _ in buckets}

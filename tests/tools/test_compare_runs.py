@@ -17,6 +17,7 @@ from tools.compare_runs import main
 TOOL = Path(__file__).parents[2] / "tools" / "compare_runs.py"
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_as_its_copy_and_as_itself_made_again(pool: Pool, sample: Path, reference: Path, capsys: pytest.CaptureFixture) -> None:
     again = sample / "compared"
     (done,) = pool.run(1, train, sample, "--save", str(again), "--save-interval", "10", "--eval-interval", "10")

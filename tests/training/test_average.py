@@ -25,7 +25,7 @@ def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
     return dict(read_tensors(run / f"iter_{iteration:07d}"))
 
 
-@pytest.mark.parametrize(("name", "world", "flags"), [("one", 1, []), ("TP2", 2, TP), ("sharded", 2, SHARDED)])
+@pytest.mark.parametrize(("name", "world", "flags"), [("one", 1, []), pytest.param("TP2", 2, TP, marks=pytest.mark.slow), ("sharded", 2, SHARDED)])
 def test_the_saved_mean_is_the_mean_of_the_weights(pool: Pool, sample: Path, name: str, world: int, flags: list[str]) -> None:
     still, run = sample / f"ema still {name}", sample / f"ema {name}"
     ok(pool.run(world, train, sample, "--save", str(still), *flags, "--train-iters", "1", "--lr-warmup-iters", "0", "--lr", "0", "--min-lr", "0"))
@@ -39,6 +39,7 @@ def test_the_saved_mean_is_the_mean_of_the_weights(pool: Pool, sample: Path, nam
             assert not torch.equal(here[f"ema.{key}"], here[key]), key
 
 
+@pytest.mark.slow
 def test_the_mean_resumes_to_the_same_bits_and_in_another_layout(pool: Pool, sample: Path) -> None:
     whole, parts, other = sample / "ema one", sample / "ema parts", sample / "ema other"
     for run, world, flags in ((parts, 1, []), (other, 2, PP)):
@@ -50,6 +51,7 @@ def test_the_mean_resumes_to_the_same_bits_and_in_another_layout(pool: Pool, sam
     assert all(torch.allclose(tensor, wanted[key], atol=1e-4) for key, tensor in tensors(other, 4).items() if key.startswith("ema."))
 
 
+@pytest.mark.slow
 def test_a_run_without_a_mean_begins_one_and_says_so(pool: Pool, sample: Path, reference: Path) -> None:
     run = sample / "ema late"
     words = ["--load", str(reference), "--ckpt-step", "10", "--ema-decay", "0.5", "--exit-interval", "11"]
@@ -82,7 +84,7 @@ def load_mean_and_save(run: Path, target: Path, flags: list[str]) -> None:
 
 
 def test_the_mean_loads_in_place_of_the_weights_in_any_layout(pool: Pool, sample: Path, reference: Path) -> None:
-    for world, flags in ((1, []), (2, TP), (2, PP)):
+    for world, flags in ((2, TP), (2, PP)):
         target = sample / f"mean only {world}{len(flags)}{flags[:1]}"
         pool.run(world, load_mean_and_save, sample / "ema one", target, flags)
         wanted = tensors(sample / "ema one", 4)

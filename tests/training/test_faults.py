@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from megatron_chatflow.training.spikes import SpikeWatch
 from tests.pool import Pool
@@ -59,6 +60,7 @@ def test_more_of_them_in_a_row_than_allowed_stop_the_run(pool: Pool, sample: Pat
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "4\n"
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_leaves_the_weights(pool: Pool, sample: Path) -> None:
     ((code, out, err),) = pool.run(1, train, sample, *SHORT, "--lr", "1e36", "--lr-warmup-iters", "0", "--max-nonfinite-iterations", "1")
     assert code == 1 and "not finite at iteration" in out and "not finite at iteration" in err, (out, err)

@@ -23,6 +23,7 @@ LAYOUTS = {
     "pipeline, tied": (2, [*PP, "--no-untie-embeddings-and-output-weights"]),
     "distributed optimizer, bf16": (2, [*SHARDED, "--bf16"]),
 }
+DEFAULT = ("one process", "distributed optimizer, bf16")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def weights(run: Path, iteration: int) -> dict[str, torch.Tensor]:
     return {name: t for name, t in read_tensors(run / f"iter_{iteration:07d}") if ".exp_avg" not in name}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS])
 def test_only_the_new_rows_change_in_the_phase_and_everything_after_it(pool: Pool, sample: Path, phase: list[str], layout: str) -> None:
     world, flags = LAYOUTS[layout]
     still, run = sample / f"still {layout}", sample / f"rows {layout}"
@@ -74,7 +75,7 @@ def test_the_first_step_of_all_weights_is_no_longer_than_adams_first(pool: Pool,
         assert ((after[name] - tensor).abs() <= lr * (1 + 0.1 * tensor.abs()) * 1.001 + 1e-7).all(), name
 
 
-@pytest.mark.parametrize("stop", [2, 3])
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_phase_resumes_to_the_same_bits_within_it_and_at_its_end(pool: Pool, sample: Path, phase: list[str], stop: int) -> None:
     whole, parts = sample / "rows one process", sample / f"rows parts {stop}"
     ok(pool.run(1, train, sample, "--save", str(parts), "--exit-interval", str(stop), "--train-iters", "6", *phase[2:]))

@@ -18,6 +18,7 @@ from tests.pool import Pool
 from tests.sample import metrics, train
 
 TP = ["--tensor-model-parallel-size", "2"]
+SLOW = pytest.mark.slow
 SHORT = ["--train-iters", "6", "--lr-decay-iters", "20"]
 
 
@@ -61,6 +62,7 @@ def test_an_asynchronous_save_has_the_bits_of_a_synchronous_one(pool: Pool, samp
     assert iterations(run) == [2, 4, 6] and list(differences(run, whole, None)) == []
 
 
+@SLOW
 @pytest.mark.parametrize(("flags", "kept"), [(["--most-recent-k", "1"], [6]), (["--save-retain-interval", "3"], [3, 5, 6]),
                                              (["--save-retain-interval", "4", "--most-recent-k", "1"], [4, 6])])  # fmt: skip
 def test_old_checkpoints_are_removed_as_told(pool: Pool, sample: Path, flags: list[str], kept: list[int]) -> None:
@@ -107,7 +109,7 @@ def test_damage_in_200_places_is_found_and_the_checkpoint_before_is_taken(whole:
     assert find_sound_checkpoint(run, None, {}) == (folder, [])
 
 
-@pytest.mark.parametrize("name", ["state.json", ".metadata", "__1_0.distcp", "manifest.json", "common.pt"])
+@pytest.mark.parametrize("name", ["__1_0.distcp", *(pytest.param(n, marks=SLOW) for n in ("state.json", ".metadata", "manifest.json", "common.pt"))])
 def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(pool: Pool, sample: Path, whole: Path, name: str) -> None:
     run = sample / f"damaged {name}"
     shutil.copytree(whole, run)
@@ -118,6 +120,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(pool: Pool, s
     assert manifest.damage(run / "iter_0000006", lambda *_: True) is None
 
 
+@SLOW
 def test_a_pointer_that_leads_nowhere_leads_to_the_newest_checkpoint(pool: Pool, sample: Path, whole: Path) -> None:
     for text in ("7\n", "x", ""):
         run = sample / f"pointer {text.strip()}"
@@ -150,7 +153,7 @@ def train_on_a_small_disk(folder: Path, *words: str) -> tuple[int, str, str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("extra", [[], ["--async-save"], ["--exit-on-failed-save"]])
+@pytest.mark.parametrize("extra", [["--async-save"], *(pytest.param(words, marks=SLOW) for words in ([], ["--exit-on-failed-save"]))])
 def test_a_full_disk_costs_no_checkpoint(pool: Pool, sample: Path, whole: Path, extra: list[str]) -> None:
     run = sample / f"full {extra}"
     ok(pool.run(2, train, sample, "--save", str(run), "--exit-interval", "2", *SHORT, *TP))

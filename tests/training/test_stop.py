@@ -53,9 +53,9 @@ def train_and_signal(folder: Path, where: str, rank: int, number: int, *words: s
 @pytest.mark.parametrize(
     ("where", "rank", "number", "iteration", "extra"),
     [
-        ("step", 1, signal.SIGTERM, 2, []),
+        pytest.param("step", 1, signal.SIGTERM, 2, [], marks=pytest.mark.slow),
         ("validation", 0, signal.SIGUSR1, 0, []),
-        ("save", 1, signal.SIGTERM, 3, ["--save-interval", "1"]),
+        pytest.param("save", 1, signal.SIGTERM, 3, ["--save-interval", "1"], marks=pytest.mark.slow),
         ("publishing", 0, signal.SIGUSR1, 4, ["--save-interval", "1", "--async-save"]),
     ],
 )
@@ -99,6 +99,7 @@ def train_with_fast_clock(folder: Path, *words: str) -> tuple[int, str, str]:
         return train(folder, *words)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_process_at_once_even_where_it_is_stuck() -> None:
     code = "import ctypes, torch; from megatron_chatflow.training.stop import Stop; s = Stop(None).__enter__(); print('up', flush=True); "
     code += "[ctypes.CDLL(None).sleep(60) for _ in range(9)]"
