@@ -22,7 +22,9 @@ from megatron_chatflow.conversion.torch_dist import Contents, Piece, Reader, des
 from megatron_chatflow.engine import distributed
 from megatron_chatflow.engine.launch import Launch
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.training import manifest
 from megatron_chatflow.training.run_directory import find_checkpoint
+from megatron_chatflow.training.safe_reading import check_pickles
 
 
 def convert(load: Path, save: Path, ckpt_step: int | None, tokenizer_folder: Path | None, say: Callable[[str], None]) -> None:
@@ -43,6 +45,9 @@ def convert(load: Path, save: Path, ckpt_step: int | None, tokenizer_folder: Pat
     checkpoint = find_checkpoint(load, ckpt_step)
     if checkpoint is None:
         raise UsageError(f"{load} holds no checkpoint; give a run directory that has one")
+    if wrong := manifest.damage(checkpoint, lambda name, size: True):
+        raise UsageError(f"{checkpoint} is damaged: {wrong}; convert another one with --ckpt-step")
+    check_pickles(checkpoint)
     vocab_size, files = _vocabulary(config, tokenizer_folder)
     template = read_json(files / "config.json") if files and (files / "config.json").is_file() else None
     config_json(config.model, vocab_size, "float32", template)  # refuses another architecture before the model is built

@@ -79,7 +79,7 @@ def reference_logits(folder: Path, rows: Sequence[Sequence[int]]) -> list[np.nda
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return [model(torch.tensor([list(row)])).logits[0].numpy() for row in rows]
 

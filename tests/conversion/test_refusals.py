@@ -120,9 +120,17 @@ def edit_yaml(path: Path, section: str, **changes: Any) -> None:
     path.write_text(yaml.safe_dump(content))
 
 
+def flip(run: Path) -> None:
+    (shards,) = (run / "iter_0000000").glob("*.distcp")
+    content = bytearray(shards.read_bytes())
+    content[len(content) // 2] ^= 1
+    shards.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
+        (flip, "is not what was written (SHA-256 differs)"),
         (lambda r: edit_yaml(r / "config.yaml", "model", position_embedding_type="learned_absolute"), "position_embedding_type is learned_absolute"),
         (lambda r: edit_yaml(r / "config.yaml", "model", add_bias_linear=True), "add_bias_linear is True"),
         (lambda r: edit_yaml(r / "config.yaml", "model", num_layers=6), "it is of another model"),
