@@ -68,7 +68,9 @@ def records(run: Path) -> list[dict]:
     return metrics(run) if path.exists() and path.read_text().endswith("\n") else []
 
 
-def test_a_job_is_preempted_requeued_and_finished_as_on_one_process(two_nodes: Cluster, tmp_path: Path, pool: Pool, sample: Path) -> None:
+def test_a_job_on_nodes_with_disks_of_their_own_is_preempted_requeued_and_finished_as_on_one_process(
+    two_nodes: Cluster, tmp_path: Path, pool: Pool, sample: Path
+) -> None:
     settings(two_nodes, tmp_path, 60)
     run = tmp_path / "saved"
     done = submit(two_nodes, tmp_path)
@@ -89,6 +91,8 @@ def test_a_job_is_preempted_requeued_and_finished_as_on_one_process(two_nodes: C
     ((code, _, err),) = pool.run(1, train, sample, "--train-iters", "60", "--save", str(tmp_path / "one"))
     assert code == 0, err
     assert largest_difference(metrics(run), metrics(tmp_path / "one")) < 1e-5
+    packed = {node: [path.name for path in two_nodes.node_disk(node).glob("instruct_document.packing-*")] for node in NODES}
+    assert packed["n1"] == packed["n2"] and len(packed["n1"]) == 1 and not list(two_nodes.disk.iterdir())
 
 
 def test_a_killed_process_brings_the_job_down_within_a_minute_and_it_goes_on_from_its_checkpoint(two_nodes: Cluster, tmp_path: Path) -> None:
@@ -123,12 +127,6 @@ def processes(run: Path) -> list[int]:
 def rank_of(pid: int) -> str | None:
     environment = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
     return next((word.removeprefix("SLURM_PROCID=") for word in environment if word.startswith("SLURM_PROCID=")), None)
-
-
-def test_each_node_packed_the_conversations_for_itself(two_nodes: Cluster) -> None:
-    packed = {node: [path.name for path in two_nodes.node_disk(node).glob("instruct_document.packing-*")] for node in NODES}
-    assert packed["n1"] == packed["n2"] and len(packed["n1"]) == 1
-    assert not list(two_nodes.disk.iterdir())
 
 
 def test_a_node_with_another_corpus_is_named_and_the_job_is_not_tried_again(two_nodes: Cluster, tmp_path: Path) -> None:
