@@ -37,6 +37,7 @@ def test_llama2_70b_in_fp8_on_512_gpus_fits_and_takes_less_than_a_minute(llama: 
     assert result["built"]["ranks"] == 64 and result["model"]["precision"] == "FP8 hybrid (tensorwise) and bf16"
 
 
+@pytest.mark.slow
 def test_the_example_that_teaches_llama2_7b_chinese_fits_and_lacks_its_corpora_alone() -> None:
     config = EXAMPLE.with_name("llama2_7b_zh") / "run.yaml"
     code, out, _ = command("preflight", "--config", str(config), "--world-size", "16", "--vocab-size", "40076", "--json")

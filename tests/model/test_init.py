@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from tests.pool import Pool
 
 WORDS = (
@@ -65,6 +67,7 @@ def _weights(extra: str) -> dict[str, object]:
     return parts
 
 
+@pytest.mark.slow
 def test_every_layout_holds_slices_of_the_same_weights(pool: Pool) -> None:
     import numpy as np
 

@@ -106,6 +106,7 @@ def test_a_length_in_iterations_stays_one_when_the_batch_size_changes(pool: Pool
     assert "train_iters is 19 and the checkpoint is at iteration 20, sample 224; give a longer run" in story.refused("--train-iters", "19")
 
 
+@pytest.mark.slow
 def test_one_run_goes_through_every_layout(story: Story) -> None:
     for world, flags, stop in ((2, [], "10"), (2, TP, "12"), (2, PP, "14"), (4, TP, "16")):
         story.go(*flags, "--exit-interval", stop, world=world)

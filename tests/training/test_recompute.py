@@ -27,7 +27,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.slow if name not in ("one", "bf16") else ()) for name in LAYOUTS])
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.slow if name != "one" else ()) for name in LAYOUTS])
 def test_recomputation_changes_no_bit(pool: Pool, sample: Path, layout: str) -> None:
     world, flags = LAYOUTS[layout]
     runs = []

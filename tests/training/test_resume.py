@@ -41,13 +41,17 @@ def test_resuming_gives_the_bits_of_a_run_never_stopped(pool: Pool, sample: Path
     assert texts[0] == texts[1] and len(texts[0]) == 3
 
 
-@pytest.mark.parametrize(("name", "world", "flags"), [("TP2", 2, TP), ("PP2", 2, PP), ("DP2", 2, []), ("TP2PP2", 4, [*TP, *PP])])
+@pytest.mark.parametrize(
+    ("name", "world", "flags"),
+    [("TP2", 2, TP), ("PP2", 2, PP), ("DP2", 2, []), pytest.param("TP2PP2", 4, [*TP, *PP], marks=pytest.mark.slow)],
+)
 def test_a_checkpoint_goes_on_in_another_layout(pool: Pool, sample: Path, reference: Path, name: str, world: int, flags: list[str]) -> None:
     run = half(reference, f"into-{name}")
     ok(pool.run(world, train, sample, "--save", str(run), "--load", str(run), *flags))
     assert largest_difference(metrics(run), metrics(reference)) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_distributed_optimizers_state_moves_between_layouts(pool: Pool, sample: Path, reference: Path) -> None:
     run, flag = sample / "distributed-optimizer", "--use-distributed-optimizer"
     ok(pool.run(2, train, sample, "--save", str(run), "--exit-interval", "10", flag))
