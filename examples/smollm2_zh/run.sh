@@ -53,12 +53,16 @@ preprocess out/data/zh.jsonl zh --append-eod
 preprocess out/corpora/en-zh.jsonl enzh --append-eod --kind parallel --template $'{en}\n{zh}'
 preprocess out/corpora/instruct.jsonl instruct --kind instruct --template chatml
 
-step "5. Training"
-python -m megatron_chatflow train --config out/base/config.yaml --load out/base --finetune --save out/run --curriculum curriculum.yaml \
-    --bf16 --seq-length "$length" --micro-batch-size 4 --global-batch-size "$batch" --train-iters "$iterations" --split 980,20,0 \
-    --reset-attention-mask --lr 3e-4 --min-lr 1e-4 --lr-decay-style WSD --lr-wsd-decay-iters "$decay" --lr-wsd-decay-style minus_sqrt \
-    --lr-warmup-iters "$warmup" --adam-beta2 0.95 --weight-decay 0.1 --train-new-rows-samples "$first" --no-save-optim --log-interval 4 "$@"
-python -m megatron_chatflow plan --config out/run/config.yaml --plot out/plan.png >out/plan.txt
+settings=(
+    --config out/base/config.yaml --load out/base --finetune --save out/run --curriculum curriculum.yaml --bf16 --seq-length "$length"
+    --micro-batch-size 4 --global-batch-size "$batch" --train-iters "$iterations" --split 980,20,0 --reset-attention-mask
+    --lr 3e-4 --min-lr 1e-4 --lr-decay-style WSD --lr-wsd-decay-iters "$decay" --lr-wsd-decay-style minus_sqrt --lr-warmup-iters "$warmup"
+    --adam-beta2 0.95 --weight-decay 0.1 --train-new-rows-samples "$first" --no-save-optim --log-interval 4 "$@"
+)
+
+step "5. What the curriculum means for these corpora, and the training"
+python -m megatron_chatflow plan "${settings[@]}" --plot out/plan.png
+python -m megatron_chatflow train "${settings[@]}"
 
 step "6. Against the untouched model, on the same held-out documents"
 python -m megatron_chatflow evaluate --load out/run --reference out/smollm2 --text zh=out/data/zh_test.jsonl --text en=out/data/en_test.jsonl

@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_chatflow.data.domain import Batch, empty_batch
-from megatron_chatflow.data.formats import open_sources
 from megatron_chatflow.data.packing import pack
-from megatron_chatflow.data.records import each_record
-from megatron_chatflow.data.templates import MalformedRecord, text_field
 from megatron_chatflow.tokenizer import Tokenizer
-
-_CHUNK = 1 << 22
-
-
-def read_texts(path: str) -> Iterator[str]:
-    """The documents of a file: JSON lines or parquet rows with a `text`, or the lines of a .txt; packed or not. Blank ones are left out.
-
-    Raises:
-        ValueError: the file cannot be read, or a record holds no text; names file and line.
-    """
-    try:
-        sources = open_sources([path])
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("--input ")) from None
-    for source in sources:
-        for chunk in source.chunks(_CHUNK, ["text"]):
-            for number, record in each_record(chunk.data, chunk.first, source.format):
-                try:
-                    if isinstance(record, MalformedRecord):
-                        raise record
-                    text = text_field(record, "text")
-                except MalformedRecord as error:
-                    raise ValueError(f"{path}, {source.record} {number}: {error}; mend it or take it out") from None
-                if text.strip():
-                    yield text
 
 
 class Documents:

@@ -28,5 +28,5 @@ def read_texts(paths: Sequence[str], keys: Sequence[str] = ("text",)) -> Iterato
                         raise record
                     texts = [text_field(record, key) for key in fields]
                 except MalformedRecord as error:
-                    raise ValueError(f"{source.path}, {source.record} {number}: {error}; mend it, take it out, or correct --json-keys") from None
+                    raise ValueError(f"{source.path}, {source.record} {number}: {error}; mend it or take it out") from None
                 yield from (text for text in texts if not text.isspace() and text)

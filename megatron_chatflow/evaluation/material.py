@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from megatron_chatflow.config import Config, UsageError
-from megatron_chatflow.data.documents import Documents, read_texts
+from megatron_chatflow.data.documents import Documents
+from megatron_chatflow.data.texts import read_texts
 from megatron_chatflow.evaluation.subject import Subject
 from megatron_chatflow.tokenizer import Tokenizer
 from megatron_chatflow.training.inputs import open_inputs, open_tokenizer
@@ -60,7 +61,10 @@ def read_named_texts(words: Sequence[str]) -> dict[str, list[str]]:
             raise UsageError(f"text {word!r} does not say what it is called; write --text NAME=FILE, e.g. --text zh=held_out.jsonl")
         if name in texts:
             raise UsageError(f"text {name} is given twice; give each file a name of its own")
-        texts[name] = list(read_texts(path))
+        try:
+            texts[name] = list(read_texts([path]))
+        except ValueError as error:
+            raise UsageError(f"text {name}: {str(error).removeprefix('--input ')}") from None
         if not texts[name]:
             raise UsageError(f"text {word}: the file holds no text; give one with documents")
     return texts

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.data.documents import Documents, read_texts
+from megatron_chatflow.data.documents import Documents
+from megatron_chatflow.data.texts import read_texts
 from megatron_chatflow.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("ByteLevelTokenizer")
@@ -58,16 +59,16 @@ def test_json_lines_plain_text_and_packed_files_hold_the_same_documents(tmp_path
     (tmp_path / "a.txt").write_text("\n\n".join(texts), encoding="utf-8")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     for name in ("a.jsonl", "a.txt", "a.jsonl.gz"):
-        assert list(read_texts(str(tmp_path / name))) == texts
+        assert list(read_texts([str(tmp_path / name)])) == texts
 
 
 def test_a_record_without_text_is_named_with_file_and_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n{"txt": "b"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 3: no key 'text'; mend it"):
-        list(read_texts(str(path)))
+        list(read_texts([str(path)]))
     path.write_text('{"text": "a"}\nb\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not JSON"):
-        list(read_texts(str(path)))
+        list(read_texts([str(path)]))
     with pytest.raises(ValueError, match=r"^.*nowhere\.txt cannot be read \(No such file"):
-        list(read_texts(str(tmp_path / "nowhere.txt")))
+        list(read_texts([str(tmp_path / "nowhere.txt")]))
