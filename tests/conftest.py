@@ -11,6 +11,13 @@ from tests.pool import Pool
 from tests.sample import build, train
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With two pytest workers (tests/run.sh) all tests that need the pool go to one of them, so there is one pool; a module's tests stay together."""
+    for item in items:
+        group = "pool" if "pool" in getattr(item, "fixturenames", ()) else item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """The session's gloo ranks."""
