@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import importlib.util
 import runpy
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.commands.checkup import Row
+from megatron_chatflow.engine.kernels import gradient_accumulation_reason
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
@@ -85,12 +85,6 @@ def _layers(torch: Any, there: bool) -> list[Row]:
 
 
 def _fused_weight_gradients() -> Row:
-    """By this extension megatron-core's own layers add weight gradients in place. `import apex` proves nothing: another package has that name."""
-    name = "fused_weight_gradient_mlp_cuda"
-    if importlib.util.find_spec(name) is None:
-        return Row("apex extension", "absent", f"{name}; not needed")
-    try:
-        importlib.import_module(name)
-    except Exception as error:
-        return Row("apex extension", "does not import", f"{name}: {error}; not needed")
-    return Row("apex extension", "present", f"{name}; not used yet")
+    """By this extension megatron-core's own layers add weight gradients in place; Transformer Engine's have a way of their own."""
+    reason = gradient_accumulation_reason()
+    return Row("gradient_accumulation_fusion", "no" if reason else "on CUDA", reason or "fused_weight_gradient_mlp_cuda")
