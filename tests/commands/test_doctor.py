@@ -19,7 +19,7 @@ from megatron_chatflow.engine.agreement import differences
 from tests.pool import Pool, command
 from tests.sample import CURRICULUM
 
-ROWS = ("cores", "memory", "shared memory", "disk", "open files", "memory maps", "locked memory", "clock", "locale", "slurm", "gradient_accumulation_fusion")
+ROWS = ("cores", "memory", "shared memory", "disk", "open files", "memory maps", "locked memory", "clock", "locale", "slurm", "gradient fusion")
 
 
 def row(out: str, name: str) -> str:

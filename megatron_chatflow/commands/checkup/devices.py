@@ -87,4 +87,4 @@ def _layers(torch: Any, there: bool) -> list[Row]:
 def _fused_weight_gradients() -> Row:
     """By this extension megatron-core's own layers add weight gradients in place; Transformer Engine's have a way of their own."""
     reason = gradient_accumulation_reason()
-    return Row("gradient_accumulation_fusion", "no" if reason else "on CUDA", reason or "fused_weight_gradient_mlp_cuda")
+    return Row("gradient fusion", "no" if reason else "on CUDA", reason or "fused_weight_gradient_mlp_cuda")
