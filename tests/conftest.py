@@ -12,10 +12,10 @@ from tests.sample import build, train
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With two pytest workers (tests/run.sh) all tests that need the pool go to one of them, so there is one pool; a module's tests stay together."""
+    """With two pytest workers (tests/run.sh) modules that need the pool go to one of them, so there is one pool; a module's tests stay together."""
+    of_pool = {item.path for item in items if "pool" in getattr(item, "fixturenames", ())}
     for item in items:
-        group = "pool" if "pool" in getattr(item, "fixturenames", ()) else item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group("pool" if item.path in of_pool else str(item.path)))
 
 
 @pytest.fixture(scope="session")
