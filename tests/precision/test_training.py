@@ -71,7 +71,7 @@ def test_the_reference_says_once_that_it_is_one(pool: Pool, sample: Path) -> Non
     assert "reference" not in other
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "mxfp8", *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("tensorwise", "blockwise"))])
+@pytest.mark.parametrize("recipe", ["delayed", *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("tensorwise", "blockwise", "mxfp8"))])
 def test_tensor_parallelism_changes_little_and_sequence_parallelism_next_to_nothing(pool: Pool, sample: Path, one: dict, recipe: str) -> None:
     split = run(pool, sample, f"{recipe}-tp", 2, *RECIPES[recipe], *TP, "--train-iters", "6")
     sharded = run(pool, sample, f"{recipe}-sp", 2, *RECIPES[recipe], *TP, *SP, "--train-iters", "6")

@@ -25,7 +25,10 @@ def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
     return dict(read_tensors(run / f"iter_{iteration:07d}"))
 
 
-@pytest.mark.parametrize(("name", "world", "flags"), [("one", 1, []), pytest.param("TP2", 2, TP, marks=pytest.mark.slow), ("sharded", 2, SHARDED)])
+@pytest.mark.parametrize(
+    ("name", "world", "flags"),
+    [("one", 1, []), pytest.param("TP2", 2, TP, marks=pytest.mark.slow), pytest.param("sharded", 2, SHARDED, marks=pytest.mark.slow)],
+)
 def test_the_saved_mean_is_the_mean_of_the_weights(pool: Pool, sample: Path, name: str, world: int, flags: list[str]) -> None:
     still, run = sample / f"ema still {name}", sample / f"ema {name}"
     ok(pool.run(world, train, sample, "--save", str(still), *flags, "--train-iters", "1", "--lr-warmup-iters", "0", "--lr", "0", "--min-lr", "0"))

@@ -54,7 +54,7 @@ def train_and_signal(folder: Path, where: str, rank: int, number: int, *words: s
     ("where", "rank", "number", "iteration", "extra"),
     [
         pytest.param("step", 1, signal.SIGTERM, 2, [], marks=pytest.mark.slow),
-        ("validation", 0, signal.SIGUSR1, 0, []),
+        pytest.param("validation", 0, signal.SIGUSR1, 0, [], marks=pytest.mark.slow),
         pytest.param("save", 1, signal.SIGTERM, 3, ["--save-interval", "1"], marks=pytest.mark.slow),
         ("publishing", 0, signal.SIGUSR1, 4, ["--save-interval", "1", "--async-save"]),
     ],
