@@ -55,7 +55,7 @@ preprocess out/corpora/instruct.jsonl instruct --kind instruct --template chatml
 
 settings=(
     --config out/base/config.yaml --load out/base --finetune --save out/run --curriculum curriculum.yaml --bf16 --seq-length "$length"
-    --micro-batch-size 4 --global-batch-size "$batch" --train-iters "$iterations" --split 980,20,0 --reset-attention-mask
+    --micro-batch-size 4 --global-batch-size "$batch" --train-iters "$iterations" --split '980,20,0' --reset-attention-mask
     --lr 3e-4 --min-lr 1e-4 --lr-decay-style WSD --lr-wsd-decay-iters "$decay" --lr-wsd-decay-style minus_sqrt --lr-warmup-iters "$warmup"
     --adam-beta2 0.95 --weight-decay 0.1 --train-new-rows-samples "$first" --no-save-optim --log-interval 4 "$@"
 )
