@@ -11,14 +11,6 @@ from tests.pool import Pool
 from tests.sample import build, train
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With two pytest workers (tests/run.sh) modules that need the pool go to one of them, so there is one pool; a module's tests stay together."""
-    of_pool = {item.path for item in items if "pool" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("pool" if item.path in of_pool else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """The session's gloo ranks."""

@@ -27,11 +27,9 @@ if [ "$(cat "$oracle/made-from" 2>/dev/null)" != "$wanted" ]; then
 fi
 
 marks=(-m "not slow")
-workers=(-n 2 --dist loadgroup) # one has the pool of ranks (tests/conftest.py)
 arguments=()
 for argument in "$@"; do
     if [ "$argument" = --slow ]; then marks=(); else arguments+=("$argument"); fi
-    workers=()
 done
 
 cd "$root"
@@ -39,4 +37,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the tests start several process
 echo "[tests] ruff check"
 python -m ruff check .
 echo "[tests] pytest"
-exec python -m pytest "${workers[@]}" "${marks[@]}" "${arguments[@]}"
+exec python -m pytest "${marks[@]}" "${arguments[@]}"

@@ -59,6 +59,7 @@ def test_the_distributed_optimizers_state_moves_between_layouts(pool: Pool, samp
     assert largest_difference(metrics(run), metrics(reference)) < 1e-5
 
 
+@pytest.mark.slow
 def test_dropout_resumes_to_the_same_bits(pool: Pool, sample: Path) -> None:
     flags = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--train-iters", "6", "--lr-decay-iters", "20"]
     whole, parts = sample / "dropout", sample / "dropout-parts"
@@ -68,7 +69,9 @@ def test_dropout_resumes_to_the_same_bits(pool: Pool, sample: Path) -> None:
     assert metrics(parts) == metrics(whole)
 
 
-@pytest.mark.parametrize(("name", "world", "extra"), [("one", 1, []), ("distributed", 2, ["--use-distributed-optimizer"])])
+@pytest.mark.parametrize(
+    ("name", "world", "extra"), [("one", 1, []), pytest.param("distributed", 2, ["--use-distributed-optimizer"], marks=pytest.mark.slow)]
+)
 def test_bf16_resumes_to_the_same_bits(pool: Pool, sample: Path, name: str, world: int, extra: list[str]) -> None:
     flags = ["--bf16", "--train-iters", "6", "--lr-decay-iters", "20", *extra]
     whole, parts = sample / f"bf16-whole-{name}", sample / f"bf16-parts-{name}"

@@ -153,7 +153,7 @@ def train_on_a_small_disk(folder: Path, *words: str) -> tuple[int, str, str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("extra", [["--async-save"], *(pytest.param(words, marks=SLOW) for words in ([], ["--exit-on-failed-save"]))])
+@pytest.mark.parametrize("extra", [pytest.param(words, marks=SLOW) for words in (["--async-save"], [], ["--exit-on-failed-save"])])
 def test_a_full_disk_costs_no_checkpoint(pool: Pool, sample: Path, whole: Path, extra: list[str]) -> None:
     run = sample / f"full {extra}"
     ok(pool.run(2, train, sample, "--save", str(run), "--exit-interval", "2", *SHORT, *TP))

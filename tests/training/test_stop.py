@@ -56,7 +56,7 @@ def train_and_signal(folder: Path, where: str, rank: int, number: int, *words: s
         pytest.param("step", 1, signal.SIGTERM, 2, [], marks=pytest.mark.slow),
         pytest.param("validation", 0, signal.SIGUSR1, 0, [], marks=pytest.mark.slow),
         pytest.param("save", 1, signal.SIGTERM, 3, ["--save-interval", "1"], marks=pytest.mark.slow),
-        ("publishing", 0, signal.SIGUSR1, 4, ["--save-interval", "1", "--async-save"]),
+        pytest.param("publishing", 0, signal.SIGUSR1, 4, ["--save-interval", "1", "--async-save"], marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_at_any_moment_leaves_a_checkpoint(
