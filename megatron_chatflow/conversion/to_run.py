@@ -21,7 +21,8 @@ from megatron_chatflow.conversion.hf_config import config_json
 from megatron_chatflow.conversion.hf_folder import MODEL_FILES, TOKENIZER_FILES, check_target, copy_files
 from megatron_chatflow.conversion.opened import Opened, open_folder
 from megatron_chatflow.conversion.torch_dist import Piece, write
-from megatron_chatflow.training.durable import sync_folder, write_atomically
+from megatron_chatflow.data.unfinished import sync_folder
+from megatron_chatflow.training.durable import write_atomically
 from megatron_chatflow.training.manifest import write_manifest
 from megatron_chatflow.training.run_directory import POINTER, iteration_folder
 

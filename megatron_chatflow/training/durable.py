@@ -6,14 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: what was created, renamed or removed there."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+from megatron_chatflow.data.unfinished import sync_folder
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -23,7 +23,8 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
-from megatron_chatflow.training.durable import sync_folder, write_atomically
+from megatron_chatflow.data.unfinished import sync_folder
+from megatron_chatflow.training.durable import write_atomically
 from megatron_chatflow.training.manifest import write_manifest
 from megatron_chatflow.training.processes import deaf
 from megatron_chatflow.training.run_directory import POINTER, complete_iterations, iteration_folder, outdated
