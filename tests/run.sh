@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets up an environment (see tools/venv.sh), then runs ruff and the tests.
 #
-#     bash tests/run.sh                      # everything but the tests marked slow
-#     bash tests/run.sh --slow               # everything
+#     bash tests/run.sh                      # everything but the tests marked slow, a file at a time on each of two cores
+#     bash tests/run.sh --slow               # everything, one test at a time: slow tests measure
 #     bash tests/run.sh tests/data -k packs  # what follows goes to pytest
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -26,7 +26,7 @@ if [ "$(cat "$oracle/made-from" 2>/dev/null)" != "$wanted" ]; then
     fi
 fi
 
-marks=(-m "not slow")
+marks=(-m "not slow" -n 2 --dist loadfile)
 arguments=()
 for argument in "$@"; do
     if [ "$argument" = --slow ]; then marks=(); else arguments+=("$argument"); fi

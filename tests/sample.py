@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False,
         "untie_embeddings_and_output_weights": True, "attention_dropout": 0.0, "hidden_dropout": 0.0,
     },
-    "training": {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": 20},
+    "training": {"micro_batch_size": 4, "global_batch_size": 8, "train_iters": 20},
     "optimizer": {"lr": 3e-3, "min_lr": 1e-3, "lr_decay_style": "cosine", "lr_warmup_iters": 2},
     "data": {"seq_length": 64, "split": "900,100,0", "curriculum": "curriculum.yaml"},
     "tokenizer": {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(QUICKSTART / "tokenizer.model")},

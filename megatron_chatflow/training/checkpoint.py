@@ -11,7 +11,7 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_chatflow.config import UsageError
-from megatron_chatflow.training import manifest
+from megatron_chatflow.training import manifest, optimizer_form
 from megatron_chatflow.training.average import WeightAverage, mean_instead
 from megatron_chatflow.training.run_directory import read_state
 from megatron_chatflow.training.safe_reading import check_pickles
@@ -108,10 +108,19 @@ def load(
         # Without apex or Transformer Engine the distributed optimizer asserts that it has stepped; what the step leaves is overwritten below.
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()
-    loaded = dist_checkpointing.load(sharded_state(model, optimizer, average, is_loading=True), str(folder))
+    wanted = sharded_state(model, optimizer, average, is_loading=True)
+    state = {"optimizer": wanted.pop("optimizer")} if optimizer is not None else {}
+    if optimizer is not None:
+        (part,) = optimizer.chained_optimizers
+        saved_form = optimizer_form.form_in(dist_checkpointing.load_common_state_dict(str(folder))["optimizer"])
+        optimizer_form.ask_for(wanted, state, saved_form, optimizer_form.form_of(part))
+    loaded = dist_checkpointing.load(wanted, str(folder))
     _load_weights(model, loaded)
     if optimizer is not None:
-        _load_optimizer(optimizer, loaded["optimizer"])
+        # By itself, for it may ask for the weights too: they are the float32 parameters of some checkpoints.
+        saved = dist_checkpointing.load(state, str(folder))["optimizer"]
+        optimizer_form.hand_over(saved, part, saved_form)
+        _load_optimizer(part, saved)
     if average is not None:
         for name, entries in _weights(model).items():
             average.restore(entries, loaded[f"ema/{name}"])
@@ -139,14 +148,12 @@ def _load_weights(model: list[MegatronModule], loaded: dict[str, Any]) -> None:
         _unwrap(chunk).load_state_dict(loaded[name])
 
 
-def _load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    if not any(isinstance(part, DistributedOptimizer) for part in parts):
-        optimizer.load_state_dict(saved)
+def _load_optimizer(part: MegatronOptimizer, saved: dict[str, Any]) -> None:
+    if not isinstance(part, DistributedOptimizer):
+        part.load_state_dict(saved)
         return
     # torch's AdamW keeps a `step` beside the moments. megatron-core's reader of this form looks for it among the saved tensors, where it is not,
     # and gives every parameter the same tensor, which each of them then counts up; so it is set aside and handed out as copies.
-    (part,) = parts
     parameters = saved.pop("param_state")
     part.load_state_dict(saved)
     steps = {parameter: state.pop("step") for parameter, state in part.optimizer.state.items() if "step" in state}

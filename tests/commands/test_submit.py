@@ -33,7 +33,8 @@ EXAMPLE = Job(
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(SETTINGS | {"checkpoint": {"save": "saved", "save_interval": 10}}), encoding="utf-8")
+    settings = SETTINGS | {"training": SETTINGS["training"] | {"micro_batch_size": 2}, "checkpoint": {"save": "saved", "save_interval": 10}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
