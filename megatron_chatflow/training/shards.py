@@ -11,14 +11,17 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
+from queue import Queue, SimpleQueue
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_chatflow.training.durable import seal_file, write_atomically
@@ -44,7 +47,8 @@ class SealedShards(TorchDistSaveShardedStrategy):
         if write is None:  # nothing to write on this rank
             return AsyncRequest(None, (), [end])
         stage = partial(self._staging.copy, writer.write_buckets)
-        return AsyncRequest(partial(_write, write, Path(writer.checkpoint_dir)), arguments, [end], preload_fn=stage)
+        transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+        return AsyncRequest(partial(_write, transforms, Path(writer.checkpoint_dir)), arguments, [end], preload_fn=stage)
 
 
 def seals_of_rank(folder: Path, rank: int) -> Path:
@@ -52,20 +56,38 @@ def seals_of_rank(folder: Path, rank: int) -> Path:
     return folder / f"seals_{rank}.json"
 
 
-def _write(write: Callable[..., None], folder: Path, rank: int, buckets: list[Any], results: Any) -> None:
-    """The writing process: shards, then their seals."""
+def _write(transforms: list[Any], folder: Path, rank: int, buckets: list[Any], results: Any) -> None:
+    """The writing process: shards, each in a thread, then their seals.
+
+    megatron-core would fork one more process for each shard, and wait for ever if one of them is killed.
+    """
     die_with_parent()
     os.nice(10)  # the training goes first
-    write(rank, buckets, results)
+    with ThreadPoolExecutor(len(buckets)) as threads:
+        written = dict(threads.map(partial(_write_shard, transforms), range(len(buckets)), buckets))
+    failures = [outcome for outcome in written.values() if isinstance(outcome, Exception)]
     try:
-        seals = {name: seal_file(Path(path)) for path, name, _ in buckets}
-        write_atomically(seals_of_rank(folder, rank), json.dumps(seals))
-    except OSError:  # told by the missing seals; a shard that could not be written is told by megatron-core's results
+        if not failures:
+            with ThreadPoolExecutor(len(buckets)) as threads:
+                seals = threads.map(seal_file, (Path(path) for path, _, _ in buckets))
+                write_atomically(seals_of_rank(folder, rank), json.dumps({name: seal for (_, name, _), seal in zip(buckets, seals, strict=True)}))
+    except OSError:  # told by the missing seals
         traceback.print_exc()
+    results.put(failures[0] if failures else written)
+
+
+def _write_shard(transforms: list[Any], number: int, bucket: Any) -> tuple[int, Any]:
+    """megatron-core's writing of one file; returns (number, its results or the exception)."""
+    answer, pending = SimpleQueue(), Queue()
+    pending.put(number)
+    FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, answer, pending, use_fsync=True)
+    return answer.get()
 
 
 def results_of_rank(writer: Any, folder: Path) -> tuple[str | None, list[Any], Seals]:
     """(what went wrong here or None, megatron-core's write results, seals of this rank's shards)."""
+    if writer.write_buckets and writer.results_queue.empty():
+        return "the process that writes was killed (out of memory?)", [], {}
     outcome = writer.retrieve_write_results()
     if not isinstance(outcome, list):
         return f"{outcome[0]}", [], {}

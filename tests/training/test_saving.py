@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import resource
@@ -188,3 +189,42 @@ def test_no_code_of_a_checkpoint_is_run(pool: Pool, sample: Path, whole: Path, t
         ((code, _, err),) = pool.run(1, train, sample, "--load", str(run), *SHORT)
         assert code == 2 and "is not read" in err, (code, err)
         assert not (tmp_path / "executed").exists()
+
+
+def kill_writers(folder: Path, *words: str) -> tuple[int, str, str]:
+    """`train` with a process that kills whatever writes a checkpoint: what the kernel does when memory runs out."""
+    import os
+    import signal
+    import threading
+    import time
+
+    import psutil
+
+    stop = threading.Event()
+
+    def hunt() -> None:
+        myself = psutil.Process()
+        known = {child.pid for child in myself.children()}
+        while not stop.is_set():
+            for child in myself.children():
+                with contextlib.suppress(psutil.Error, ProcessLookupError):
+                    if child.pid not in known and child.nice() >= 10:
+                        os.kill(child.pid, signal.SIGKILL)
+            time.sleep(0.001)
+
+    hunter = threading.Thread(target=hunt)
+    hunter.start()
+    try:
+        return train(folder, *words)
+    finally:
+        stop.set()
+        hunter.join()
+
+
+@SLOW
+@pytest.mark.parametrize("flags", [[], ["--async-save"]])
+def test_a_save_whose_writer_is_killed_fails_and_does_not_hang(pool: Pool, sample: Path, flags: list[str]) -> None:
+    run = sample / f"killed writers {len(flags)}"
+    ((code, out, err),) = pool.run(1, kill_writers, sample, "--save", str(run), "--save-interval", "2", *SHORT, *flags, timeout=60.0)
+    assert code == 1 and out.count("rank 0: the process that writes was killed") >= 2 and iterations(run) == []
+    assert "the checkpoint of iteration 6 cannot be written" in err
