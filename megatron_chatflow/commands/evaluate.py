@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_chatflow.commands.common import complain_on, install_engine, usage_errors
-from megatron_chatflow.commands.subjects import find_source, parse_with_source, settings_alone
+from megatron_chatflow.commands.subjects import add_use_ema, find_source, parse_with_source, settings_alone
 from megatron_chatflow.config import Config, UsageError, make_parser
 from megatron_chatflow.engine.launch import Launch, read_launch
 from megatron_chatflow.report import console
@@ -20,6 +20,7 @@ EPILOG = """examples:
   chatflow evaluate --load runs/zh --reference runs/base                 # what was forgotten, what was learnt
   chatflow evaluate --load runs/zh --text en=en.jsonl --text zh=zh.txt   # raw text: comparable across tokenizers
   chatflow evaluate --load runs/zh --average-checkpoints 6
+  chatflow evaluate --load runs/zh --use-ema --reference runs/zh         # what the running mean of the weights gains
   chatflow evaluate --load SmolLM2-135M --text en=en.jsonl --text zh=zh.jsonl --seq-length 1024   # a Hugging Face folder
   torchrun --nproc-per-node 2 -m megatron_chatflow evaluate --load runs/zh --pipeline-model-parallel-size 2
 """
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
         if args.document_start and not args.text:
             raise UsageError("document_start has no effect without raw text; drop --document-start or give --text NAME=FILE")
-        subjects = [source.subject(config, launch.world_size, args.average_checkpoints)]
+        subjects = [source.subject(config, launch.world_size, args.average_checkpoints, args.use_ema)]
         texts = read_named_texts(args.text)
         materials = [raw_text(subjects[0], texts, args.document_start) if texts else corpora(subjects[0].config)]
         if args.reference:
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="evaluate the mean of the weights of the last N checkpoints (up to --ckpt-step). Default: 1.",
     )
+    add_use_ema(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_chatflow.commands.common import complain_on, install_engine, usage_errors
-from megatron_chatflow.commands.subjects import parse_with_source
+from megatron_chatflow.commands.subjects import add_use_ema, parse_with_source
 from megatron_chatflow.config import Config, UsageError, make_parser, parse
 from megatron_chatflow.config.settings import PrecisionSettings
 from megatron_chatflow.engine.launch import read_launch
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         config.precision = PrecisionSettings()  # rows of any length: FP8 layers want multiples of 8 tokens
         from megatron_chatflow.training.inputs import open_tokenizer
 
-        subject = source.subject(config, launch.world_size)
+        subject = source.subject(config, launch.world_size, use_ema=args.use_ema)
         model_size = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
         if launch.world_size != model_size:
             raise UsageError(
@@ -188,5 +188,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--document-start", choices=("bos", "eod"), help="set the begin or the end-of-document token before each prompt; by default none"
     )
+    add_use_ema(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object for each prompt: what was asked, and the continuation")
     return parser

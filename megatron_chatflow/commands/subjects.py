@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,16 +26,18 @@ class Source:
     opened: Opened | None
     """The Hugging Face model; None: it is a run directory."""
 
-    def subject(self, config: Config, world_size: int, average: int = 1) -> Subject:
-        """The model under these settings. Raises UsageError where there is no such checkpoint, or the settings do not fit."""
+    def subject(self, config: Config, world_size: int, average: int = 1, use_ema: bool = False) -> Subject:
+        """The model under these settings. Raises UsageError where there are no such weights, or the settings do not fit."""
         from megatron_chatflow.config import resolve_reading
         from megatron_chatflow.evaluation.subject import Subject, find_subject
 
         if self.opened is None:
-            return find_subject(config, world_size, average)
+            return find_subject(config, world_size, average, use_ema)
         if config.checkpoint.ckpt_step is not None or average != 1:
             flag = "--average-checkpoints" if average != 1 else "--ckpt-step"
             raise UsageError(f"{self.folder} is a Hugging Face folder, which has no iterations; drop {flag}")
+        if use_ema:
+            raise UsageError(f"{self.folder} is a Hugging Face folder, which has no running mean of the weights; drop --use-ema")
         from megatron_chatflow.conversion.in_place import load_weights
 
         opened = self.opened
@@ -53,6 +56,15 @@ def find_source(folder: str) -> Source:
     values = {f.name: getattr(section, f.name) for section in sections for f in fields(section)}
     unpadded = {"make_vocab_size_divisible_by": 1}  # rows beyond the vocabulary would take part in the softmax, where transformers has none
     return Source(folder, values | unpadded | {"bf16": opened.config.training.bf16}, opened)
+
+
+def add_use_ema(parser: argparse.ArgumentParser) -> None:
+    """The flag of commands that read weights."""
+    parser.add_argument(
+        "--use-ema",
+        action="store_true",
+        help="take the running mean of the weights (of a run with --ema-decay) in place of the weights",
+    )
 
 
 def parse_with_source(parser: Any, argv: Sequence[str]) -> tuple[Source, Config, Any]:

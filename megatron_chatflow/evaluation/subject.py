@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.config import Config, UsageError, resolve_reading
-from megatron_chatflow.training.run_directory import complete_iterations, find_checkpoint, iteration_folder, read_state
+from megatron_chatflow.config import Config, resolve_reading
+from megatron_chatflow.training.chosen_weights import ChosenWeights, choose_weights
+from megatron_chatflow.training.run_directory import read_state
 
 
 @dataclass(frozen=True)
@@ -29,47 +30,32 @@ class Subject:
     """Fills the model chunks of this rank."""
 
 
-def find_subject(config: Config, world_size: int, average: int = 1) -> Subject:
+def find_subject(config: Config, world_size: int, average: int = 1, use_ema: bool = False) -> Subject:
     """The model that `config.checkpoint` names.
 
     Args:
         config: as written, over the settings of the run.
         world_size: processes of this job.
         average: how many of the last checkpoints to take the mean of.
+        use_ema: take the running mean of the weights in place of the weights.
 
     Raises:
-        UsageError: there is no such checkpoint, or the settings do not fit.
+        UsageError: there are no such weights, or the settings do not fit.
     """
-    where = config.checkpoint
-    folders = last_checkpoints(where.load, where.ckpt_step, average)
-    state = read_state(folders[-1])
-    name = str(folders[-1]) if average == 1 else f"mean of {', '.join(folder.name for folder in folders[:-1])} and {folders[-1]}"
-    load = functools.partial(_load, folders)
-    return Subject(resolve_reading(config, world_size), name, state["iteration"], state["consumed_train_samples"] > 0, load)
+    chosen = choose_weights(config.checkpoint.load, config.checkpoint.ckpt_step, average, use_ema)
+    state = read_state(chosen.newest)
+    load = functools.partial(_load, chosen)
+    return Subject(resolve_reading(config, world_size), chosen.name, state["iteration"], state["consumed_train_samples"] > 0, load)
 
 
-def _load(folders: list[Path], model: list[Any]) -> None:
+def _load(chosen: ChosenWeights, model: list[Any]) -> None:
+    from megatron_chatflow.training.checkpoint import load_average
     from megatron_chatflow.training.checkpoint_mean import load_mean
 
-    load_mean(folders, model)
-
-
-def last_checkpoints(run: str | Path, ckpt_step: int | None, count: int) -> list[Path]:
-    """The folders of the last `count` complete checkpoints of a run up to `ckpt_step` (or the latest), oldest first.
-
-    Raises:
-        UsageError: there is no checkpoint, or fewer than `count`.
-    """
-    run, newest = Path(run), find_checkpoint(run, ckpt_step)
-    if newest is None:
-        raise UsageError(f"load {run} holds no checkpoint; give a run directory that has one")
-    there = [iteration for iteration in sorted(complete_iterations(run)) if iteration <= int(newest.name[5:])]
-    if count < 1 or count > len(there):
-        raise UsageError(
-            f"average_checkpoints is {count}, and the complete checkpoints of {run} up to {newest.name} are {len(there)} (iteration "
-            f"{', '.join(map(str, there))}); give --average-checkpoints a number from 1 to {len(there)}"
-        )
-    return [iteration_folder(run, iteration) for iteration in there[-count:]]
+    if chosen.use_ema:
+        load_average(chosen.newest, model)
+    else:
+        load_mean(chosen.folders, model)
 
 
 def split_reference(path: str) -> tuple[Path, int | None]:

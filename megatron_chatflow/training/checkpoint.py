@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_chatflow.config import UsageError
 from megatron_chatflow.training import manifest, optimizer_form
 from megatron_chatflow.training.average import WeightAverage, mean_instead
-from megatron_chatflow.training.run_directory import read_state
+from megatron_chatflow.training.chosen_weights import check_running_mean
 from megatron_chatflow.training.safe_reading import check_pickles
 from megatron_chatflow.training.saver import Saver
 
@@ -132,8 +132,7 @@ def load_average(folder: Path, model: list[MegatronModule]) -> None:
     Raises UsageError where the checkpoint has none, or is damaged.
     """
     _check(folder, verified=False)
-    if read_state(folder).get("ema_decay") is None:
-        raise UsageError(f"{folder} holds no running mean of the weights; it was trained without --ema-decay, so load its weights")
+    check_running_mean(folder)
     _load_weights(model, dist_checkpointing.load({name: mean_instead(entries) for name, entries in _weights(model).items()}, str(folder)))
 
 

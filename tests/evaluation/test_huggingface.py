@@ -76,6 +76,7 @@ def test_what_only_runs_have_is_refused_on_a_folder(pool: Pool, folder: Path) ->
     for words, sentence in (
         (["--ckpt-step", "10"], "is a Hugging Face folder, which has no iterations; drop --ckpt-step"),
         (["--average-checkpoints", "2"], "is a Hugging Face folder, which has no iterations; drop --average-checkpoints"),
+        (["--use-ema"], "is a Hugging Face folder, which has no running mean of the weights; drop --use-ema"),
         ([], "nothing to read; give --curriculum FILE"),
     ):
         ((code, _, err),) = pool.run(1, command, "evaluate", "--load", str(folder), *words)

@@ -1,0 +1,72 @@
+"""Which weights of a run a command takes: a checkpoint's, the mean of the last checkpoints, or the running mean. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_chatflow.config import UsageError
+from megatron_chatflow.training.run_directory import complete_iterations, find_checkpoint, iteration_folder, read_state
+
+
+@dataclass(frozen=True)
+class ChosenWeights:
+    """Weights to read; `choose_weights` makes it."""
+
+    folders: tuple[Path, ...]
+    """Checkpoints to take the mean of, oldest first; one alone is taken as it is."""
+    use_ema: bool
+    """Take the running mean of the weights (--ema-decay) in place of the weights."""
+
+    @property
+    def newest(self) -> Path:
+        """The checkpoint that the weights are of, or the last one of the mean."""
+        return self.folders[-1]
+
+    @property
+    def name(self) -> str:
+        """What reports call them."""
+        if self.use_ema:
+            return f"running mean of the weights in {self.newest}"
+        if len(self.folders) == 1:
+            return str(self.newest)
+        return f"mean of {', '.join(folder.name for folder in self.folders[:-1])} and {self.newest}"
+
+
+def choose_weights(run: str | Path, ckpt_step: int | None, average: int = 1, use_ema: bool = False) -> ChosenWeights:
+    """The weights of a run up to `ckpt_step` (or the latest).
+
+    Args:
+        run: the run directory.
+        ckpt_step: the iteration; None is the latest.
+        average: how many of the last complete checkpoints to take the mean of.
+        use_ema: take the running mean of the weights in place of the weights.
+
+    Raises:
+        UsageError: there is no checkpoint, fewer than `average`, no running mean, or both means were asked for.
+    """
+    if use_ema and average != 1:
+        raise UsageError(f"use_ema and average_checkpoints {average} are two ways to average; drop --use-ema or --average-checkpoints")
+    folders = tuple(_last_checkpoints(Path(run), ckpt_step, average))
+    if use_ema:
+        check_running_mean(folders[-1])
+    return ChosenWeights(folders, use_ema)
+
+
+def check_running_mean(checkpoint: Path) -> None:
+    """Raises UsageError where a checkpoint holds no running mean of the weights."""
+    if read_state(checkpoint).get("ema_decay") is None:
+        raise UsageError(f"{checkpoint} holds no running mean of the weights: it was trained without --ema-decay; drop --use-ema to take its weights")
+
+
+def _last_checkpoints(run: Path, ckpt_step: int | None, count: int) -> list[Path]:
+    newest = find_checkpoint(run, ckpt_step)
+    if newest is None:
+        raise UsageError(f"load {run} holds no checkpoint; give a run directory that has one")
+    there = [iteration for iteration in sorted(complete_iterations(run)) if iteration <= int(newest.name[5:])]
+    if count < 1 or count > len(there):
+        raise UsageError(
+            f"average_checkpoints is {count}, and the complete checkpoints of {run} up to {newest.name} are {len(there)} (iteration "
+            f"{', '.join(map(str, there))}); give --average-checkpoints a number from 1 to {len(there)}"
+        )
+    return [iteration_folder(run, iteration) for iteration in there[-count:]]
