@@ -32,3 +32,13 @@ def reference(pool: Pool, sample: Path) -> Path:
     (done,) = pool.run(1, train, sample, "--save", str(run), "--save-interval", "10", "--eval-interval", "10")
     assert done[0] == 0, done
     return run
+
+
+@pytest.fixture(scope="session")
+def averaged(pool: Pool, sample: Path) -> Path:
+    """The run directory of 6 iterations in bf16 with a running mean of the weights, saved every 2."""
+    run = sample / "averaged"
+    words = ["--train-iters", "6", "--lr-warmup-iters", "0", "--bf16", "--ema-decay", "0.7", "--save-interval", "2"]
+    (done,) = pool.run(1, train, sample, "--save", str(run), *words)
+    assert done[0] == 0, done
+    return run

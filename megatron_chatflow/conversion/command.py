@@ -22,6 +22,8 @@ EPILOG = """examples:
   python tools/convert_checkpoint.py --load-dir SmolLM2-135M --save-dir runs/smollm2
   python tools/convert_checkpoint.py --load-dir SmolLM2-135M --save-dir runs/smollm2-zh --tokenizer-folder smollm2-zh-tokenizer --new-rows mean
   python tools/convert_checkpoint.py --load-dir runs/zh --ckpt-step 2000 --save-dir SmolLM2-135M-zh
+  python tools/convert_checkpoint.py --load-dir runs/zh --average-checkpoints 6 --save-dir SmolLM2-135M-zh
+  python tools/convert_checkpoint.py --load-dir runs/zh --use-ema --save-dir SmolLM2-135M-zh
 
 exit codes: 0 converted, 1 nothing converted because a disk failed, 2 nothing converted because the folders or the flags are wrong
 """
@@ -61,6 +63,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--save-dir", required=True, type=Path, metavar="DIR", help="run directory, or Hugging Face folder; must not be there yet")
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="of a run directory: the iteration to convert. Default: the latest.")
     parser.add_argument(
+        "--average-checkpoints",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of a run directory: convert the mean of the weights of the last N checkpoints (up to --ckpt-step). Default: 1.",
+    )
+    parser.add_argument(
+        "--use-ema", action="store_true", help="of a run directory with --ema-decay: convert the running mean of the weights in place of the weights"
+    )
+    parser.add_argument(
         "--tokenizer-folder",
         type=Path,
         metavar="DIR",
@@ -86,8 +98,13 @@ def _convert(argv: list[str]) -> int:
         raise UsageError(f"--load-dir {load} has neither config.json (Hugging Face) nor config.yaml (a run directory); give one of the two")
     if is_run and any(methods.values()):
         raise UsageError("new rows are made on the way from Hugging Face only; drop --new-rows")
-    if is_hugging_face and arguments.ckpt_step is not None:
-        raise UsageError(f"{load} is a Hugging Face folder, which has no iterations; drop --ckpt-step")
+    for flag, given in (
+        ("--ckpt-step", arguments.ckpt_step is not None),
+        ("--average-checkpoints", arguments.average_checkpoints != 1),
+        ("--use-ema", arguments.use_ema),
+    ):
+        if is_hugging_face and given:
+            raise UsageError(f"{load} is a Hugging Face folder, which has no iterations; drop {flag}")
     from megatron_chatflow.engine.rehearsal import hide_devices
 
     hide_devices()
@@ -96,8 +113,10 @@ def _convert(argv: list[str]) -> int:
     hide_engine_warnings()
     if is_run:
         from megatron_chatflow.conversion import to_huggingface
+        from megatron_chatflow.training.chosen_weights import choose_weights
 
-        to_huggingface.convert(load, save, arguments.ckpt_step, arguments.tokenizer_folder, _say)
+        chosen = choose_weights(load, arguments.ckpt_step, arguments.average_checkpoints, arguments.use_ema)
+        to_huggingface.convert(load, save, chosen, arguments.tokenizer_folder, _say)
         use = f"transformers: AutoModelForCausalLM.from_pretrained({str(save)!r})"
     else:
         from megatron_chatflow.conversion import to_run

@@ -1,4 +1,4 @@
-"""A checkpoint of a run directory to a folder that transformers loads."""
+"""Weights of a run directory to a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,22 +17,21 @@ from megatron_chatflow.conversion.hf_config import config_json
 from megatron_chatflow.conversion.hf_folder import MODEL_FILES, TOKENIZER_FILES, WeightsWriter, check_target, copy_files, read_json
 from megatron_chatflow.conversion.mapping import WORD_TABLES, huggingface_names, split, split_shapes
 from megatron_chatflow.conversion.opened import groups_of
-from megatron_chatflow.conversion.torch_dist import Contents, Piece, Reader, describe
+from megatron_chatflow.conversion.saved_weights import SavedWeights, check_files
+from megatron_chatflow.conversion.torch_dist import Piece, describe
 from megatron_chatflow.engine import distributed
 from megatron_chatflow.engine.launch import Launch
 from megatron_chatflow.tokenizer import load_tokenizer
-from megatron_chatflow.training import manifest
-from megatron_chatflow.training.run_directory import find_checkpoint
-from megatron_chatflow.training.safe_reading import check_pickles
+from megatron_chatflow.training.chosen_weights import ChosenWeights
 
 
-def convert(load: Path, save: Path, ckpt_step: int | None, tokenizer_folder: Path | None, say: Callable[[str], None]) -> None:
-    """Convert a checkpoint of the run directory `load` into the folder `save`, which must not exist or be empty.
+def convert(load: Path, save: Path, chosen: ChosenWeights, tokenizer_folder: Path | None, say: Callable[[str], None]) -> None:
+    """Convert weights of the run directory `load` into the folder `save`, which must not exist or be empty.
 
     Args:
         load: a run directory.
         save: is there, whole, when this returns; a killed conversion leaves ``SAVE.partial`` behind.
-        ckpt_step: the iteration; None is the latest.
+        chosen: which weights.
         tokenizer_folder: where tokenizer files, and config.json as the pattern, come from; None is the folder of the run's tokenizer.
         say: prints a line.
 
@@ -42,33 +40,27 @@ def convert(load: Path, save: Path, ckpt_step: int | None, tokenizer_folder: Pat
     """
     check_target(save)
     config = _read_config(load)
-    checkpoint = find_checkpoint(load, ckpt_step)
-    if checkpoint is None:
-        raise UsageError(f"{load} holds no checkpoint; give a run directory that has one")
-    if wrong := manifest.damage(checkpoint, lambda name, size: True):
-        raise UsageError(f"{checkpoint} is damaged: {wrong}; convert another one with --ckpt-step")
-    check_pickles(checkpoint)
+    check_files(chosen)
     vocab_size, files = _vocabulary(config, tokenizer_folder)
     template = read_json(files / "config.json") if files and (files / "config.json").is_file() else None
     config_json(config.model, vocab_size, "float32", template)  # refuses another architecture before the model is built
     contents = describe(config, vocab_size)
     distributed.initialize(Launch("single", 0, 1, 0, None, None), ParallelSettings(), config.model.num_layers)
     try:
-        reader = Reader(checkpoint)
-        pieces = _check_checkpoint(contents, reader, checkpoint, vocab_size)
+        weights = SavedWeights(chosen, contents, vocab_size)
         partial = save.with_name(save.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if files:
             copy_files(files, partial, (*MODEL_FILES, *TOKENIZER_FILES))
-        count = _write_weights(config, pieces, reader, vocab_size, partial, say)
+        count = _write_weights(config, contents.pieces(), weights, vocab_size, partial, say)
     finally:
         distributed.shut_down()
-    dtype = str(reader.dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
+    dtype = str(weights.dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
     written = json.dumps(config_json(config.model, vocab_size, dtype, template), indent=2)
     (partial / "config.json").write_text(written + "\n", encoding="utf-8")
     os.rename(partial, save)
-    say(f" {count} file{'s' if count > 1 else ''} of weights, {dtype}, from {checkpoint}")
+    say(f" {count} file{'s' if count > 1 else ''} of weights, {dtype}, from {chosen.name}")
 
 
 def _read_config(load: Path) -> Config:
@@ -93,19 +85,7 @@ def _vocabulary(config: Config, tokenizer_folder: Path | None) -> tuple[int, Pat
     return found.vocab_size, folder
 
 
-def _check_checkpoint(contents: Contents, reader: Reader, checkpoint: Path, vocab_size: int) -> list[Piece]:
-    """The pieces to read, after the checkpoint was found to hold all of them in the shapes that config.yaml means."""
-    for key, wanted in contents.shapes.items():
-        if key not in reader.shapes:
-            raise UsageError(f"{checkpoint} has no {key}; it is of another model than config.yaml")
-        found = reader.shapes[key]
-        fits = found[0] >= vocab_size and found[1:] == wanted[1:] if key in WORD_TABLES else found == wanted
-        if not fits:
-            raise UsageError(f"{checkpoint}: {key} is {list(found)} and should be {list(wanted)} by config.yaml; it is of another model")
-    return contents.pieces()
-
-
-def _write_weights(config: Config, pieces: list[Piece], reader: Reader, vocab_size: int, folder: Path, say: Callable[[str], None]) -> int:
+def _write_weights(config: Config, pieces: list[Piece], weights: SavedWeights, vocab_size: int, folder: Path, say: Callable[[str], None]) -> int:
     """Returns the number of files."""
     layers, told = config.model.num_layers, -1
     groups = groups_of(config.model)
@@ -114,15 +94,12 @@ def _write_weights(config: Config, pieces: list[Piece], reader: Reader, vocab_si
         shape = (vocab_size, *piece.shape[1:]) if piece.key in WORD_TABLES else piece.shape
         shapes = split_shapes(piece.key, shape, *groups)
         names = huggingface_names(piece.key, piece.layer)
-        sizes |= {name: torch.Size(s).numel() * reader.dtypes[piece.key].itemsize for name, s in zip(names, shapes, strict=True)}
+        sizes |= {name: torch.Size(s).numel() * weights.dtypes[piece.key].itemsize for name, s in zip(names, shapes, strict=True)}
     writer = WeightsWriter(folder, sizes)
     for piece in pieces:
         if piece.layer is not None and piece.layer >= told + max(1, layers // 10):
             told = piece.layer
             say(f" layer {piece.layer + 1} of {layers}")
-        tensor: Any = reader.read(piece.key, piece.layer)
-        if piece.key in WORD_TABLES:
-            tensor = tensor[:vocab_size]
-        for name, part in zip(huggingface_names(piece.key, piece.layer), split(piece.key, tensor, *groups), strict=True):
+        for name, part in zip(huggingface_names(piece.key, piece.layer), split(piece.key, weights.read(piece), *groups), strict=True):
             writer.add(name, part)
     return writer.finish()

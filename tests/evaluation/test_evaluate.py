@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.conversion.models import tool as convert
 from tests.evaluation.opened import logits, opened
 from tests.pool import Pool, command
 from tests.sample import QUICKSTART, metrics, train
@@ -151,6 +152,21 @@ def test_averaged_weights_are_the_uniform_mean_of_the_last_checkpoints(pool: Poo
         assert np.abs(values - exact).max() <= 1e-7 * max(1.0, np.abs(exact).max())
 
 
+def test_the_running_mean_is_evaluated_in_place_of_the_weights_and_beside_them(
+    pool: Pool, averaged: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    told = _evaluate(pool, 1, "--load", str(averaged), "--use-ema", "--reference", str(averaged), *_flags(files))
+    assert told["checkpoint"] == f"running mean of the weights in {averaged}/iter_0000006" and told["iteration"] == 6
+    ((code, _, err),) = pool.run(1, convert, "--load-dir", averaged, "--save-dir", tmp_path / "hf", "--use-ema")
+    assert code == 0, err
+    converted = _evaluate(pool, 1, "--load", str(tmp_path / "hf"), "--document-start", "eod", "--bf16", "--seq-length", "64", *_flags(files))
+    weights = _evaluate(pool, 1, "--load", str(averaged), *_flags(files))["validation"]
+    assert told["reference"]["validation"] == weights
+    for name, values in told["validation"].items():
+        assert values["loss"] == pytest.approx(converted["validation"][name]["loss"], rel=1e-4)
+        assert abs(values["loss"] / weights[name]["loss"] - 1) > 1e-3
+
+
 def _means() -> tuple[bool, bool]:
     import torch
 
@@ -173,6 +189,11 @@ REFUSED = {
     ),
     "more than there are up to a step": (["--average-checkpoints", "2", "--ckpt-step", "10"], "up to iter_0000010 are 1 (iteration 10)"),
     "none to average": (["--average-checkpoints", "0"], "average_checkpoints is 0"),
+    "a running mean that is not there": (
+        ["--use-ema"],
+        "RUN/iter_0000020 holds no running mean of the weights: it was trained without --ema-decay; drop --use-ema to take its weights",
+    ),
+    "a mean of running means": (["--use-ema", "--average-checkpoints", "2"], "use_ema and average_checkpoints 2 are two ways to average; drop"),
     "a text without a name": (["--text", "held_out.jsonl"], "write --text NAME=FILE, e.g. --text zh=held_out.jsonl"),
     "a text that is not there": (["--text", "en=/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),
     "an empty text": (["--text", "en=/dev/null"], "the file holds no text; give one with documents"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.conversion.models import tool as convert
 from tests.evaluation.opened import logits, opened
 from tests.pool import Pool, command
 
@@ -120,7 +121,19 @@ def test_generation_stops_at_the_longest_sequence_and_says_so(pool: Pool, refere
     assert told["ended"] or ("1 cut off at max_position_embeddings 64" in err and told["tokens"] < 64)
 
 
+def test_text_of_the_running_mean_is_that_of_the_model_it_converts_to(pool: Pool, averaged: Path, tmp_path: Path) -> None:
+    ((code, _, err),) = pool.run(1, convert, "--load-dir", averaged, "--save-dir", tmp_path / "hf", "--use-ema")
+    assert code == 0, err
+    told = {}
+    for name, words in (("mean", ["--load", averaged, "--use-ema"]), ("converted", ["--load", tmp_path / "hf"]), ("weights", ["--load", averaged])):
+        ((code, out, err),) = pool.run(1, command, "generate", *map(str, words), "--prompt", "The file", "--max-new-tokens", "20")
+        assert code == 0, err
+        told[name] = out
+    assert told["mean"] == told["converted"] != told["weights"]
+
+
 REFUSED = {
+    "a running mean that is not there": (["--prompt", "a", "--use-ema"], "holds no running mean of the weights: it was trained without --ema-decay"),
     "no prompt": ([], "there is no prompt; give --prompt TEXT or --prompt-file FILE"),
     "an empty prompt": (["--prompt", ""], "prompt '': the prompt is empty; mend it"),
     "a prompt as long as the model": (["--prompt", "word " * 200], "the model is made for 64 with the answer; shorten it, or raise"),
