@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# An English model learns Hungarian on two cores, its size unchanged: in SmolLM2-135M's tokenizer the 2,000 least used tokens give their places to
+# Hungarian ones. A curriculum from English to Hungarian to instructions, judged in bits per byte against the untouched model, and written back for
+# transformers.
+#
+#     bash examples/smollm2_hu/run.sh --short    # a small run, to see that everything works
+#     bash examples/smollm2_hu/run.sh            # the whole
+#
+# Needs a Debian system (apt-get download) and pip. Everything it makes is in out/ beside this script, but for the model, which is that of
+# examples/smollm2_zh; model and corpora are fetched once. Flags after it go to the training, e.g. --train-iters 20.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+# shellcheck source-path=SCRIPTDIR source=../../tools/venv.sh
+. "$root/tools/venv.sh"
+use_environment "$root" requirements-dev.txt
+# shellcheck source-path=SCRIPTDIR source=../smollm2_zh/steps.sh
+. "$root/examples/smollm2_zh/steps.sh"
+
+if [ "${1:-}" = --short ]; then
+    shift
+    iterations=36 batch=4 length=256 warmup=4 decay=8 first=16 held=24000
+else
+    iterations=110 batch=8 length=512 warmup=6 decay=20 first=64 held=100000
+fi
+out="$here/out"
+model="$shared/out/smollm2"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # one process on both cores
+mkdir -p "$out"
+cd "$here"
+
+step "1. Model and corpora"
+[ -f "$model/NOTICE" ] || python "$shared/fetch_model.py" "$model"
+[ -f out/corpora/hu.jsonl ] || python "$shared/fetch_corpora.py" out/corpora --hungarian
+rm -rf out/data out/tokenizer out/base out/run out/smollm2-hu
+mkdir -p out/data
+hold_out "$held" en hu
+unseen out/corpora/en-hu.jsonl out/data/pairs.jsonl
+python translations.py out/data/pairs.jsonl out/data/en-hu.jsonl out/data/instruct.jsonl
+
+step "2. A tokenizer with Hungarian tokens in the place of the least used ones"
+python "$root/tools/extend_tokenizer.py" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$model" --input out/data/hu.jsonl \
+    --base-input out/data/en.jsonl --held-out hu=out/data/hu_test.jsonl en=out/data/en_test.jsonl --replace --new-tokens 2000 --output out/tokenizer
+
+step "3. Model and tokenizer together: new rows are means of the rows of their pieces"
+python "$root/tools/convert_checkpoint.py" --load-dir "$model" --save-dir out/base --tokenizer-folder out/tokenizer --new-rows mean
+
+step "4. Text to Megatron's .bin/.idx"
+preprocess out/data/en.jsonl en --append-eod
+preprocess out/data/hu.jsonl hu --append-eod
+preprocess out/data/en-hu.jsonl enhu --append-eod --kind parallel --template $'{en}\n{hu}'
+preprocess out/data/instruct.jsonl instruct --kind instruct --template chatml
+
+settings=(
+    --config out/base/config.yaml --load out/base --finetune --save out/run --curriculum curriculum.yaml --bf16 --seq-length "$length"
+    --micro-batch-size 4 --global-batch-size "$batch" --train-iters "$iterations" --split '980,20,0' --reset-attention-mask
+    --lr 3e-4 --min-lr 1e-4 --lr-decay-style WSD --lr-wsd-decay-iters "$decay" --lr-wsd-decay-style minus_sqrt --lr-warmup-iters "$warmup"
+    --adam-beta2 0.95 --weight-decay 0.1 --train-new-rows-samples "$first" --no-save-optim --log-interval 4 "$@"
+)
+
+step "5. What the curriculum means for these corpora, and the training"
+python -m megatron_chatflow plan "${settings[@]}" --plot out/plan.png
+python -m megatron_chatflow train "${settings[@]}"
+
+step "6. Against the untouched model, on the same held-out documents"
+python -m megatron_chatflow evaluate --load out/run --reference "$model" --text hu=out/data/hu_test.jsonl --text en=out/data/en_test.jsonl
+
+step "7. Back to Hugging Face"
+python "$root/tools/convert_checkpoint.py" --load-dir out/run --save-dir out/smollm2-hu
+
+step "8. Text"
+python -m megatron_chatflow generate --load out/run --prompt 'A Linux rendszerben' --prompt 'In a Linux system,' --max-new-tokens 40
+
+step "Done"
+echo "checkpoint:    $out/run"
+echo "TensorBoard:   $out/run/tensorboard   (tensorboard --logdir \"$out/run/tensorboard\")"
+echo "plot:          $out/plan.png"
+echo "transformers:  $out/smollm2-hu"
