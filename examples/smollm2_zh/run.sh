@@ -13,6 +13,8 @@ root=$(cd "$here/../.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=../../tools/venv.sh
 . "$root/tools/venv.sh"
 use_environment "$root" requirements-dev.txt
+# shellcheck source-path=SCRIPTDIR source=steps.sh
+. "$here/steps.sh"
 
 if [ "${1:-}" = --short ]; then
     shift
@@ -25,16 +27,14 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # one process on both cores
 mkdir -p "$out"
 cd "$here"
 
-step() { printf '\n== %s\n' "$*"; }
-
 step "1. Model and corpora"
 [ -f out/smollm2/NOTICE ] || python fetch_model.py out/smollm2
 [ -f out/corpora/sources.json ] || python fetch_corpora.py out/corpora
 rm -rf out/data out/tokenizer out/base out/run out/smollm2-zh
 mkdir -p out/data
-for language in en zh; do
-    python hold_out.py "out/corpora/$language.jsonl" "out/data/$language.jsonl" "out/data/${language}_test.jsonl" --bytes "$held"
-done
+hold_out "$held" en zh
+unseen out/corpora/en-zh.jsonl out/data/en-zh.jsonl
+unseen out/corpora/instruct.jsonl out/data/instruct.jsonl
 
 step "2. A tokenizer with Chinese tokens"
 python "$root/tools/extend_tokenizer.py" --tokenizer-type HuggingFaceTokenizer --tokenizer-model out/smollm2 --input out/data/zh.jsonl \
@@ -44,14 +44,10 @@ step "3. Model and tokenizer together: new rows are means of the rows of their p
 python "$root/tools/convert_checkpoint.py" --load-dir out/smollm2 --save-dir out/base --tokenizer-folder out/tokenizer --new-rows mean
 
 step "4. Text to Megatron's .bin/.idx"
-preprocess() { # input, name of the corpus, further flags
-    python "$root/tools/preprocess_data.py" --input "$1" --output-prefix "out/data/$2" --tokenizer-type HuggingFaceTokenizer \
-        --tokenizer-model out/tokenizer --workers 2 "${@:3}"
-}
 preprocess out/data/en.jsonl en --append-eod
 preprocess out/data/zh.jsonl zh --append-eod
-preprocess out/corpora/en-zh.jsonl enzh --append-eod --kind parallel --template $'{en}\n{zh}'
-preprocess out/corpora/instruct.jsonl instruct --kind instruct --template chatml
+preprocess out/data/en-zh.jsonl enzh --append-eod --kind parallel --template $'{en}\n{zh}'
+preprocess out/data/instruct.jsonl instruct --kind instruct --template chatml
 
 settings=(
     --config out/base/config.yaml --load out/base --finetune --save out/run --curriculum curriculum.yaml --bf16 --seq-length "$length"
