@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from megatron_chatflow.training.manifest import write_manifest
 from megatron_chatflow.training.processes import deaf
 from megatron_chatflow.training.run_directory import POINTER, complete_iterations, iteration_folder, outdated
 from megatron_chatflow.training.shards import SealedShards, results_of_rank, seals_of_rank
-from megatron_chatflow.training.staging import Staging, left_at_home
+from megatron_chatflow.training.staging import Staging, left_at_home, without_views
 
 
 class SaveError(RuntimeError):
@@ -71,6 +72,7 @@ class Saver:
     _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
     _writing: _Writing | None = None
     _saved: Saved | None = None
+    _sweeper: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
@@ -97,6 +99,7 @@ class Saver:
                 TorchCommonSaveStrategy("torch", 1).save_common(common, str(self._writing.partial))
             except (OSError, RuntimeError) as error:  # told at the end, when all ranks are there to hear it
                 self._writing.problem = f"common.pt: {error}"
+            without_views(sharded)
             request = SealedShards(self._staging, self._end).async_save(sharded, str(self._writing.partial))
             with left_at_home(self.resident):
                 self._queue.schedule_async_request(request)
@@ -115,15 +118,18 @@ class Saver:
         self._writing.seconds += time.perf_counter() - begin
         if self._saved is None:
             return None
+        if wait:
+            self._wait_for_sweeper()
         self._saved.seconds, self._saved.stall = time.perf_counter() - self._writing.begin, self._writing.seconds
         saved, self._saved, self._writing = self._saved, None, None
         return saved
 
     def drop(self) -> None:
-        """Give up what is being written, at once; needs no other rank."""
+        """Give up what is being written; needs no other rank."""
         for call in self._queue.async_calls:
             call.async_caller.close(abort=True)
         self._queue.async_calls.clear()
+        self._wait_for_sweeper()
         self._writing = None
 
     def _make_partial(self, iteration: int) -> Path:
@@ -132,6 +138,7 @@ class Saver:
         if torch.distributed.get_rank() == 0:
             try:
                 self.run.mkdir(parents=True, exist_ok=True)
+                self._wait_for_sweeper()
                 _sweep(self.run)
                 folder = self.run / f"{iteration_folder(self.run, iteration).name}.partial-{time.time_ns():x}"
                 folder.mkdir()
@@ -181,7 +188,13 @@ class Saver:
         there = [i for i in complete_iterations(self.run) if i <= iteration]
         for old in outdated(there, self.most_recent_k, self.retain_interval):
             os.rename(iteration_folder(self.run, old), f"{iteration_folder(self.run, old)}.partial-removed")
-        _sweep(self.run)
+        self._sweeper = threading.Thread(target=_sweep, args=(self.run,))  # large files take a while to go
+        self._sweeper.start()
+
+    def _wait_for_sweeper(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.join()
+            self._sweeper = None
 
 
 def _sweep(run: Path) -> None:

@@ -62,7 +62,7 @@ def _write(transforms: list[Any], folder: Path, rank: int, buckets: list[Any], r
     megatron-core would fork one more process for each shard, and wait for ever if one of them is killed.
     """
     die_with_parent()
-    os.nice(10)  # the training goes first
+    os.nice(19)  # the training goes first
     with ThreadPoolExecutor(len(buckets)) as threads:
         written = dict(threads.map(partial(_write_shard, transforms), range(len(buckets)), buckets))
     failures = [outcome for outcome in written.values() if isinstance(outcome, Exception)]

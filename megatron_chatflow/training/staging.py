@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 _LEAST = 1 << 20
 """Bytes from which a tensor is worth the trouble."""
@@ -39,6 +40,18 @@ class Staging:
         if buffer is None or len(buffer) != tensor.nbytes:
             buffer = self._buffers[place] = mmap.mmap(-1, tensor.nbytes)
         return torch.frombuffer(buffer, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def without_views(sharded_state: dict[str, Any]) -> None:
+    """Give every CPU tensor of a sharded state dict a storage of its own over the same memory, in place.
+
+    Weights and moments are views into megatron-core's buffers, and its writer clones views before they are copied here once more.
+    """
+    for entry in nested_values(sharded_state):
+        data = getattr(entry, "data", None)
+        if isinstance(data, torch.Tensor) and data.device.type == "cpu" and data.is_contiguous() and data.numel():
+            flat = data.detach().view(-1).view(torch.uint8)
+            entry.data = torch.from_numpy(flat.numpy()).view(data.dtype).view(data.shape)
 
 
 @contextmanager

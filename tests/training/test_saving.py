@@ -208,7 +208,7 @@ def kill_writers(folder: Path, *words: str) -> tuple[int, str, str]:
         while not stop.is_set():
             for child in myself.children():
                 with contextlib.suppress(psutil.Error, ProcessLookupError):
-                    if child.pid not in known and child.nice() >= 10:
+                    if child.pid not in known and child.nice() == 19:
                         os.kill(child.pid, signal.SIGKILL)
             time.sleep(0.001)
 
