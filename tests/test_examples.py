@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_chatflow.curriculum import BlendPlan, load_curriculum
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NAMES = ("curriculum.yaml", "constant.yaml")
 LONG = "A paragraph that is long enough to be known again wherever it stands, {}."
 
 
@@ -41,3 +44,9 @@ def test_every_eighth_pair_becomes_an_instruction_to_translate_and_none_is_both(
     assert read(tmp_path / "pairs.jsonl") == [pair for i, pair in enumerate(pairs) if i not in (0, 8, 16)]
     told = [(record["input"], record["output"]) for record in read(tmp_path / "instruct.jsonl")]
     assert told == [("en 0", "hu 0"), ("hu 8", "en 8"), ("en 16", "hu 16")]
+
+
+def test_the_control_of_smollm2_zh_has_the_average_shares_of_its_curriculum() -> None:
+    plans = [BlendPlan(load_curriculum(EXAMPLES / "smollm2_zh" / name), num_samples=100_000, global_batch_size=8, seq_length=512) for name in NAMES]
+    moving, constant = (dict(zip(plan.domain_names, plan.counts(100_000), strict=True)) for plan in plans)
+    assert moving.keys() == constant.keys() and all(abs(moving[name] - constant[name]) < 100 for name in moving), (moving, constant)

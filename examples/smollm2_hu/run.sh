@@ -17,12 +17,8 @@ use_environment "$root" requirements-dev.txt
 # shellcheck source-path=SCRIPTDIR source=../smollm2_zh/steps.sh
 . "$root/examples/smollm2_zh/steps.sh"
 
-if [ "${1:-}" = --short ]; then
-    shift
-    iterations=36 batch=4 length=256 warmup=4 decay=8 first=16 held=24000
-else
-    iterations=110 batch=8 length=512 warmup=6 decay=20 first=64 held=100000
-fi
+sizes "${1:-}"
+if [ "${1:-}" = --short ]; then shift; fi
 out="$here/out"
 model="$shared/out/smollm2"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # one process on both cores
@@ -51,12 +47,7 @@ preprocess out/data/hu.jsonl hu --append-eod
 preprocess out/data/en-hu.jsonl enhu --append-eod --kind parallel --template $'{en}\n{hu}'
 preprocess out/data/instruct.jsonl instruct --kind instruct --template chatml
 
-settings=(
-    --config out/base/config.yaml --load out/base --finetune --save out/run --curriculum curriculum.yaml --bf16 --seq-length "$length"
-    --micro-batch-size 4 --global-batch-size "$batch" --train-iters "$iterations" --split '980,20,0' --reset-attention-mask
-    --lr 3e-4 --min-lr 1e-4 --lr-decay-style WSD --lr-wsd-decay-iters "$decay" --lr-wsd-decay-style minus_sqrt --lr-warmup-iters "$warmup"
-    --adam-beta2 0.95 --weight-decay 0.1 --train-new-rows-samples "$first" --no-save-optim --log-interval 4 "$@"
-)
+settings_for out/run curriculum.yaml "$@"
 
 step "5. What the curriculum means for these corpora, and the training"
 python -m megatron_chatflow plan "${settings[@]}" --plot out/plan.png

@@ -4,9 +4,10 @@
 #
 #     bash examples/smollm2_zh/run.sh --short    # a few minutes
 #     bash examples/smollm2_zh/run.sh            # the whole, about forty
+#     bash examples/smollm2_zh/controls.sh       # then: the same training on constant shares, and on Chinese alone
 #
 # Needs a Debian system (apt-get download) and pip. Everything it makes is in out/ beside this script; model and corpora are fetched once.
-# Flags after it go to the training, e.g. --curriculum chinese.yaml --save out/chinese for a run of Chinese alone.
+# Flags after it go to the training, e.g. --train-iters 20.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -16,12 +17,8 @@ use_environment "$root" requirements-dev.txt
 # shellcheck source-path=SCRIPTDIR source=steps.sh
 . "$here/steps.sh"
 
-if [ "${1:-}" = --short ]; then
-    shift
-    iterations=36 batch=4 length=256 warmup=4 decay=8 first=16 held=24000
-else
-    iterations=110 batch=8 length=512 warmup=6 decay=20 first=64 held=100000
-fi
+sizes "${1:-}"
+if [ "${1:-}" = --short ]; then shift; fi
 out="$here/out"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # one process on both cores
 mkdir -p "$out"
@@ -49,12 +46,7 @@ preprocess out/data/zh.jsonl zh --append-eod
 preprocess out/data/en-zh.jsonl enzh --append-eod --kind parallel --template $'{en}\n{zh}'
 preprocess out/data/instruct.jsonl instruct --kind instruct --template chatml
 
-settings=(
-    --config out/base/config.yaml --load out/base --finetune --save out/run --curriculum curriculum.yaml --bf16 --seq-length "$length"
-    --micro-batch-size 4 --global-batch-size "$batch" --train-iters "$iterations" --split '980,20,0' --reset-attention-mask
-    --lr 3e-4 --min-lr 1e-4 --lr-decay-style WSD --lr-wsd-decay-iters "$decay" --lr-wsd-decay-style minus_sqrt --lr-warmup-iters "$warmup"
-    --adam-beta2 0.95 --weight-decay 0.1 --train-new-rows-samples "$first" --no-save-optim --log-interval 4 "$@"
-)
+settings_for out/run curriculum.yaml "$@"
 
 step "5. What the curriculum means for these corpora, and the training"
 python -m megatron_chatflow plan "${settings[@]}" --plot out/plan.png

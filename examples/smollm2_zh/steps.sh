@@ -1,8 +1,17 @@
 # shellcheck shell=bash
 # What examples/smollm2_zh and examples/smollm2_hu share. Sourced; the functions run in the example's folder, which holds out/.
+# shellcheck disable=SC2034 # the sizes are used where this file is sourced
 
 shared=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) # the scripts beside this file
 root=$(cd "$shared/../.." && pwd)
+
+sizes() { # --short or nothing: how much is held out and learnt
+    if [ "${1:-}" = --short ]; then
+        iterations=36 batch=4 length=256 warmup=4 decay=8 first=16 held=24000
+    else
+        iterations=110 batch=8 length=512 warmup=6 decay=20 first=64 held=100000
+    fi
+}
 
 step() { printf '\n== %s\n' "$*"; }
 
@@ -23,4 +32,13 @@ unseen() { # input, output: without what the held-out documents have
 preprocess() { # input, name of the corpus, further flags
     python "$root/tools/preprocess_data.py" --input "$1" --output-prefix "out/data/$2" --tokenizer-type HuggingFaceTokenizer \
         --tokenizer-model out/tokenizer --workers 2 "${@:3}"
+}
+
+settings_for() { # run, curriculum, further flags: sets settings, the flags of a training
+    settings=(
+        --config out/base/config.yaml --load out/base --finetune --save "$1" --curriculum "$2" --bf16 --seq-length "$length"
+        --micro-batch-size 4 --global-batch-size "$batch" --train-iters "$iterations" --split '980,20,0' --reset-attention-mask
+        --lr 3e-4 --min-lr 1e-4 --lr-decay-style WSD --lr-wsd-decay-iters "$decay" --lr-wsd-decay-style minus_sqrt --lr-warmup-iters "$warmup"
+        --adam-beta2 0.95 --weight-decay 0.1 --train-new-rows-samples "$first" --no-save-optim --log-interval 4 "${@:3}"
+    )
 }
