@@ -36,7 +36,7 @@ python translations.py out/data/pairs.jsonl out/data/en-hu.jsonl out/data/instru
 
 step "2. A tokenizer with Hungarian tokens in the place of the least used ones"
 python "$root/tools/extend_tokenizer.py" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$model" --input out/data/hu.jsonl \
-    --base-input out/data/en.jsonl --held-out hu=out/data/hu_test.jsonl en=out/data/en_test.jsonl --replace --new-tokens 2000 --output out/tokenizer
+    --base-input out/data/en.jsonl --held-out hu=out/data/hu_test.jsonl en=out/data/en_test.jsonl --replace --new-tokens "$tokens" --output out/tokenizer
 
 step "3. Model and tokenizer together: new rows are means of the rows of their pieces"
 python "$root/tools/convert_checkpoint.py" --load-dir "$model" --save-dir out/base --tokenizer-folder out/tokenizer --new-rows mean

@@ -6,6 +6,7 @@ The documents with the smallest hashes are held out, as many as fill the bytes, 
 
 import argparse
 import hashlib
+import json
 from pathlib import Path
 
 
@@ -15,8 +16,9 @@ def main() -> None:
     parser.add_argument("train", type=Path)
     parser.add_argument("test", type=Path)
     parser.add_argument("--bytes", type=int, required=True, help="size of the held-out file")
+    parser.add_argument("--source", default="", help="leave out the documents whose `source` does not begin with this")
     arguments = parser.parse_args()
-    lines = arguments.input.read_bytes().splitlines(keepends=True)
+    lines = [line for line in arguments.input.read_bytes().splitlines(keepends=True) if json.loads(line)["source"].startswith(arguments.source)]
     held, size = set(), 0
     for number in sorted(range(len(lines)), key=lambda i: hashlib.sha256(lines[i]).digest()):
         if size + len(lines[number]) <= arguments.bytes:

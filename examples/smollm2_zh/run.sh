@@ -4,7 +4,8 @@
 #
 #     bash examples/smollm2_zh/run.sh --short    # a few minutes
 #     bash examples/smollm2_zh/run.sh            # the whole, about forty
-#     bash examples/smollm2_zh/controls.sh       # then: the same training on constant shares, and on Chinese alone
+#
+# control.sh then trains the same on constant shares, or on Chinese alone.
 #
 # Needs a Debian system (apt-get download) and pip. Everything it makes is in out/ beside this script; model and corpora are fetched once.
 # Flags after it go to the training, e.g. --train-iters 20.
@@ -35,7 +36,7 @@ unseen out/corpora/instruct.jsonl out/data/instruct.jsonl
 
 step "2. A tokenizer with Chinese tokens"
 python "$root/tools/extend_tokenizer.py" --tokenizer-type HuggingFaceTokenizer --tokenizer-model out/smollm2 --input out/data/zh.jsonl \
-    --base-input out/data/en.jsonl --held-out zh=out/data/zh_test.jsonl en=out/data/en_test.jsonl --new-tokens 2000 --output out/tokenizer
+    --base-input out/data/en.jsonl --held-out zh=out/data/zh_test.jsonl en=out/data/en_test.jsonl --new-tokens "$tokens" --output out/tokenizer
 
 step "3. Model and tokenizer together: new rows are means of the rows of their pieces"
 python "$root/tools/convert_checkpoint.py" --load-dir out/smollm2 --save-dir out/base --tokenizer-folder out/tokenizer --new-rows mean

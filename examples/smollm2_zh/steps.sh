@@ -5,11 +5,11 @@
 shared=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) # the scripts beside this file
 root=$(cd "$shared/../.." && pwd)
 
-sizes() { # --short or nothing: how much is held out and learnt
-    if [ "${1:-}" = --short ]; then
-        iterations=36 batch=4 length=256 warmup=4 decay=8 first=16 held=24000
+sizes() { # --short or nothing: how much is held out and learnt, and from where
+    if [ "${1:-}" = --short ]; then # the help of one program alone: enough of the same kind for a few minutes
+        iterations=96 batch=2 length=256 warmup=4 decay=24 first=8 tokens=300 held=24000 source=libreoffice-help
     else
-        iterations=110 batch=8 length=512 warmup=6 decay=20 first=64 held=100000
+        iterations=100 batch=4 length=512 warmup=4 decay=25 first=32 tokens=500 held=100000 source=
     fi
 }
 
@@ -18,7 +18,8 @@ step() { printf '\n== %s\n' "$*"; }
 hold_out() { # bytes of a language, languages: corpora/NAME.jsonl is split into data/NAME.jsonl and data/NAME_test.jsonl
     local language
     for language in "${@:2}"; do
-        python "$shared/hold_out.py" "out/corpora/$language.jsonl" "out/data/$language.jsonl" "out/data/${language}_test.jsonl" --bytes "$1"
+        python "$shared/hold_out.py" "out/corpora/$language.jsonl" "out/data/$language.jsonl" "out/data/${language}_test.jsonl" --bytes "$1" \
+            --source "$source"
     done
     for language in "${@:2}"; do
         unseen "out/data/$language.jsonl" "out/data/$language.jsonl"
@@ -37,8 +38,8 @@ preprocess() { # input, name of the corpus, further flags
 settings_for() { # run, curriculum, further flags: sets settings, the flags of a training
     settings=(
         --config out/base/config.yaml --load out/base --finetune --save "$1" --curriculum "$2" --bf16 --seq-length "$length"
-        --micro-batch-size 4 --global-batch-size "$batch" --train-iters "$iterations" --split '980,20,0' --reset-attention-mask
-        --lr 3e-4 --min-lr 1e-4 --lr-decay-style WSD --lr-wsd-decay-iters "$decay" --lr-wsd-decay-style minus_sqrt --lr-warmup-iters "$warmup"
-        --adam-beta2 0.95 --weight-decay 0.1 --train-new-rows-samples "$first" --no-save-optim --log-interval 4 "${@:3}"
+        --micro-batch-size "$batch" --global-batch-size "$batch" --train-iters "$iterations" --split '980,20,0' --reset-attention-mask
+        --lr 4e-4 --min-lr 1.3e-4 --lr-decay-style WSD --lr-wsd-decay-iters "$decay" --lr-wsd-decay-style minus_sqrt --lr-warmup-iters "$warmup"
+        --adam-beta2 0.95 --weight-decay 0.1 --train-new-rows-samples "$first" --no-save-optim --log-interval 5 "${@:3}"
     )
 }

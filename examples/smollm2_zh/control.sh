@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# What the curriculum of run.sh is worth: its base model, corpora and length with the same average shares held constant, or with Chinese alone.
+#
+#     bash examples/smollm2_zh/control.sh constant            # after run.sh
+#     bash examples/smollm2_zh/control.sh chinese --short     # after run.sh --short
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+# shellcheck source-path=SCRIPTDIR source=../../tools/venv.sh
+. "$root/tools/venv.sh"
+use_environment "$root" requirements-dev.txt
+# shellcheck source-path=SCRIPTDIR source=steps.sh
+. "$here/steps.sh"
+
+control=${1:-}
+if [ ! -f "$here/$control.yaml" ]; then
+    echo "control.sh: '$control' is no control; give constant or chinese" >&2
+    exit 2
+fi
+shift
+sizes "${1:-}"
+if [ "${1:-}" = --short ]; then shift; fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+cd "$here"
+
+step "Training: $control.yaml"
+rm -rf "out/$control"
+settings_for "out/$control" "$control.yaml" "$@"
+python -m megatron_chatflow train "${settings[@]}"
+
+step "Against the untouched model"
+python -m megatron_chatflow evaluate --load "out/$control" --reference out/smollm2 --text zh=out/data/zh_test.jsonl --text en=out/data/en_test.jsonl
