@@ -9,7 +9,7 @@ sizes() { # --short or nothing: how much is held out and learnt, and from where
     if [ "${1:-}" = --short ]; then # the help of one program alone: enough of the same kind for a few minutes
         iterations=96 batch=2 length=256 warmup=4 decay=24 first=8 tokens=300 held=24000 source=libreoffice-help
     else
-        iterations=100 batch=4 length=512 warmup=4 decay=25 first=32 tokens=500 held=100000 source=
+        iterations=80 batch=4 length=512 warmup=4 decay=20 first=32 tokens=500 held=48000 source=
     fi
 }
 
