@@ -36,6 +36,8 @@ python -m megatron_chatflow plan --config run.yaml --curriculum curriculum.yaml 
 step "3. Training on two processes"
 torchrun --standalone --nproc-per-node 2 -m megatron_chatflow train --config run.yaml --curriculum curriculum.yaml --save "$out/run" "$@"
 
+python "$root/tools/plot_run.py" "$out/run"
+
 step "4. What the model read in iteration 57"
 python -m megatron_chatflow locate --iteration 57 --checkpoint "$out/run"
 
@@ -43,4 +45,4 @@ step "Done"
 echo "checkpoint:  $out/run (iteration $(cat "$out/run/latest_checkpointed_iteration.txt"))"
 echo "TensorBoard: $out/run/tensorboard   (tensorboard --logdir \"$out/run/tensorboard\")"
 echo "metrics:     $out/run/metrics.jsonl"
-echo "plot:        $out/plan.png"
+echo "plots:       $out/plan.png (planned), $out/run/run.png (shares and losses of the run)"

@@ -52,6 +52,7 @@ settings_for out/run curriculum.yaml "$@"
 step "5. What the curriculum means for these corpora, and the training"
 python -m megatron_chatflow plan "${settings[@]}" --plot out/plan.png
 python -m megatron_chatflow train "${settings[@]}"
+python "$root/tools/plot_run.py" out/run
 
 step "6. Against the untouched model, on the same held-out documents"
 python -m megatron_chatflow evaluate --load out/run --reference "$model" --text hu=out/data/hu_test.jsonl --text en=out/data/en_test.jsonl
@@ -65,5 +66,5 @@ python -m megatron_chatflow generate --load out/run --prompt 'A Linux rendszerbe
 step "Done"
 echo "checkpoint:    $out/run"
 echo "TensorBoard:   $out/run/tensorboard   (tensorboard --logdir \"$out/run/tensorboard\")"
-echo "plot:          $out/plan.png"
+echo "plots:         $out/plan.png (planned), $out/run/run.png (shares and losses of the run)"
 echo "transformers:  $out/smollm2-hu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,56 @@ def plot_plan(
     bars.set(xlabel="tokens", title="drawn over the run")
     bars.title.set_fontsize(9)
     FigureCanvasAgg(figure).print_png(str(path))
+
+
+def plot_run(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Draws what a run has read and learnt to a PNG: each domain's share, realized and scheduled, and its loss, in training and held out.
+
+    A point stands for a stretch of iterations with 20 samples or more, and there are 200 points at most: shares of the stretch's samples, losses as
+    means over its tokens.
+
+    Args:
+        path: the file to write.
+        records: those of metrics.jsonl; at least one is of an iteration.
+
+    Raises:
+        ValueError: no record is of an iteration.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trained = [record for record in records if "domains" in record]
+    if not trained:
+        raise ValueError("no record is of an iteration")
+    names = sorted({name for record in trained for name in record["domains"]})
+    count = min(200, len(trained), max(1, sum(record["batch-size"] for record in trained) // 20))
+    stretches = np.array_split(np.arange(len(trained)), count)
+    at = [trained[stretch[-1]]["iteration"] for stretch in stretches]
+    figure = Figure(figsize=(12, max(4.8, 0.22 * len(names))), layout="constrained")
+    shares, losses = figure.subplots(1, 2)
+    for name, colour in zip(names, _colours(len(names)), strict=True):
+        rows = [[trained[i]["domains"].get(name, _NOTHING) for i in stretch] for stretch in stretches]
+        sizes = [[trained[i]["batch-size"] for i in stretch] for stretch in stretches]
+        shares.plot(at, [sum(row["samples"] for row in part) / sum(size) for part, size in zip(rows, sizes, strict=True)], color=colour, label=name)
+        scheduled = [np.average([row["share_target"] for row in part], weights=size) for part, size in zip(rows, sizes, strict=True)]
+        shares.plot(at, scheduled, color=colour, linestyle=":")
+        learnt = [(i, loss) for i, loss in zip(at, map(_mean_loss, rows), strict=True) if loss is not None]
+        losses.plot([i for i, _ in learnt], [loss for _, loss in learnt], color=colour)
+        held_out = [(r["iteration"], r["validation"][name]["loss"]) for r in records if name in r.get("validation", {})]
+        losses.plot([i for i, _ in held_out], [loss for _, loss in held_out], color=colour, marker="o", markersize=4, linestyle="--")
+    shares.set(xlabel="iteration", ylabel="share (dotted: scheduled)", ylim=(0, None))
+    losses.set(xlabel="iteration", ylabel="loss (points: held out)")
+    shares.legend(fontsize=8)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+_NOTHING = {"samples": 0, "share_target": 0.0, "tokens": 0, "loss": None}
+
+
+def _mean_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Over all tokens; None where there are none."""
+    read = [row for row in rows if row["tokens"] and row["loss"] is not None]
+    return float(np.average([row["loss"] for row in read], weights=[row["tokens"] for row in read])) if read else None
 
 
 def _colours(count: int) -> list[tuple[float, float, float, float]]:

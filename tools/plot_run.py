@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Draws a run from its metrics.jsonl: the share of every domain, realized and scheduled, and its loss in training and on held-out text."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_chatflow.report.plots import plot_run  # noqa: E402
+
+EPILOG = """examples:
+  python tools/plot_run.py runs/zh                       writes runs/zh/run.png
+  python tools/plot_run.py runs/zh --output zh.png       also while the run goes on
+
+exit codes: 0 drawn, 2 there is nothing to draw
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory (--save of a training)")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="the file to write. Default: RUN/run.png.")
+    args = parser.parse_args(argv)
+    metrics, output = args.run / "metrics.jsonl", args.output or args.run / "run.png"
+    try:
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # a run that goes on may be writing the last one
+        plot_run(output, records)
+    except OSError as error:
+        print(f"plot_run.py: error: {error.filename}: {error.strerror}; give the --save folder of a training", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"plot_run.py: error: {metrics}: {error}; train first, or restore the file", file=sys.stderr)
+        return 2
+    print(f"{output}: {len(records):,} records drawn")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
