@@ -37,13 +37,15 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "TP2 PP2 DP2 SP distributed optimizer": (8, _flags(2, 2, 0, SP, ZERO)),
     "TP4 PP2 SP": (8, _flags(4, 2, 0, SP)),
 }
-GROUPS = ["--num-query-groups", "4", "--train-iters", "10", "--lr-decay-iters", "20", "--lr-warmup-iters", "2", "--micro-batch-size", "1"]
+SHAPE = ["--num-query-groups", "4", "--micro-batch-size", "1"]
+RATE = ["--train-iters", "10", "--lr", "3e-4", "--min-lr", "1e-4", "--lr-decay-iters", "20", "--lr-warmup-iters", "2"]
+"""An ordinary learning rate: at ten times that, bfloat16 alone moves the gradient norm of one process by two percent in ten iterations."""
 
 
 def run(pool: Pool, sample: Path, name: str, world: int, flags: list[str]) -> Path:
     folder = sample / "table" / name.replace(" ", "-")
     shutil.rmtree(folder, ignore_errors=True)
-    for code, out, err in pool.run(world, train, sample, "--save", str(folder), *GROUPS, *flags):
+    for code, out, err in pool.run(world, train, sample, "--save", str(folder), *SHAPE, *RATE, *flags):
         assert code == 0, (name, out, err)
     return folder
 
@@ -65,4 +67,4 @@ def test_every_layout_gives_the_loss_and_gradient_norm_of_one_process(
             print(f"{name:<45} {world:>5}  {loss:.1e}    {norm:.1e}")
     assert len(rows) >= 14
     assert all(loss < bound for _, _, loss, _ in rows), rows
-    assert all(norm < (1e-5 if not precision else 5e-2) for *_, norm in rows), rows
+    assert all(norm < bound for *_, norm in rows), rows
