@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An English model learns Hungarian on two cores, its size unchanged: in SmolLM2-135M's tokenizer the 2,000 least used tokens give their places to
+# An English model learns Hungarian on two cores, its size unchanged: in SmolLM2-135M's tokenizer the 500 least used tokens give their places to
 # Hungarian ones. A curriculum from English to Hungarian to instructions, judged in bits per byte against the untouched model, and written back for
 # transformers.
 #
@@ -19,11 +19,10 @@ use_environment "$root" requirements-dev.txt
 
 sizes "${1:-}"
 if [ "${1:-}" = --short ]; then shift; fi
-out="$here/out"
 model="$shared/out/smollm2"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # one process on both cores
-mkdir -p "$out"
 cd "$here"
+mkdir -p out
 
 step "1. Model and corpora"
 [ -f "$model/NOTICE" ] || python "$shared/fetch_model.py" "$model"
@@ -47,24 +46,4 @@ preprocess out/data/hu.jsonl hu --append-eod
 preprocess out/data/en-hu.jsonl enhu --append-eod --kind parallel --template $'{en}\n{hu}'
 preprocess out/data/instruct.jsonl instruct --kind instruct --template chatml
 
-settings_for out/run curriculum.yaml "$@"
-
-step "5. What the curriculum means for these corpora, and the training"
-python -m megatron_chatflow plan "${settings[@]}" --plot out/plan.png
-python -m megatron_chatflow train "${settings[@]}"
-python "$root/tools/plot_run.py" out/run
-
-step "6. Against the untouched model, on the same held-out documents"
-python -m megatron_chatflow evaluate --load out/run --reference "$model" --text hu=out/data/hu_test.jsonl --text en=out/data/en_test.jsonl
-
-step "7. Back to Hugging Face"
-python "$root/tools/convert_checkpoint.py" --load-dir out/run --save-dir out/smollm2-hu
-
-step "8. Text"
-python -m megatron_chatflow generate --load out/run --prompt 'A Linux rendszerben' --prompt 'In a Linux system,' --max-new-tokens 40
-
-step "Done"
-echo "checkpoint:    $out/run"
-echo "TensorBoard:   $out/run/tensorboard   (tensorboard --logdir \"$out/run/tensorboard\")"
-echo "plots:         $out/plan.png (planned), $out/run/run.png (shares and losses of the run)"
-echo "transformers:  $out/smollm2-hu"
+learn_and_judge hu "$model" 'A Linux rendszerben' "$@"

@@ -29,4 +29,4 @@ settings_for "out/$control" "$control.yaml" "$@"
 python -m megatron_chatflow train "${settings[@]}"
 
 step "Against the untouched model"
-python -m megatron_chatflow evaluate --load "out/$control" --reference out/smollm2 --text zh=out/data/zh_test.jsonl --text en=out/data/en_test.jsonl
+judge "out/$control" out/smollm2 zh

@@ -20,10 +20,9 @@ use_environment "$root" requirements-dev.txt
 
 sizes "${1:-}"
 if [ "${1:-}" = --short ]; then shift; fi
-out="$here/out"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # one process on both cores
-mkdir -p "$out"
 cd "$here"
+mkdir -p out
 
 step "1. Model and corpora"
 [ -f out/smollm2/NOTICE ] || python fetch_model.py out/smollm2
@@ -47,24 +46,4 @@ preprocess out/data/zh.jsonl zh --append-eod
 preprocess out/data/en-zh.jsonl enzh --append-eod --kind parallel --template $'{en}\n{zh}'
 preprocess out/data/instruct.jsonl instruct --kind instruct --template chatml
 
-settings_for out/run curriculum.yaml "$@"
-
-step "5. What the curriculum means for these corpora, and the training"
-python -m megatron_chatflow plan "${settings[@]}" --plot out/plan.png
-python -m megatron_chatflow train "${settings[@]}"
-python "$root/tools/plot_run.py" out/run
-
-step "6. Against the untouched model, on the same held-out documents"
-python -m megatron_chatflow evaluate --load out/run --reference out/smollm2 --text zh=out/data/zh_test.jsonl --text en=out/data/en_test.jsonl
-
-step "7. Back to Hugging Face"
-python "$root/tools/convert_checkpoint.py" --load-dir out/run --save-dir out/smollm2-zh
-
-step "8. Text"
-python -m megatron_chatflow generate --load out/run --prompt '在 Linux 系统中，' --prompt 'In a Linux system,' --max-new-tokens 40
-
-step "Done"
-echo "checkpoint:    $out/run"
-echo "TensorBoard:   $out/run/tensorboard   (tensorboard --logdir \"$out/run/tensorboard\")"
-echo "plots:         $out/plan.png (planned), $out/run/run.png (shares and losses of the run)"
-echo "transformers:  $out/smollm2-zh"
+learn_and_judge zh out/smollm2 '在 Linux 系统中，' "$@"

@@ -43,3 +43,30 @@ settings_for() { # run, curriculum, further flags: sets settings, the flags of a
         --adam-beta2 0.95 --weight-decay 0.1 --train-new-rows-samples "$first" --no-save-optim --log-interval 5 "${@:3}"
     )
 }
+
+judge() { # run, untouched model, language
+    python -m megatron_chatflow evaluate --load "$1" --reference "$2" --text "$3=out/data/$3_test.jsonl" --text en=out/data/en_test.jsonl
+}
+
+learn_and_judge() { # language, untouched model, a prompt in the language, flags for the training
+    settings_for out/run curriculum.yaml "${@:4}"
+    step "5. What the curriculum means for these corpora, and the training"
+    python -m megatron_chatflow plan "${settings[@]}" --plot out/plan.png
+    python -m megatron_chatflow train "${settings[@]}"
+    python "$root/tools/plot_run.py" out/run
+
+    step "6. Against the untouched model, on the same held-out documents"
+    judge out/run "$2" "$1"
+
+    step "7. Back to Hugging Face"
+    python "$root/tools/convert_checkpoint.py" --load-dir out/run --save-dir "out/smollm2-$1"
+
+    step "8. Text"
+    python -m megatron_chatflow generate --load out/run --prompt "$3" --prompt 'In a Linux system,' --max-new-tokens 40
+
+    step "Done"
+    echo "checkpoint:    $PWD/out/run"
+    echo "TensorBoard:   $PWD/out/run/tensorboard   (tensorboard --logdir \"$PWD/out/run/tensorboard\")"
+    echo "plots:         $PWD/out/plan.png (planned), $PWD/out/run/run.png (shares and losses of the run)"
+    echo "transformers:  $PWD/out/smollm2-$1"
+}
