@@ -42,7 +42,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Iterato
 def settings(made: Cluster, folder: Path, iterations: int) -> None:
     """run.yaml and curriculum.yaml in a folder that all nodes see; the corpora are on the nodes' disks."""
     curriculum = CURRICULUM | {"domains": {name: d | {"path": str(made.disk / d["path"])} for name, d in CURRICULUM["domains"].items()}}
-    training, kept = SETTINGS["training"] | {"train_iters": iterations}, {"save": str(folder / "saved"), "save_interval": 10}
+    training, kept = SETTINGS["training"] | {"train_iters": iterations, "micro_batch_size": 2}, {"save": str(folder / "saved"), "save_interval": 10}
     run = SETTINGS | {"training": training, "checkpoint": kept}
     (folder / "curriculum.yaml").write_text(yaml.safe_dump(curriculum, sort_keys=False), encoding="utf-8")
     (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
