@@ -2,8 +2,8 @@
 # An English model learns Chinese on two cores: SmolLM2-135M with an extended tokenizer, a curriculum from English to Chinese to instructions,
 # judged in bits per byte against the untouched model, and written back for transformers.
 #
-#     bash examples/smollm2_zh/run.sh --short    # a few minutes
-#     bash examples/smollm2_zh/run.sh            # the whole, under forty
+#     bash examples/smollm2_zh/run.sh --short    # about ten minutes
+#     bash examples/smollm2_zh/run.sh  # the whole, on all sources
 #
 # control.sh then trains the same on constant shares, or on Chinese alone.
 #
