@@ -3,7 +3,7 @@
 # judged in bits per byte against the untouched model, and written back for transformers.
 #
 #     bash examples/smollm2_zh/run.sh --short    # about ten minutes
-#     bash examples/smollm2_zh/run.sh  # the whole, on all sources
+#     bash examples/smollm2_zh/run.sh            # the whole, on all sources
 #
 # control.sh then trains the same on constant shares, or on Chinese alone.
 #
