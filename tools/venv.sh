@@ -76,7 +76,8 @@ use_environment() {
             printf '%s\n' "$root" >"$venv/made-at"
         fi
         echo "[setup] installing the project and $requirements into $venv (the first time this takes minutes)"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --prefer-binary -r "$root/$requirements" || return 1
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --prefer-binary --no-compile -r "$root/$requirements" || return 1
+        "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true # on all cores, where pip takes one; a package's templates may not be Python
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable "$root" || return 1
         describe_environment "$venv/bin/python" "$root" "$requirements" >"$stamp"
     fi

@@ -47,7 +47,7 @@ def _direct_logits(folder: Path, run: Path, rows: list[list[int]], words: tuple[
     return run_logits(run, rows, *words, direct=folder)
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+@pytest.mark.parametrize("family", ["llama3", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_weights_loaded_in_place_are_those_of_the_checkpoint(pool: Pool, folders: Folders, runs: Folders, family: str) -> None:
     rows = rows_of(family, folders(family))[:2]
     for world, words in LAYOUTS.values():

@@ -87,7 +87,7 @@ def test_delayed_scaling_is_the_same_for_every_pipeline(pool: Pool, sample: Path
     assert largest_difference(piped, one["delayed"][:6]) < 2e-4  # a rounding of the optimizer's, grown by every cast since
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_delayed_scaling_resumes_to_the_same_bits_whenever_it_is_validated(pool: Pool, sample: Path, world: int) -> None:
     flags = [*RECIPES["delayed"], "--train-iters", "6", "--micro-batch-size", "2"]
     whole = run(pool, sample, f"whole-{world}", world, *flags)

@@ -149,6 +149,7 @@ def test_knots_in_iterations_move_with_the_batch_size_and_are_amended(pool: Pool
     story.audit(320, (0, STAGES), (128, [stage | {"at": stage["at"] // 2} for stage in STAGES]))
 
 
+@pytest.mark.slow
 def test_many_changes_in_one_run_with_a_kill_between(story: Story) -> None:
     """Amended, a domain added, other batches, other layouts, lengthened twice, a domain dropped; once the run falls back to an earlier checkpoint."""
     names = {"en": {}, "zh": {}, "en-zh": {}, "instruct": {}}
