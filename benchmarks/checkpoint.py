@@ -5,13 +5,16 @@
 
 A LLaMA-style model of about 100 million parameters is trained in float32 on one thread, with its optimizer state 1.2 GB a checkpoint. A synchronous
 save costs the time until it is published. An asynchronous one costs what the steps and the calls from its beginning until it is published take longer
-than as many steps otherwise: the start of the writers, steps that are slowed down by them, and publishing. The two take turns; medians are compared.
+than as many steps just before and after: the start of the writers, steps that are slowed down by them, and publishing. The two take turns; medians
+are compared. Steps are also timed while another process does nothing but count: what that costs them is this machine's, not the save's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import shutil
 import statistics
 import sys
@@ -79,10 +82,31 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
+def count(stop: Any) -> None:
+    """Keep a core busy with nothing, as the writers do at the lowest priority, until told to stop."""
+    os.nice(19)
+    while not stop.is_set():
+        sum(range(10**6))
+
+
+def beside_counting(step: Callable[[], None], steps: int) -> list[float]:
+    """Seconds of each step while another process counts."""
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    process = context.Process(target=count, args=(stop,))
+    process.start()
+    time.sleep(2)  # until it has started
+    try:
+        return [seconds(step) for _ in range(steps)]
+    finally:
+        stop.set()
+        process.join()
+
+
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="saves of each kind (default 5)")
+    parser.add_argument("--rounds", type=int, default=12, help="saves of each kind (default 12, six minutes)")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     args = parser.parse_args()
     step, state, resident, parameters = trainer()
@@ -91,28 +115,31 @@ def main() -> int:
 
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=args.folder))
     saver = Saver(folder, most_recent_k=1)
-    results: dict[str, list[float]] = {"step": [], "synchronous": [], "call": [], "asynchronous": [], "steps meanwhile": []}
+    results: dict[str, list[float]] = {"step": [], "synchronous": [], "call": [], "asynchronous": [], "beside counting": []}
     try:
         for _ in range(2):
             step()
         saver.resident = resident()
         for i in range(args.rounds + 1):
-            plain = statistics.median(seconds(step) for _ in range(6))
             begin = time.perf_counter()
             saver.begin(2 * i + 1, state(), {})
             saver.poll(wait=True)
             synchronous = time.perf_counter() - begin
+            around = [seconds(step) for _ in range(3)]
             call = seconds(lambda i=i: saver.begin(2 * i + 2, state(), {}))
             begin, made, saved = time.perf_counter(), 0, None
             while saved is None:
                 step()
                 made += 1
                 saved = saver.poll()
-            asynchronous = call + time.perf_counter() - begin - made * plain
+            took = time.perf_counter() - begin
+            plain = statistics.mean(around + [seconds(step) for _ in range(3)])
+            counting = statistics.mean(beside_counting(step, 3))
+            asynchronous = call + took - made * plain
             if i:  # the first round warms up
-                for name, value in zip(results, (plain, synchronous, call, asynchronous, float(made)), strict=True):
+                for name, value in zip(results, (plain, synchronous, call, asynchronous, counting), strict=True):
                     results[name].append(value)
-                print(f"round {i}: step {plain:.2f} s, synchronous save {synchronous:.2f} s, asynchronous: call {call:.2f} s, "
+                print(f"round {i}: step {plain:.2f} s, {counting:.2f} s beside counting; synchronous {synchronous:.2f} s; beside: call {call:.2f} s, "
                       f"{made} steps meanwhile, {saved.stall:.2f} s stood still, {asynchronous:.2f} s lost in all", flush=True)  # fmt: skip
     finally:
         saver.drop()
@@ -124,6 +151,7 @@ def main() -> int:
         "parameters": parameters,
         "checkpoint_bytes": size,
         "step_seconds": round(medians["step"], 3),
+        "step_seconds_beside_counting": round(medians["beside counting"], 3),
         "synchronous_stall_seconds": round(medians["synchronous"], 3),
         "asynchronous_call_seconds": round(medians["call"], 3),
         "asynchronous_stall_seconds": round(medians["asynchronous"], 3),
