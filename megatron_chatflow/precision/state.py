@@ -2,7 +2,7 @@
 
 Written in the form of Transformer Engine 1 (no recipe object, so nothing of that library is needed to write it), which release 2 still reads:
 it takes such a state for delayed scaling with a history of 1024 rows and cuts that to the run's own length. Both forms are read, by an unpickler
-that knows plain data and tensors only.
+that knows plain data, tensors and the names of Transformer Engine's recipes, and stops at everything else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ import torch
 ROWS = 1024
 """History rows of a written state, at least: zeros beyond the run's own length. Transformer Engine stops at a state with more."""
 TENSORS = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
+_RECIPES = (
+    *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling", "NVFP4BlockScaling"),
+    *("Format", "_FormatHelper", "MMParams", "QParams"),
+)
+"""What pickled recipes of Transformer Engine 2 refer to, all in transformer_engine.common.recipe."""
 
 
 def pack(tensors: dict[str, torch.Tensor], *, hybrid: bool) -> torch.Tensor:
@@ -29,11 +34,18 @@ def pack(tensors: dict[str, torch.Tensor], *, hybrid: bool) -> torch.Tensor:
     return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
 
 
+def read(state: torch.Tensor | None) -> dict[str, Any]:
+    """What a state holds, recipes as empty stand-ins; nothing of it is run.
+
+    Raises:
+        pickle.UnpicklingError: it refers to something that no state of Transformer Engine's does. Its own reader would run that.
+    """
+    return _Unpickler(io.BytesIO(state.numpy().tobytes())).load() if state is not None and state.numel() else {}
+
+
 def unpack(state: torch.Tensor | None, length: int) -> dict[str, torch.Tensor] | None:
     """The tensors of a state with histories of `length` rows, or None where it holds none (bfloat16, or a recipe without state)."""
-    if state is None or state.numel() == 0:
-        return None
-    found = _Unpickler(io.BytesIO(state.numpy().tobytes())).load()
+    found = read(state)
     if "scale_fwd" not in found:
         return None
     return {name: _resized(found[name], length) if found[name].dim() == 2 else found[name] for name in TENSORS}
@@ -47,8 +59,8 @@ def _resized(history: torch.Tensor, rows: int) -> torch.Tensor:
     return resized
 
 
-class _Anything:
-    """Stands for an object of a library that is not there."""
+class _Recipe:
+    """Stands for an object of `_RECIPES`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def __setstate__(self, state: Any) -> None: ...
@@ -59,7 +71,10 @@ class _Unpickler(pickle.Unpickler):
         ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
         ("torch.storage", "_load_from_bytes"): lambda data: torch.load(io.BytesIO(data), weights_only=True),
         ("collections", "OrderedDict"): OrderedDict,
+        **{("transformer_engine.common.recipe", name): _Recipe for name in _RECIPES},
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        return self._KNOWN.get((module, name), _Anything)
+        if (module, name) not in self._KNOWN:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return self._KNOWN[module, name]

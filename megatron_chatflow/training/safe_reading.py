@@ -1,8 +1,8 @@
 """No code from disk: what is pickled in a checkpoint is checked before megatron-core and torch unpickle it.
 
-``.metadata`` is a pickle, which torch reads without restriction, and so are sharded objects among the shards (the FP8 state of Transformer Engine's
-layers). Both, and ``common.pt``, are read here first, with readers that know the types that belong there and refuse everything else. Tensors torch
-reads with `weights_only` itself.
+``.metadata`` is a pickle, which torch reads without restriction, and so are sharded objects among the shards: the FP8 state of Transformer Engine's
+layers, which is a tensor of bytes that those layers unpickle once more. All of them, and ``common.pt``, are read here first, with readers that know
+what belongs there and refuse everything else. Tensors torch reads with `weights_only` itself.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_chatflow.config import UsageError
+from megatron_chatflow.precision import state
 
 ALLOWED = {
     "collections": {"OrderedDict"},
@@ -50,7 +51,10 @@ def check_pickles(folder: Path) -> None:
             if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
                 with open(folder / where.relative_path, "rb") as file:
                     file.seek(where.offset)
-                    torch.load(io.BytesIO(file.read(where.length)), map_location="cpu", weights_only=True)
+                    content = torch.load(io.BytesIO(file.read(where.length)), map_location="cpu", weights_only=True)
+                if "_extra_state" in index.fqn:
+                    for part in content if isinstance(content, list) else [content]:
+                        state.read(part)
     except Exception as error:  # whatever a strange file makes these readers raise
         sentence = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{folder} is not read: something pickled in it is not what a checkpoint holds ({sentence})") from None

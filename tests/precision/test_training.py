@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.pool import Pool
 from tests.sample import largest_difference, metrics, train
@@ -105,6 +107,35 @@ def test_checkpoints_pass_between_fp8_and_bfloat16(pool: Pool, sample: Path, one
         assert records[0]["lm loss"] < trained[0]["lm loss"] - 0.3, name
         held_out = json.loads((sample / f"fp8-{name}" / "metrics.jsonl").read_text().splitlines()[0])
         assert held_out["iteration"] == 0 and all(values["loss"] < 8 for values in held_out["validation"].values())
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.marker,)
+
+
+def save_evil(folder: Path, marker: Path, *words: str) -> tuple[int, str, str]:
+    """A run whose layers write, as their scales and histories, bytes that touch a file where somebody unpickles them."""
+    from megatron_chatflow.precision import linear
+
+    pack, linear.state.pack = linear.state.pack, lambda *_, **__: torch.frombuffer(bytearray(pickle.dumps(Evil(marker))), dtype=torch.uint8)
+    try:
+        return train(folder, *words)
+    finally:
+        linear.state.pack = pack
+
+
+def test_what_a_layer_would_unpickle_is_read_before_any_layer_sees_it(pool: Pool, sample: Path, tmp_path: Path) -> None:
+    words = [*MODEL, *RECIPES["delayed"], "--train-iters", "1"]
+    ((code, _, err),) = pool.run(1, save_evil, sample, tmp_path / "executed", "--save", str(tmp_path / "evil"), *words)
+    assert code == 0, err
+    for flags in (RECIPES["delayed"], RECIPES["mxfp8"], []):
+        ((code, _, err),) = pool.run(1, train, sample, "--load", str(tmp_path / "evil"), "--finetune", *MODEL, *flags, "--train-iters", "1")
+        assert code == 2 and "is not read: something pickled in it is not what a checkpoint holds (it refers to " in err, (code, err)
+    assert not (tmp_path / "executed").exists()
 
 
 def _first_layers(words: list[str]) -> list[str]:
