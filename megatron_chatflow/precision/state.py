@@ -17,11 +17,14 @@ import torch
 ROWS = 1024
 """History rows of a written state, at least: zeros beyond the run's own length. Transformer Engine stops at a state with more."""
 TENSORS = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
-_RECIPES = (
-    *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling", "NVFP4BlockScaling"),
-    *("Format", "_FormatHelper", "MMParams", "QParams"),
-)
-"""What pickled recipes of Transformer Engine 2 refer to, all in transformer_engine.common.recipe."""
+_RECIPES = {
+    "transformer_engine.common.recipe": (
+        *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling", "NVFP4BlockScaling"),
+        *("Format", "_FormatHelper", "MMParams", "QParams"),
+    ),
+    "megatron.core.extensions.transformer_engine": ("TEDelayedScaling",),
+}
+"""{module: names} that pickled recipes of Transformer Engine 2 refer to."""
 
 
 def pack(tensors: dict[str, torch.Tensor], *, hybrid: bool) -> torch.Tensor:
@@ -71,7 +74,7 @@ class _Unpickler(pickle.Unpickler):
         ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
         ("torch.storage", "_load_from_bytes"): lambda data: torch.load(io.BytesIO(data), weights_only=True),
         ("collections", "OrderedDict"): OrderedDict,
-        **{("transformer_engine.common.recipe", name): _Recipe for name in _RECIPES},
+        **{(module, name): _Recipe for module, names in _RECIPES.items() for name in names},
     }
 
     def find_class(self, module: str, name: str) -> Any:
