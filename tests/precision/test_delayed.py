@@ -86,8 +86,13 @@ class Malicious:
 def test_a_state_cannot_run_code() -> None:
     inside = io.BytesIO()
     torch.save(Malicious(), inside)
-    through_torch = b"ctorch.storage\n_load_from_bytes\n(" + pickle.dumps(inside.getvalue(), 0)[:-1] + b"tR."
+    through_torch = b"\x80\x03ctorch.storage\n_load_from_bytes\n" + pickle.dumps(inside.getvalue(), 3)[2:-1] + b"\x85R."
     through_the_recipes = b"\x80\x04\x8c\x20transformer_engine.common.recipe\x8c\x09os.system\x93\x8c\x04true\x85R."
-    for evil in (pickle.dumps(Malicious()), pickle.dumps(tensors(4) | {"extra": Malicious()}), through_torch, through_the_recipes):
-        with pytest.raises(pickle.UnpicklingError):
+    for evil, reason in (
+        (pickle.dumps(Malicious()), "it refers to builtins.exec"),
+        (pickle.dumps(tensors(4) | {"extra": Malicious()}), "it refers to builtins.exec"),
+        (through_torch, "Weights only load failed"),
+        (through_the_recipes, "it refers to transformer_engine.common.recipe.os.system"),
+    ):
+        with pytest.raises(pickle.UnpicklingError, match=reason):
             state.unpack(torch.frombuffer(bytearray(evil), dtype=torch.uint8), 4)
