@@ -33,14 +33,13 @@ WORDS = (
 )
 
 
-def trainer() -> tuple[Callable[[], None], Callable[[], dict[str, Any]], Callable[[], list[Any]], int]:
-    """(one training step, the sharded state of a checkpoint, the tensors that steps change, parameters)."""
+def trainer() -> tuple[Callable[[], None], Callable[[], dict[str, Any]], int]:
+    """(one training step, the sharded state of a checkpoint, parameters)."""
     from megatron_chatflow.config import make_parser, parse, resolve
     from megatron_chatflow.engine import distributed
     from megatron_chatflow.engine.launch import Launch
 
     config = resolve(parse(make_parser("chatflow train", ""), WORDS.split())[0], 1)
-    distributed.hide_engine_warnings()
     distributed.initialize(Launch("single", 0, 1, 0, None, None), config.parallel, LAYERS)
     import numpy as np
     import torch
@@ -48,7 +47,7 @@ def trainer() -> tuple[Callable[[], None], Callable[[], dict[str, Any]], Callabl
 
     from megatron_chatflow.model.forward import make_forward_step, schedule_shape
     from megatron_chatflow.model.gpt import build_model, count_parameters
-    from megatron_chatflow.training.checkpoint import resident, sharded_state
+    from megatron_chatflow.training.checkpoint import sharded_state
     from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler
     from megatron_chatflow.training.step import seed_iteration, train_step
 
@@ -72,7 +71,7 @@ def trainer() -> tuple[Callable[[], None], Callable[[], dict[str, Any]], Callabl
     def step() -> None:
         train_step(forward_step, model, optimizer, [batch], schedule_shape(SEQ, BATCH, False), 1, torch.device("cpu"), check_finite=True)
 
-    return step, lambda: sharded_state(model, optimizer, None), lambda: resident(model, optimizer, None), count_parameters(config, VOCAB)
+    return step, lambda: sharded_state(model, optimizer, None), count_parameters(config, VOCAB)
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -109,17 +108,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=12, help="saves of each kind (default 12, six minutes)")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     args = parser.parse_args()
-    step, state, resident, parameters = trainer()
-    from megatron_chatflow.engine.distributed import shut_down
+    from megatron_chatflow.engine import cpu, distributed
+
+    distributed.hide_engine_warnings()
+    cpu.install()
     from megatron_chatflow.training.saver import Saver
 
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=args.folder))
-    saver = Saver(folder, most_recent_k=1)
+    saver = Saver(folder, most_recent_k=1)  # before there are weights, as in a run
+    step, state, parameters = trainer()
     results: dict[str, list[float]] = {"step": [], "synchronous": [], "call": [], "asynchronous": [], "beside counting": []}
     try:
         for _ in range(2):
             step()
-        saver.resident = resident()
         for i in range(args.rounds + 1):
             begin = time.perf_counter()
             saver.begin(2 * i + 1, state(), {})
@@ -142,10 +143,10 @@ def main() -> int:
                 print(f"round {i}: step {plain:.2f} s, {counting:.2f} s beside counting; synchronous {synchronous:.2f} s; beside: call {call:.2f} s, "
                       f"{made} steps meanwhile, {saved.stall:.2f} s stood still, {asynchronous:.2f} s lost in all", flush=True)  # fmt: skip
     finally:
-        saver.drop()
+        saver.close()
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         shutil.rmtree(folder)
-        shut_down()
+        distributed.shut_down()
     medians = {name: statistics.median(values) for name, values in results.items()}
     answer = {
         "parameters": parameters,

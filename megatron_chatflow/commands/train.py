@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         launch = read_launch()
         config = resolve(config, launch.world_size)
         from megatron_chatflow.training.inputs import open_inputs
-        from megatron_chatflow.training.setup import assemble, find_sound_start, find_start, join, look_ahead
+        from megatron_chatflow.training.setup import assemble, find_sound_start, find_start, join, look_ahead, saving
 
         begin = time.perf_counter()
         inputs = open_inputs(config, held_out=bool(config.validation.eval_interval))
@@ -48,24 +48,25 @@ def main(argv: Sequence[str]) -> int:
 
     lifeline = None
     try:
-        lifeline = join(launch, config)
-        with Stop(config.training.exit_duration_in_mins) as stop:
-            with usage_errors():
-                start = find_sound_start(config, inputs, start)
-                outlook = look_ahead(start, inputs)
-            for note in start.notes:
-                say(note)
-            run = assemble(launch, inputs, start, outlook, say)
-            from megatron_chatflow.training.loop import train
-            from megatron_chatflow.training.saver import SaveError
-            from megatron_chatflow.training.step import NonFiniteError
+        with saving(config) as saver:
+            lifeline = join(launch, config)
+            with Stop(config.training.exit_duration_in_mins) as stop:
+                with usage_errors():
+                    start = find_sound_start(config, inputs, start)
+                    outlook = look_ahead(start, inputs)
+                for note in start.notes:
+                    say(note)
+                run = assemble(launch, inputs, start, outlook, say)
+                from megatron_chatflow.training.loop import train
+                from megatron_chatflow.training.saver import SaveError
+                from megatron_chatflow.training.step import NonFiniteError
 
-            try:
-                return 0 if train(run, stop) else EXIT_PREEMPTED
-            except (NonFiniteError, SaveError) as error:
-                if launch.rank == 0:
-                    console.complain(f"chatflow train: stopped: {error}")
-                return 1
+                try:
+                    return 0 if train(run, stop, saver) else EXIT_PREEMPTED
+                except (NonFiniteError, SaveError) as error:
+                    if launch.rank == 0:
+                        console.complain(f"chatflow train: stopped: {error}")
+                    return 1
     except UsageError:
         raise
     except Exception as error:

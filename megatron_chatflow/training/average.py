@@ -28,10 +28,6 @@ class WeightAverage:
         for parameter, mean in self._means.items():
             mean.lerp_(parameter.float(), 1 - self._decay)
 
-    def tensors(self) -> list[torch.Tensor]:
-        """The means themselves."""
-        return list(self._means.values())
-
     def sharded_state(self, weights: Mapping[str, Any]) -> dict[str, Any]:
         """The means as entries of a sharded state dict: those of `weights`, a model chunk's, under names with PREFIX."""
         return {name: _renamed(entry, self._means[entry.data]) for name, entry in weights.items() if _is_weight(entry)}

@@ -57,15 +57,6 @@ def sharded_state(
     return state
 
 
-def resident(model: list[MegatronModule], optimizer: MegatronOptimizer | None, average: WeightAverage | None) -> list[torch.Tensor]:
-    """The large tensors that every step changes: weights, gradients, the optimizer's state, and the running mean."""
-    tensors = [t for chunk in model for p in chunk.parameters() for t in (p, getattr(p, "main_grad", None)) if t is not None]
-    for part in getattr(optimizer, "chained_optimizers", []):
-        states = part.optimizer.state.items() if part.optimizer else []
-        tensors += [t for key, state in states for t in (key, *state.values()) if isinstance(t, torch.Tensor)]
-    return tensors + (average.tensors() if average else [])
-
-
 def gather_weights(model: list[MegatronModule]) -> None:
     """Complete the weights of every rank. Under --overlap-param-gather what the optimizer changed is otherwise gathered in the next forward pass."""
     for chunk in model:
@@ -82,9 +73,9 @@ def save(
     average: WeightAverage | None = None,
 ) -> Path:
     """Write ``RUN/iter_<iteration>`` and then point to it (`Saver`); returns the folder. Called by every rank. `state`: plain data for state.json."""
-    saver = Saver(run)
-    saver.begin(iteration, sharded_state(model, optimizer, average), state)
-    return saver.poll(wait=True).folder
+    with Saver(run) as saver:
+        saver.begin(iteration, sharded_state(model, optimizer, average), state)
+        return saver.poll(wait=True).folder
 
 
 def find_damage(folder: Path) -> str | None:

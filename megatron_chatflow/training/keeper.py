@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.training import checkpoint
@@ -14,12 +13,10 @@ from megatron_chatflow.training.setup import Run
 
 
 class Keeper:
-    """Saves a run; without --save it does nothing. Every method but `close` is called by every rank alike."""
+    """Saves a run; without a saver it does nothing. Every method is called by every rank alike."""
 
-    def __init__(self, run: Run, reporter: Reporter) -> None:
-        where = run.config.checkpoint
-        self._run, self._reporter, self._where = run, reporter, where
-        self._saver = Saver(Path(where.save), where.most_recent_k, where.save_retain_interval) if where.save else None
+    def __init__(self, run: Run, reporter: Reporter, saver: Saver | None) -> None:
+        self._run, self._reporter, self._where, self._saver = run, reporter, run.config.checkpoint, saver
         self._kept = run.iteration
         """The last iteration that has a checkpoint, or needs none: those that the run began with."""
 
@@ -51,15 +48,9 @@ class Keeper:
             self._begin()
             self._tell(self._saver.poll(wait=True))
 
-    def close(self) -> None:
-        """Give up a checkpoint that is still being written: after an error, where the other ranks may be gone."""
-        if self._saver is not None:
-            self._saver.drop()
-
     def _begin(self) -> None:
         run, optimizer = self._run, None if self._where.no_save_optim else self._run.optimizer
         self._reporter.flush()
-        self._saver.resident = checkpoint.resident(run.model, run.optimizer, run.average)
         self._saver.begin(run.iteration, checkpoint.sharded_state(run.model, optimizer, run.average), _state(run))
 
     def _tell(self, saved: Any) -> None:

@@ -21,13 +21,16 @@ from megatron_chatflow.training.keeper import Keeper
 from megatron_chatflow.training.length import count_iterations
 from megatron_chatflow.training.new_rows import forget_moments
 from megatron_chatflow.training.reporter import Reporter
+from megatron_chatflow.training.saver import Saver
 from megatron_chatflow.training.setup import Run
 from megatron_chatflow.training.step import NonFiniteError, StepResult, seed_iteration, train_step
 from megatron_chatflow.training.stop import Stop
 
 
-def train(run: Run, stop: Stop) -> bool:
+def train(run: Run, stop: Stop, saver: Saver | None) -> bool:
     """Train to the end of the run, or until `stop` says so. Returns whether it is done, and not stopped before its end.
+
+    Without `saver` nothing is saved.
 
     Raises:
         NonFiniteError: losses or gradients are not finite, in more iterations in a row than are skipped; names the samples.
@@ -42,11 +45,9 @@ def train(run: Run, stop: Stop) -> bool:
         data_parallel_rank=rank,
         data_parallel_size=size,
     )
-    keeper = Keeper(run, reporter)
     try:
-        return _train(run, stop, reporter, loader, keeper)
+        return _train(run, stop, reporter, loader, Keeper(run, reporter, saver))
     finally:
-        keeper.close()
         loader.close()
         reporter.close()
 

@@ -13,8 +13,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 from megatron_chatflow.data.unfinished import sync_folder
 from megatron_chatflow.training.durable import write_atomically
 from megatron_chatflow.training.manifest import write_manifest
-from megatron_chatflow.training.processes import deaf
 from megatron_chatflow.training.run_directory import POINTER, complete_iterations, iteration_folder, outdated
-from megatron_chatflow.training.shards import SealedShards, results_of_rank, seals_of_rank
-from megatron_chatflow.training.staging import Staging, left_at_home, without_views
+from megatron_chatflow.training.shards import SealedShards, results_of_rank
+from megatron_chatflow.training.staging import without_views
+from megatron_chatflow.training.writer import Writer
 
 
 class SaveError(RuntimeError):
@@ -59,20 +58,30 @@ class Saved:
     """How long the training stood still meanwhile."""
 
 
-@dataclass
 class Saver:
-    """Writes the checkpoints of a run directory. Every method is called by every rank alike."""
+    """Writes the checkpoints of a run directory. Every method is called by every rank alike, but for `close`."""
 
-    run: Path
-    most_recent_k: int | None = None
-    retain_interval: int | None = None
-    resident: Sequence[torch.Tensor] = ()
-    """Weights, gradients and moments of this rank: what the writing processes do without."""
-    _staging: Staging = field(default_factory=Staging)
-    _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
-    _writing: _Writing | None = None
-    _saved: Saved | None = None
-    _sweeper: threading.Thread | None = None
+    def __init__(self, run: Path, most_recent_k: int | None = None, retain_interval: int | None = None) -> None:
+        """Starts the process that writes. Made before there are process groups and weights it shares nothing of them.
+
+        Args:
+            run: the run directory; it need not be there.
+            most_recent_k: how many of the newest checkpoints are kept; None for all.
+            retain_interval: checkpoints of its multiples are kept as well.
+        """
+        self._run, self._most_recent_k, self._retain_interval = run, most_recent_k, retain_interval
+        self._writer = Writer()
+        self._queue = AsyncCallsQueue(persistent=True)
+        self._queue.persistent_caller = self._writer
+        self._writing: _Writing | None = None
+        self._saved: Saved | None = None
+        self._sweeper: threading.Thread | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.close()
 
     @property
     def busy(self) -> bool:
@@ -93,16 +102,13 @@ class Saver:
         assert not self.busy, "one checkpoint at a time"
         begin = time.perf_counter()
         self._writing = _Writing(iteration, self._make_partial(iteration), state, begin)
-        with deaf():
-            sharded, common = save_preprocess(sharded_state)
-            try:
-                TorchCommonSaveStrategy("torch", 1).save_common(common, str(self._writing.partial))
-            except (OSError, RuntimeError) as error:  # told at the end, when all ranks are there to hear it
-                self._writing.problem = f"common.pt: {error}"
-            without_views(sharded)
-            request = SealedShards(self._staging, self._end).async_save(sharded, str(self._writing.partial))
-            with left_at_home(self.resident):
-                self._queue.schedule_async_request(request)
+        sharded, common = save_preprocess(sharded_state)
+        try:
+            TorchCommonSaveStrategy("torch", 1).save_common(common, str(self._writing.partial))
+        except (OSError, RuntimeError) as error:  # told at the end, when all ranks are there to hear it
+            self._writing.problem = f"common.pt: {error}"
+        without_views(sharded)
+        self._queue.schedule_async_request(SealedShards(self._end).async_save(sharded, str(self._writing.partial)))
         self._writing.seconds = time.perf_counter() - begin
 
     def poll(self, *, wait: bool = False) -> Saved | None:
@@ -124,23 +130,20 @@ class Saver:
         saved, self._saved, self._writing = self._saved, None, None
         return saved
 
-    def drop(self) -> None:
-        """Give up what is being written; needs no other rank."""
-        for call in self._queue.async_calls:
-            call.async_caller.close(abort=True)
-        self._queue.async_calls.clear()
+    def close(self) -> None:
+        """Give up what is being written, and end the process that writes; needs no other rank."""
+        self._writer.close()
         self._wait_for_sweeper()
-        self._writing = None
 
     def _make_partial(self, iteration: int) -> Path:
         """A folder of a name that no earlier attempt had: what a killed run's writers still write goes nowhere."""
         answer: list[Any] = [None]
         if torch.distributed.get_rank() == 0:
             try:
-                self.run.mkdir(parents=True, exist_ok=True)
+                self._run.mkdir(parents=True, exist_ok=True)
                 self._wait_for_sweeper()
-                _sweep(self.run)
-                folder = self.run / f"{iteration_folder(self.run, iteration).name}.partial-{time.time_ns():x}"
+                _sweep(self._run)
+                folder = self._run / f"{iteration_folder(self._run, iteration).name}.partial-{time.time_ns():x}"
                 folder.mkdir()
                 answer = [folder]
             except OSError as error:
@@ -154,7 +157,7 @@ class Saver:
         """All ranks have written, or failed to: publish, or clean up and raise on all of them."""
         writing, rank = self._writing, torch.distributed.get_rank()
         everyone: list[Any] = [None] * torch.distributed.get_world_size() if rank == 0 else None
-        torch.distributed.gather_object(results_of_rank(writer, writing.partial), everyone, dst=0)
+        torch.distributed.gather_object(results_of_rank(writer, self._writer.answer), everyone, dst=0)
         verdict: list[str | None] = [None]
         if rank == 0:
             problems = [f"rank {i}: {problem}" for i, (problem, _, _) in enumerate(everyone) if problem]
@@ -169,26 +172,24 @@ class Saver:
         if verdict[0]:
             self._writing = None
             raise SaveError(verdict[0])
-        self._saved = Saved(iteration_folder(self.run, writing.iteration), 0.0, 0.0)
+        self._saved = Saved(iteration_folder(self._run, writing.iteration), 0.0, 0.0)
 
     def _publish(self, writer: Any, metadata: Any, everyone: list[Any]) -> None:
         partial, iteration = self._writing.partial, self._writing.iteration
         writer.finish(metadata, [results for _, results, _ in everyone])
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
         write_atomically(partial / "state.json", json.dumps(self._writing.state | {"sealed": True}, indent=1))
-        for i in range(len(everyone)):
-            seals_of_rank(partial, i).unlink(missing_ok=True)
         write_manifest(partial, {name: seal for _, _, seals in everyone for name, seal in seals.items()})
-        folder = iteration_folder(self.run, iteration)
+        folder = iteration_folder(self._run, iteration)
         if folder.exists():  # a damaged one, or one after which the run was sent back
             os.rename(folder, f"{partial}.replaced")
         os.rename(partial, folder)
-        sync_folder(self.run)
-        write_atomically(self.run / POINTER, f"{iteration}\n")
-        there = [i for i in complete_iterations(self.run) if i <= iteration]
-        for old in outdated(there, self.most_recent_k, self.retain_interval):
-            os.rename(iteration_folder(self.run, old), f"{iteration_folder(self.run, old)}.partial-removed")
-        self._sweeper = threading.Thread(target=_sweep, args=(self.run,))  # large files take a while to go
+        sync_folder(self._run)
+        write_atomically(self._run / POINTER, f"{iteration}\n")
+        there = [i for i in complete_iterations(self._run) if i <= iteration]
+        for old in outdated(there, self._most_recent_k, self._retain_interval):
+            os.rename(iteration_folder(self._run, old), f"{iteration_folder(self._run, old)}.partial-removed")
+        self._sweeper = threading.Thread(target=_sweep, args=(self._run,))  # large files take a while to go
         self._sweeper.start()
 
     def _wait_for_sweeper(self) -> None:

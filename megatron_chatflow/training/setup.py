@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +25,7 @@ from megatron_chatflow.training.token_map import new_row_ids
 
 if TYPE_CHECKING:
     from megatron_chatflow.engine.lifeline import Lifeline
+    from megatron_chatflow.training.saver import Saver
 
 
 @dataclass(frozen=True)
@@ -164,12 +166,24 @@ def _facts(start: Start, inputs: Inputs) -> dict[str, str]:
     }
 
 
-def join(launch: Launch, config: Config) -> Lifeline | None:
-    """Make this process one of the job's, with megatron-core's process groups; what tells the others why it failed, where there are others."""
+@contextmanager
+def saving(config: Config) -> Iterator[Saver | None]:
+    """What saves the run, where --save is given. Entered before `join`, so its process shares no process groups and no weights with this one."""
     from megatron_chatflow.engine import cpu, distributed
 
     distributed.hide_engine_warnings()
     cpu.install()
+    from megatron_chatflow.training.saver import Saver
+
+    where = config.checkpoint
+    with Saver(Path(where.save), where.most_recent_k, where.save_retain_interval) if where.save else nullcontext() as saver:
+        yield saver
+
+
+def join(launch: Launch, config: Config) -> Lifeline | None:
+    """Make this process one of the job's, with megatron-core's process groups; what tells the others why it failed, where there are others."""
+    from megatron_chatflow.engine import distributed
+
     distributed.initialize(launch, config.parallel, config.model.num_layers)
     return distributed.watch(launch)
 

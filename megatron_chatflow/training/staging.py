@@ -1,45 +1,76 @@
-"""A copy of the weights that a writing process shares with the training one, made once a save into the same memory.
-
-megatron-core forks its writers. On a CPU the pages of weights, gradients and moments would then be copied one by one by the kernel as the next steps
-write to them, which costs more than the whole save. So what is saved is copied into shared memory, and the rest is left out of the fork.
-"""
+"""A copy of a checkpoint's tensors in memory that a rank shares with the process that writes its shards, made once a save into the same place."""
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 
-_LEAST = 1 << 20
-"""Bytes from which a tensor is worth the trouble."""
+_ALIGNMENT = 64
+"""Bytes; a tensor's address is a multiple of its element size at least."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the shared memory."""
+
+    offset: int
+    """In bytes."""
+    dtype: torch.dtype
+    shape: Sequence[int]
+
+    def within(self, memory: mmap.mmap) -> torch.Tensor:
+        """The tensor that lies there; not a copy."""
+        count = torch.Size(self.shape).numel()
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(memory, dtype=self.dtype, count=count, offset=self.offset).view(self.shape)
 
 
 class Staging:
     """Shared memory for the tensors of a checkpoint; kept from save to save, as fresh memory costs more than the copy."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, int], mmap.mmap] = {}
+        self.file: int | None = None
+        """Descriptor of the memory, which another process can map; another one when a checkpoint is larger than those before."""
+        self.size = 0
+        """In bytes."""
+        self._memory: mmap.mmap | None = None
 
     def copy(self, buckets: list[Any]) -> list[Any]:
-        """megatron-core's write buckets with every tensor replaced by a copy in shared memory."""
-        staged = []
+        """Copy the tensors of megatron-core's write buckets here; returns the buckets with each tensor's `Place` instead of it."""
+        staged, moves, end = [], [], 0
         for path, name, (objects, tensors) in buckets:
-            copies = [(item, self._copy((name, i), tensor)) for i, (item, tensor) in enumerate(tensors)]
-            staged.append((path, name, (objects, copies)))
+            places = []
+            for item, tensor in tensors:
+                place = Place(end, tensor.dtype, tuple(tensor.shape))
+                places.append((item, place))
+                moves.append((place, tensor))
+                end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            staged.append((path, name, (objects, places)))
+        self._reserve(end)
+        for place, tensor in moves:
+            place.within(self._memory).copy_(tensor)
         return staged
 
-    def _copy(self, place: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.numel():
-            return tensor.cpu()
-        buffer = self._buffers.get(place)
-        if buffer is None or len(buffer) != tensor.nbytes:
-            buffer = self._buffers[place] = mmap.mmap(-1, tensor.nbytes)
-        return torch.frombuffer(buffer, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+    def _reserve(self, size: int) -> None:
+        if size <= self.size:
+            return
+        self.close()
+        self.file = os.memfd_create("checkpoint")
+        os.ftruncate(self.file, size)
+        self._memory, self.size = mmap.mmap(self.file, size), size
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self.file is not None:
+            os.close(self.file)
+        self.file, self.size, self._memory = None, 0, None
 
 
 def without_views(sharded_state: dict[str, Any]) -> None:
@@ -52,22 +83,3 @@ def without_views(sharded_state: dict[str, Any]) -> None:
         if isinstance(data, torch.Tensor) and data.device.type == "cpu" and data.is_contiguous() and data.numel():
             flat = data.detach().view(-1).view(torch.uint8)
             entry.data = torch.from_numpy(flat.numpy()).view(data.dtype).view(data.shape)
-
-
-@contextmanager
-def left_at_home(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Processes that are forked inside do not get the memory of these CPU tensors, so writing to them afterwards costs nothing extra (Linux)."""
-    spans = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors if t.device.type == "cpu"}
-    pages = [(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE) for start, size in spans if size >= _LEAST]
-    _advise(pages, getattr(mmap, "MADV_DONTFORK", None))
-    try:
-        yield
-    finally:
-        _advise(pages, getattr(mmap, "MADV_DOFORK", None))
-
-
-def _advise(pages: list[tuple[int, int]], advice: int | None) -> None:
-    if advice is not None:
-        library = ctypes.CDLL(None)
-        for start, stop in pages:
-            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import random
 import resource
 import shutil
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -144,22 +147,49 @@ def test_without_a_sound_checkpoint_nothing_is_begun(pool: Pool, sample: Path, w
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+def no_large_files() -> None:
+    """From here on no file of this process may grow beyond 20,000 bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def train_with_writer(serve: Callable[[Connection], None], folder: Path, *words: str) -> tuple[int, str, str]:
+    """`train` with `serve` as what writes shards."""
+    from megatron_chatflow.training import writer
+
+    before, writer._serve = writer._serve, serve
+    try:
+        return train(folder, *words)
+    finally:
+        writer._serve = before
+
+
 def train_on_a_small_disk(folder: Path, *words: str) -> tuple[int, str, str]:
-    """`train` where no file may grow beyond 20,000 bytes."""
+    """`train`, with a process that writes shards (a fork) which can write no large files."""
+    from megatron_chatflow.training.writer import _serve
+
+    return train_with_writer(lambda connection: (no_large_files(), _serve(connection)), folder, *words)
+
+
+def train_in_small_memory(folder: Path, *words: str) -> tuple[int, str, str]:
+    """`train` where the memory that a rank shares with its writer, a file to the kernel, cannot be had."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    no_large_files()
     try:
         return train(folder, *words)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("extra", [pytest.param(words, marks=SLOW) for words in (["--async-save"], [], ["--exit-on-failed-save"])])
-def test_a_full_disk_costs_no_checkpoint(pool: Pool, sample: Path, whole: Path, extra: list[str]) -> None:
-    run = sample / f"full {extra}"
+@SLOW
+@pytest.mark.parametrize("extra", [["--async-save"], [], ["--exit-on-failed-save"]])
+@pytest.mark.parametrize("short_of", [train_on_a_small_disk, train_in_small_memory])
+def test_a_full_disk_costs_no_checkpoint(
+    pool: Pool, sample: Path, whole: Path, short_of: Callable[..., tuple[int, str, str]], extra: list[str]
+) -> None:
+    run = sample / f"{short_of.__name__} {extra}"
     ok(pool.run(2, train, sample, "--save", str(run), "--exit-interval", "2", *SHORT, *TP))
     words = ["--save", str(run), "--load", str(run), "--save-interval", "2", *SHORT, *TP]
-    results = pool.run(2, train_on_a_small_disk, sample, *words, *extra)
+    results = pool.run(2, short_of, sample, *words, *extra)
     assert [code for code, _, _ in results] == [1, 1], results
     _, out, err = results[0]
     assert out.count("the training goes on") == (0 if extra == ["--exit-on-failed-save"] else 2), out
@@ -191,40 +221,36 @@ def test_no_code_of_a_checkpoint_is_run(pool: Pool, sample: Path, whole: Path, t
         assert not (tmp_path / "executed").exists()
 
 
-def kill_writers(folder: Path, *words: str) -> tuple[int, str, str]:
-    """`train` with a process that kills whatever writes a checkpoint: what the kernel does when memory runs out."""
-    import os
-    import signal
-    import threading
-    import time
+def killed_at_each_request(connection: Connection) -> None:
+    """A process that writes shards, and is killed when it is asked to: what the kernel does when memory runs out."""
+    connection.recv()
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    import psutil
 
-    stop = threading.Event()
+def killed_at_first_request(connection: Connection) -> None:
+    """The same for the first process, a fork; those after it are new interpreters, in which nothing is replaced."""
+    from megatron_chatflow.training import writer
 
-    def hunt() -> None:
-        myself = psutil.Process()
-        known = {child.pid for child in myself.children()}
-        while not stop.is_set():
-            for child in myself.children():
-                with contextlib.suppress(psutil.Error, ProcessLookupError):
-                    if child.pid not in known and child.nice() == 19:
-                        os.kill(child.pid, signal.SIGKILL)
-            time.sleep(0.001)
+    (killed_at_each_request if writer._serve is killed_at_first_request else writer._serve)(connection)
 
-    hunter = threading.Thread(target=hunt)
-    hunter.start()
-    try:
-        return train(folder, *words)
-    finally:
-        stop.set()
-        hunter.join()
+
+def killed_before(connection: Connection) -> None:
+    """The same, where the first process is not even asked."""
+    from megatron_chatflow.training import writer
+
+    os.kill(os.getpid(), signal.SIGKILL) if writer._serve is killed_before else writer._serve(connection)
 
 
 @SLOW
 @pytest.mark.parametrize("flags", [[], ["--async-save"]])
-def test_a_save_whose_writer_is_killed_fails_and_does_not_hang(pool: Pool, sample: Path, flags: list[str]) -> None:
-    run = sample / f"killed writers {len(flags)}"
-    ((code, out, err),) = pool.run(1, kill_writers, sample, "--save", str(run), "--save-interval", "2", *SHORT, *flags, timeout=60.0)
-    assert code == 1 and out.count("rank 0: the process that writes was killed") >= 2 and iterations(run) == []
-    assert "the checkpoint of iteration 6 cannot be written" in err
+@pytest.mark.parametrize(("serve", "kept"), [(killed_before, [2, 4, 6]), (killed_at_first_request, [4, 6]), (killed_at_each_request, [])])
+def test_a_save_whose_writer_is_killed_fails_and_the_next_has_another(
+    pool: Pool, sample: Path, serve: Callable[[Connection], None], kept: list[int], flags: list[str]
+) -> None:
+    run = sample / f"{serve.__name__} {len(flags)}"
+    words = ["--save", str(run), "--save-interval", "2", *SHORT, *flags]
+    ((code, out, err),) = pool.run(1, train_with_writer, serve, sample, *words, timeout=120.0)
+    told = "rank 0: the process that writes was killed"
+    assert iterations(run) == kept and (out + err).count(told) == (4 if not kept else 3 - len(kept)), out + err
+    assert code == (0 if kept else 1) and ("the checkpoint of iteration 6 cannot be written" in err) == (not kept)
+    assert all(manifest.damage(run / f"iter_{i:07}", lambda *_: True) is None for i in kept)
