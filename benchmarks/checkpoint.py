@@ -33,8 +33,8 @@ WORDS = (
 )
 
 
-def trainer() -> tuple[Callable[[], None], Callable[[], dict[str, Any]], int]:
-    """(one training step, the sharded state of a checkpoint, parameters)."""
+def trainer(settle: Callable[[], None]) -> tuple[Callable[[], None], Callable[[], dict[str, Any]], int]:
+    """(one training step, the sharded state of a checkpoint, parameters). Each step calls `settle` before it changes what a checkpoint holds."""
     from megatron_chatflow.config import make_parser, parse, resolve
     from megatron_chatflow.engine import distributed
     from megatron_chatflow.engine.launch import Launch
@@ -69,7 +69,9 @@ def trainer() -> tuple[Callable[[], None], Callable[[], dict[str, Any]], int]:
     }
 
     def step() -> None:
-        train_step(forward_step, model, optimizer, [batch], schedule_shape(SEQ, BATCH, False), 1, torch.device("cpu"), check_finite=True)
+        train_step(
+            forward_step, model, optimizer, [batch], schedule_shape(SEQ, BATCH, False), 1, torch.device("cpu"), check_finite=True, settle=settle
+        )
 
     return step, lambda: sharded_state(model, optimizer, None), count_parameters(config, VOCAB)
 
@@ -116,7 +118,7 @@ def main() -> int:
 
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=args.folder))
     saver = Saver(folder, most_recent_k=1)  # before there are weights, as in a run
-    step, state, parameters = trainer()
+    step, state, parameters = trainer(saver.settle)
     results: dict[str, list[float]] = {"step": [], "synchronous": [], "call": [], "asynchronous": [], "beside counting": []}
     try:
         for _ in range(2):

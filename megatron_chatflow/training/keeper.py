@@ -31,6 +31,11 @@ class Keeper:
             self._failed(error)
         self.poll(wait=not self._where.async_save)
 
+    def settle(self) -> None:
+        """To be called before anything changes that a checkpoint holds: while one is begun, its tensors are still being copied."""
+        if self._saver is not None:
+            self._saver.settle()
+
     def poll(self, *, wait: bool = False) -> None:
         """Publish what has been written meanwhile; with `wait`, what is being written. Raises SaveError under --exit-on-failed-save."""
         if self._saver is not None:

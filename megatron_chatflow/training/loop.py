@@ -67,7 +67,7 @@ def _train(run: Run, stop: Stop, reporter: Reporter, loader: Loader, keeper: Kee
         return True
     failures = 0
     while not why and run.consumed + get_current_global_batch_size() <= total:
-        failures = failures + 1 if _iterate(run, reporter, loader, failures) else 0
+        failures = failures + 1 if _iterate(run, reporter, loader, keeper, failures) else 0
         why = stop.agreed(run.device)
         keeper.poll()
         run.validated = not (interval and run.iteration % interval == 0)
@@ -102,7 +102,7 @@ def _nothing_to_do(run: Run, batch: int) -> str:
     return f"{where}; raise --train-samples or --train-iters to go on"
 
 
-def _iterate(run: Run, reporter: Reporter, loader: Loader, failures: int) -> bool:
+def _iterate(run: Run, reporter: Reporter, loader: Loader, keeper: Keeper, failures: int) -> bool:
     """One iteration; returns whether its loss or gradients were not finite. `failures`: how many before it, in a row, were so."""
     config, begin = run.config, time.perf_counter()
     batch = get_current_global_batch_size()
@@ -111,7 +111,7 @@ def _iterate(run: Run, reporter: Reporter, loader: Loader, failures: int) -> boo
     if run.iteration + 1 in (config.training.iterations_to_skip or ()):
         result = StepResult(np.zeros((len(run.plan.domain_names), SUMS)), math.nan, "iterations_to_skip")
     else:
-        result = _step(run, reporter, loader, start, batch)
+        result = _step(run, reporter, loader, keeper, start, batch)
     run.scheduler.step(increment=batch)
     run.iteration, run.consumed = run.iteration + 1, stop
     reporter.step(start, stop, result, lr, time.perf_counter() - begin)
@@ -125,19 +125,20 @@ def _iterate(run: Run, reporter: Reporter, loader: Loader, failures: int) -> boo
     return True
 
 
-def _step(run: Run, reporter: Reporter, loader: Loader, start: int, batch: int) -> StepResult:
+def _step(run: Run, reporter: Reporter, loader: Loader, keeper: Keeper, start: int, batch: int) -> StepResult:
     config = run.config
     micro_batches = loader.iteration(start, batch)
     assert len(micro_batches) == get_num_microbatches()
     seed_iteration(config.training.seed, run.iteration)
     alone = start < config.training.train_new_rows_samples
     if run.only_new_rows and not alone:
+        keeper.settle()
         forget_moments(run.optimizer)
         reporter.say(f" from sample {start} on all weights are trained")
     run.only_new_rows = alone
     result = train_step(
         run.forward_step, run.model, run.optimizer, micro_batches, run.shape, len(run.plan.domain_names), run.device,
-        check_finite=config.training.check_for_nan_in_loss_and_grad, only=run.new_rows if alone else None,
+        check_finite=config.training.check_for_nan_in_loss_and_grad, settle=keeper.settle, only=run.new_rows if alone else None,
     )  # fmt: skip
     if run.average is not None and not result.skipped:
         checkpoint.gather_weights(run.model)

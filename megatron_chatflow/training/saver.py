@@ -59,7 +59,7 @@ class Saved:
 
 
 class Saver:
-    """Writes the checkpoints of a run directory. Every method is called by every rank alike, but for `close`."""
+    """Writes the checkpoints of a run directory. Every method is called by every rank alike, but for `settle` and `close`."""
 
     def __init__(self, run: Path, most_recent_k: int | None = None, retain_interval: int | None = None) -> None:
         """Starts the process that writes. Made before there are process groups and weights it shares nothing of them.
@@ -89,7 +89,7 @@ class Saver:
         return self._writing is not None
 
     def begin(self, iteration: int, sharded_state: dict[str, Any], state: dict[str, Any]) -> None:
-        """Begin to write ``RUN/iter_<iteration>``; what `sharded_state` holds may change as soon as this returns.
+        """Begin to write ``RUN/iter_<iteration>``; what `sharded_state` holds may change when `settle` returns.
 
         Args:
             iteration: iterations done.
@@ -110,6 +110,13 @@ class Saver:
         without_views(sharded)
         self._queue.schedule_async_request(SealedShards(self._end).async_save(sharded, str(self._writing.partial)))
         self._writing.seconds = time.perf_counter() - begin
+
+    def settle(self) -> None:
+        """Wait until what is being saved is copied. To be called before any of it changes; needs no other rank."""
+        begin = time.perf_counter()
+        self._writer.settle()
+        if self._writing is not None:
+            self._writing.seconds += time.perf_counter() - begin
 
     def poll(self, *, wait: bool = False) -> Saved | None:
         """The checkpoint if it has been written on all ranks meanwhile, and is now published; else None. With `wait` not before it is.

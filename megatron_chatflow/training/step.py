@@ -60,10 +60,11 @@ def train_step(
     device: torch.device,
     *,
     check_finite: bool,
+    settle: Callable[[], None],
     only: NewRows | None = None,
 ) -> StepResult:
     """Forward, backward, reduce, clip, step; of the `only` rows where these are given. With `check_finite` a loss or a gradient norm that is not
-    finite leaves weights and optimizer as they were."""
+    finite leaves weights and optimizer as they were. `settle` is called before they change."""
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -71,6 +72,7 @@ def train_step(
     sums = reduce_sums(store, num_domains, device)
     if check_finite and not np.isfinite(sums).all():
         return StepResult(sums, math.nan, "the loss is not finite")
+    settle()
     with only.alone(optimizer) if only else contextlib.nullcontext():
         grad_norm = update(optimizer, check_finite=check_finite)
     return StepResult(sums, grad_norm, "the gradient norm is not finite" if check_finite and not math.isfinite(grad_norm) else None)

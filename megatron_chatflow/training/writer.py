@@ -11,7 +11,8 @@ import gc
 import mmap
 import multiprocessing
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
@@ -38,7 +39,9 @@ class Writer(AsyncCaller):
         self.answer: Answer | None = None
         """To the last request; None where the process was killed."""
         self._staging = Staging()
-        self._busy = False
+        self._thread = ThreadPoolExecutor(1, "staging")
+        self._request: Future[None] | None = None
+        """The last one, done when it is with the process; None when it is answered, or will never be."""
         self._start("fork")
 
     def _start(self, method: str) -> None:
@@ -52,43 +55,52 @@ class Writer(AsyncCaller):
         """Bytes of the shared memory that the process knows of."""
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
-        """Have a save of `shards.SealedShards` written; what it holds may change as soon as this returns."""
+        """Have a save of `shards.SealedShards` written; what it holds may change when `settle` returns."""
         self.answer = None
         if async_req.async_fn is None:  # nothing to write on this rank
             return
         if not self._process.is_alive():  # not a fork: that would share the weights, and the memory may be short already
             self._start("spawn")
-        try:
-            buckets = self._staging.copy(async_req.async_fn_args[0])
-        except OSError as error:
-            self.answer = (error, {})
-            return
-        self._busy = True
+        self._request = self._thread.submit(self._hand_over, async_req.async_fn, *async_req.async_fn_args)
+
+    def _hand_over(self, write: Callable[[list[Any]], Answer], buckets: list[Any]) -> None:
+        staged = self._staging.copy(buckets)
         fresh = self._mapped != self._staging.size
         try:
-            self._connection.send((async_req.async_fn, buckets, self._staging.size if fresh else 0))
+            self._connection.send((write, staged, self._staging.size if fresh else 0))
             if fresh:
                 send_handle(self._connection, self._staging.file, self._process.pid)
                 self._mapped = self._staging.size
         except OSError:  # killed just now: told by the missing answer
             pass
 
+    def settle(self) -> None:
+        """Wait until the tensors of the last request are copied."""
+        if self._request is not None:
+            try:
+                self._request.result()
+            except OSError as error:  # no memory for the copy
+                self.answer, self._request = (error, {}), None
+
     def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
         """Whether every rank's shards are written, or their processes killed. With `blocking` this rank's are when it returns."""
-        busy = self._busy and not self._connection.poll()
+        if blocking or (self._request is not None and self._request.done()):
+            self.settle()
+        busy = self._request is not None and not (self._request.done() and self._connection.poll())
         done = not busy if no_dist else self.sync_all_async_calls(int(busy))
-        if (done or blocking) and self._busy:
+        if (done or blocking) and self._request is not None:
             try:
                 self.answer = self._connection.recv()
             except (EOFError, OSError):
                 self._process.join()
-            self._busy = False
+            self._request = None
         return done or blocking
 
     def close(self, abort: bool = False) -> None:
         """End the process, whatever it is at; a second call does nothing."""
         self._process.kill()
         self._process.join()
+        self._thread.shutdown()
         self._connection.close()
         self._staging.close()
 

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -64,6 +65,26 @@ def test_an_asynchronous_save_has_the_bits_of_a_synchronous_one(pool: Pool, samp
     out = ok(pool.run(2, train, sample, "--save", str(run), "--save-interval", "2", "--async-save", *SHORT, *TP))
     assert out.count("saved") == 3 and "s of it without training" in out
     assert iterations(run) == [2, 4, 6] and list(differences(run, whole, None)) == []
+
+
+def train_with_slow_copies(folder: Path, *words: str) -> tuple[int, str, str]:
+    """`train` where the copy of what is saved takes longer than an iteration."""
+    from megatron_chatflow.training.staging import Staging
+
+    copy = Staging.copy
+    Staging.copy = lambda self, buckets: (time.sleep(1), copy(self, buckets))[1]
+    try:
+        return train(folder, *words)
+    finally:
+        Staging.copy = copy
+
+
+def test_the_next_iteration_changes_nothing_that_is_not_yet_copied(pool: Pool, sample: Path, whole: Path) -> None:
+    from tools.compare_runs import differences
+
+    run = sample / "slow copies"
+    out = ok(pool.run(2, train_with_slow_copies, sample, "--save", str(run), "--save-interval", "2", "--async-save", *SHORT, *TP))
+    assert out.count("saved") == 3 and iterations(run) == [2, 4, 6] and list(differences(run, whole, None)) == []
 
 
 @SLOW
