@@ -25,55 +25,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.trainer import Trainer
+
 HIDDEN, LAYERS, VOCAB, SEQ, BATCH = 768, 10, 16384, 128, 2
 WORDS = (
     f"--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads 12 --ffn-hidden-size 2048 --swiglu --normalization RMSNorm "
     "--position-embedding-type rope --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --untie-embeddings-and-output-weights "
     f"--seq-length {SEQ} --micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters 1000 --lr 1e-4"
 )
-
-
-def trainer(settle: Callable[[], None]) -> tuple[Callable[[], None], Callable[[], dict[str, Any]], int]:
-    """(one training step, the sharded state of a checkpoint, parameters). Each step calls `settle` before it changes what a checkpoint holds."""
-    from megatron_chatflow.config import make_parser, parse, resolve
-    from megatron_chatflow.engine import distributed
-    from megatron_chatflow.engine.launch import Launch
-
-    config = resolve(parse(make_parser("chatflow train", ""), WORDS.split())[0], 1)
-    distributed.initialize(Launch("single", 0, 1, 0, None, None), config.parallel, LAYERS)
-    import numpy as np
-    import torch
-    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
-
-    from megatron_chatflow.model.forward import make_forward_step, schedule_shape
-    from megatron_chatflow.model.gpt import build_model, count_parameters
-    from megatron_chatflow.training.checkpoint import sharded_state
-    from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler
-    from megatron_chatflow.training.step import seed_iteration, train_step
-
-    torch.set_num_threads(1)
-    init_num_microbatches_calculator(0, None, BATCH, BATCH, 1)
-    seed_iteration(1, 0)
-    model = build_model(config, VOCAB, "local")
-    optimizer = build_optimizer(config, model)
-    build_scheduler(config, optimizer)
-    forward_step = make_forward_step(1, torch.ones(VOCAB, dtype=torch.int64), False)
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, SEQ + 1))
-    batch = {
-        "tokens": tokens[:, :-1].copy(),
-        "labels": tokens[:, 1:].copy(),
-        "loss_mask": np.ones((BATCH, SEQ), np.float32),
-        "position_ids": np.tile(np.arange(SEQ), (BATCH, 1)),
-        "segment_ids": np.zeros((BATCH, SEQ), np.int32),
-        "domain": np.zeros(BATCH, np.int64),
-    }
-
-    def step() -> None:
-        train_step(
-            forward_step, model, optimizer, [batch], schedule_shape(SEQ, BATCH, False), 1, torch.device("cpu"), check_finite=True, settle=settle
-        )
-
-    return step, lambda: sharded_state(model, optimizer, None), count_parameters(config, VOCAB)
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -114,22 +73,34 @@ def main() -> int:
 
     distributed.hide_engine_warnings()
     cpu.install()
+    import torch
+
+    from megatron_chatflow.training.checkpoint import sharded_state
     from megatron_chatflow.training.saver import Saver
+
+    torch.set_num_threads(1)
 
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=args.folder))
     saver = Saver(folder, most_recent_k=1)  # before there are weights, as in a run
-    step, state, parameters = trainer(saver.settle)
+    trainer = Trainer(WORDS, VOCAB)
+
+    def step() -> None:
+        trainer.step(saver.settle)
+
+    def begin_to_save(iteration: int) -> None:
+        saver.begin(iteration, sharded_state(trainer.model, trainer.optimizer, None), {})
+
     results: dict[str, list[float]] = {"step": [], "synchronous": [], "call": [], "asynchronous": [], "beside counting": []}
     try:
         for _ in range(2):
             step()
         for i in range(args.rounds + 1):
             begin = time.perf_counter()
-            saver.begin(2 * i + 1, state(), {})
+            begin_to_save(2 * i + 1)
             saver.poll(wait=True)
             synchronous = time.perf_counter() - begin
             around = [seconds(step) for _ in range(3)]
-            call = seconds(lambda i=i: saver.begin(2 * i + 2, state(), {}))
+            call = seconds(lambda i=i: begin_to_save(2 * i + 2))
             begin, made, saved = time.perf_counter(), 0, None
             while saved is None:
                 step()
@@ -151,7 +122,7 @@ def main() -> int:
         distributed.shut_down()
     medians = {name: statistics.median(values) for name, values in results.items()}
     answer = {
-        "parameters": parameters,
+        "parameters": trainer.parameters,
         "checkpoint_bytes": size,
         "step_seconds": round(medians["step"], 3),
         "step_seconds_beside_counting": round(medians["beside counting"], 3),

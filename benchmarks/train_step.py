@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.trainer import Trainer
+
 HIDDEN, LAYERS, HEADS, GROUPS, FFN, VOCAB, SEQ, BATCH, THREADS = 512, 8, 8, 4, 1408, 8192, 512, 4, 2
 WORDS = (
     f"--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads {HEADS} --group-query-attention --num-query-groups {GROUPS} "
@@ -35,48 +37,9 @@ WAYS = ("ours", "huggingface", "compiled")
 
 
 def ours(recipe: str | None = None) -> Callable[[], float]:
-    """One step of this project: forward, backward, clipping and AdamW on random tokens; returns the loss. `recipe`: of FP8, None for bf16."""
-    from megatron_chatflow.config import make_parser, parse, resolve
-    from megatron_chatflow.engine import cpu, distributed
-    from megatron_chatflow.engine.launch import Launch
-
+    """One step of this project, in bf16 or in FP8 with a `recipe`; returns the loss."""
     fp8 = f" --fp8-format {FP8[recipe]} --fp8-recipe {recipe}" if recipe else ""
-    config = resolve(parse(make_parser("chatflow train", ""), (WORDS + fp8).split())[0], 1)
-    distributed.hide_engine_warnings()
-    distributed.initialize(Launch("single", 0, 1, 0, None, None), config.parallel, LAYERS)
-    import numpy as np
-    import torch
-    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
-
-    from megatron_chatflow.model.forward import make_forward_step, schedule_shape
-    from megatron_chatflow.model.gpt import build_model
-    from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler
-    from megatron_chatflow.training.step import seed_iteration, train_step
-
-    assert cpu.is_needed(), "this benchmark compares CPU steps"
-    init_num_microbatches_calculator(0, None, BATCH, BATCH, 1)
-    seed_iteration(1, 0)
-    model = build_model(config, VOCAB, "local")
-    optimizer = build_optimizer(config, model)
-    build_scheduler(config, optimizer)
-    forward_step = make_forward_step(1, torch.ones(VOCAB, dtype=torch.int64), False)
-    generator = np.random.default_rng(0)
-
-    def step() -> float:
-        tokens = generator.integers(0, VOCAB, (BATCH, SEQ + 1))
-        batch = {
-            "tokens": tokens[:, :-1].copy(),
-            "labels": tokens[:, 1:].copy(),
-            "loss_mask": np.ones((BATCH, SEQ), np.float32),
-            "position_ids": np.tile(np.arange(SEQ), (BATCH, 1)),
-            "segment_ids": np.zeros((BATCH, SEQ), np.int32),
-            "domain": np.zeros(BATCH, np.int64),
-        }
-        seed_iteration(1, 0)
-        shape = schedule_shape(SEQ, BATCH, False)
-        return train_step(forward_step, model, optimizer, [batch], shape, 1, torch.device("cpu"), check_finite=True, settle=lambda: None).loss
-
-    return step
+    return Trainer(WORDS + fp8, VOCAB).step
 
 
 def huggingface(compiled: bool) -> Callable[[], float]:

@@ -3,10 +3,10 @@
     python tests/chaos.py                          # 60 faults, about fifteen minutes on two cores
     python tests/chaos.py --faults 15 --seed 3     # five minutes
 
-A fault is one of: kill -9 of a random rank; SIGTERM or SIGUSR1 to a random rank; the disk full for a second. It comes at a random moment of
-training, validation or saving. After each the run is started again; it must go on from the checkpoint that the pointer names, and that one must be
-sound. At the end every loss and every bit of the checkpoint must be those of a run that nothing happened to, and the audit must find every sample
-read once.
+A fault is one of: kill -9 of a random rank, or of the process that writes its shards; SIGTERM or SIGUSR1 to a random rank; the disk full for a
+second. It comes at a random moment of training, validation or saving. Where the run has ended it is started again; it must go on from the checkpoint
+that the pointer names, and that one must be sound. At the end every loss and every bit of the checkpoint must be those of a run that nothing happened
+to, and the audit must find every sample read once.
 Filling the disk needs a small tmpfs of its own, and root to mount it; without that this fault is left out, and a line says so.
 """
 
@@ -30,6 +30,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -133,6 +135,14 @@ def fill(disk: Path, seconds: float) -> None:
     path.unlink()
 
 
+def kill_writer(rank: int) -> None:
+    """Kill the process that writes a rank's shards: the one of its children with the lowest priority."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(rank).children():
+            if child.nice() == 19:
+                child.kill()
+
+
 def repair_notes(notes: Path) -> None:
     """Cut half lines off: a rank may have been killed while it wrote."""
     for path in notes.glob("*.jsonl"):
@@ -165,7 +175,7 @@ def torment(folder: Path, faults: int, seed: int, say: Any = print) -> dict[str,
         story.run = disk / "run"
         if not can_fill:
             say("the disk is not filled: a tmpfs cannot be mounted here (not root?)")
-        kinds = ["kill -9", "kill -9", "SIGTERM", "SIGUSR1", *(["full disk"] if can_fill else [])]
+        kinds = ["kill -9", "kill -9", "kill -9 of a writer", "SIGTERM", "SIGUSR1", *(["full disk"] if can_fill else [])]
         words = ["--save", str(story.run), "--load", str(story.run), "--save-interval", "5", "--async-save", "--most-recent-k", "2"]
         words += ["--eval-interval", "10", "--eval-iters", "1", *LAYOUT]
         launches = 0
@@ -189,6 +199,9 @@ def torment(folder: Path, faults: int, seed: int, say: Any = print) -> dict[str,
                         fill(disk, 1.0)
                         continue
                     victim = source.choice(launch.ranks)
+                    if kind == "kill -9 of a writer":
+                        kill_writer(victim.pid)
+                        continue
                     begin = time.monotonic()
                     os.kill(victim.pid, signal.SIGKILL if kind == "kill -9" else signal.Signals[kind])
                     codes = launch.wait(DOWN)

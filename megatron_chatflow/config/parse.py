@@ -73,9 +73,10 @@ def _base(hint: Any) -> tuple[Any, bool]:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """``; did you mean X?`` or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    """``; did you mean X?`` or nothing. The dashes of flags, which all have in common, do not count."""
+    words = {word.lstrip("-"): word for word in known}
+    close = difflib.get_close_matches(name.lstrip("-"), list(words), n=1, cutoff=0.6)
+    return f"; did you mean {words[close[0]]}?" if close else ""
 
 
 def convert(name: str, value: Any, cls: type) -> Any:

@@ -91,6 +91,7 @@ def test_a_wrong_file_is_one_sentence_with_key_value_and_cure(tmp_path: Path, te
     ("words", "parts"),
     [
         (["--num-layer", "4"], ["unknown flag --num-layer", "--num-layers"]),
+        (["--learning-rate", "1"], ["unknown flag --learning-rate; `chatflow train --help` lists the flags"]),
         (["--num-layers", "x"], ["--num-layers", "'x'", "a whole number"]),
         (["--num-layers"], ["--num-layers"]),
         (["--fp16"], ["--fp16", "--bf16"]),
