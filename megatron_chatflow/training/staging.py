@@ -43,7 +43,11 @@ class Staging:
         self._memory: mmap.mmap | None = None
 
     def copy(self, buckets: list[Any]) -> list[Any]:
-        """Copy the tensors of megatron-core's write buckets here; returns the buckets with each tensor's `Place` instead of it."""
+        """Copy the tensors of megatron-core's write buckets here; returns the buckets with each tensor's `Place` instead of it.
+
+        Raises:
+            OSError: there is no memory; what was here before still is.
+        """
         staged, moves, end = [], [], 0
         for path, name, (objects, tensors) in buckets:
             places = []
@@ -61,10 +65,15 @@ class Staging:
     def _reserve(self, size: int) -> None:
         if size <= self.size:
             return
+        file = os.memfd_create("checkpoint")
+        try:
+            os.ftruncate(file, size)
+            memory = mmap.mmap(file, size)
+        except OSError:
+            os.close(file)
+            raise
         self.close()
-        self.file = os.memfd_create("checkpoint")
-        os.ftruncate(self.file, size)
-        self._memory, self.size = mmap.mmap(self.file, size), size
+        self.file, self.size, self._memory = file, size, memory
 
     def close(self) -> None:
         """Give the memory back."""
