@@ -25,6 +25,14 @@ def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
     return dict(read_tensors(run / f"iter_{iteration:07d}"))
 
 
+@pytest.fixture(scope="module")
+def whole(pool: Pool, sample: Path) -> Path:
+    """Four iterations of one process, each saved."""
+    run = sample / "ema whole"
+    ok(pool.run(1, train, sample, "--save", str(run), "--save-interval", "1", *FLAGS))
+    return run
+
+
 @pytest.mark.parametrize(
     ("name", "world", "flags"),
     [("one", 1, []), pytest.param("TP2", 2, TP, marks=pytest.mark.slow), pytest.param("sharded", 2, SHARDED, marks=pytest.mark.slow)],
@@ -43,8 +51,8 @@ def test_the_saved_mean_is_the_mean_of_the_weights(pool: Pool, sample: Path, nam
 
 
 @pytest.mark.slow
-def test_the_mean_resumes_to_the_same_bits_and_in_another_layout(pool: Pool, sample: Path) -> None:
-    whole, parts, other = sample / "ema one", sample / "ema parts", sample / "ema other"
+def test_the_mean_resumes_to_the_same_bits_and_in_another_layout(pool: Pool, sample: Path, whole: Path) -> None:
+    parts, other = sample / "ema parts", sample / "ema other"
     for run, world, flags in ((parts, 1, []), (other, 2, PP)):
         ok(pool.run(1, train, sample, "--save", str(run), "--exit-interval", "2", *FLAGS))
         ok(pool.run(world, train, sample, "--save", str(run), "--load", str(run), *FLAGS, *flags))
@@ -86,11 +94,11 @@ def load_mean_and_save(run: Path, target: Path, flags: list[str]) -> None:
         checkpoint.save(target, 1, session.model, None, {})
 
 
-def test_the_mean_loads_in_place_of_the_weights_in_any_layout(pool: Pool, sample: Path, reference: Path) -> None:
+def test_the_mean_loads_in_place_of_the_weights_in_any_layout(pool: Pool, sample: Path, whole: Path, reference: Path) -> None:
     for world, flags in ((2, TP), (2, PP)):
         target = sample / f"mean only {world}{len(flags)}{flags[:1]}"
-        pool.run(world, load_mean_and_save, sample / "ema one", target, flags)
-        wanted = tensors(sample / "ema one", 4)
+        pool.run(world, load_mean_and_save, whole, target, flags)
+        wanted = tensors(whole, 4)
         found = tensors(target, 1)
         assert found and all(torch.equal(tensor, wanted[f"ema.{key}"]) for key, tensor in found.items())
     with pytest.raises(RuntimeError, match="holds no running mean"):

@@ -42,6 +42,14 @@ def ok(results: list[tuple[int, str, str]]) -> str:
     return results[0][1]
 
 
+@pytest.fixture(scope="module")
+def whole(pool: Pool, sample: Path, phase: list[str]) -> Path:
+    """Six iterations of one process, each saved."""
+    run = sample / "rows whole"
+    ok(pool.run(1, train, sample, "--save", str(run), "--save-interval", "1", *phase))
+    return run
+
+
 def weights(run: Path, iteration: int) -> dict[str, torch.Tensor]:
     """The weights, and the optimizer's float32 copies, by name."""
     return {name: t for name, t in read_tensors(run / f"iter_{iteration:07d}") if ".exp_avg" not in name}
@@ -67,17 +75,16 @@ def test_only_the_new_rows_change_in_the_phase_and_everything_after_it(pool: Poo
         assert not torch.equal(at_end[name], after[name]), name
 
 
-def test_the_first_step_of_all_weights_is_no_longer_than_adams_first(pool: Pool, sample: Path, phase: list[str]) -> None:
-    run = sample / "rows one process"
-    before, after = weights(run, 3), weights(run, 4)
-    lr = metrics(run)[3]["learning-rate"]
+def test_the_first_step_of_all_weights_is_no_longer_than_adams_first(whole: Path) -> None:
+    before, after = weights(whole, 3), weights(whole, 4)
+    lr = metrics(whole)[3]["learning-rate"]
     for name, tensor in before.items():
         assert ((after[name] - tensor).abs() <= lr * (1 + 0.1 * tensor.abs()) * 1.001 + 1e-7).all(), name
 
 
 @pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_the_phase_resumes_to_the_same_bits_within_it_and_at_its_end(pool: Pool, sample: Path, phase: list[str], stop: int) -> None:
-    whole, parts = sample / "rows one process", sample / f"rows parts {stop}"
+def test_the_phase_resumes_to_the_same_bits_within_it_and_at_its_end(pool: Pool, sample: Path, whole: Path, phase: list[str], stop: int) -> None:
+    parts = sample / f"rows parts {stop}"
     ok(pool.run(1, train, sample, "--save", str(parts), "--exit-interval", str(stop), "--train-iters", "6", *phase[2:]))
     ok(pool.run(1, train, sample, "--save", str(parts), "--load", str(parts), *phase))
     assert metrics(parts) == metrics(whole)
