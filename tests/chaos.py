@@ -1,7 +1,7 @@
 """Chaos: a run of TP2 x DP2 with asynchronous saves is killed, stopped and robbed of its disk again and again, and must not show it at its end.
 
     python tests/chaos.py                          # 60 faults, about fifteen minutes on two cores
-    python tests/chaos.py --faults 15 --seed 3     # five minutes
+    python tests/chaos.py --faults 15 --seed 15    # five minutes
 
 A fault is one of: kill -9 of a random rank, or of the process that writes its shards; SIGTERM or SIGUSR1 to a random rank; the disk full for a
 second. It comes at a random moment of training, validation or saving. Where the run has ended it is started again; it must go on from the checkpoint
@@ -135,12 +135,14 @@ def fill(disk: Path, seconds: float) -> None:
     path.unlink()
 
 
-def kill_writer(rank: int) -> None:
-    """Kill the process that writes a rank's shards: the one of its children with the lowest priority."""
+def kill_writer(rank: int) -> bool:
+    """Kill the process that writes a rank's shards, the one of its children with the lowest priority; returns whether there was one."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(rank).children():
-            if child.nice() == 19:
+            if child.nice() == 19 and child.status() != psutil.STATUS_ZOMBIE:
                 child.kill()
+                return True
+    return False
 
 
 def repair_notes(notes: Path) -> None:
@@ -192,15 +194,14 @@ def torment(folder: Path, faults: int, seed: int, say: Any = print) -> dict[str,
                     if None not in launch.wait(0):
                         break
                     time.sleep(source.random() * 0.3)
-                    kind = source.choice(kinds)
+                    kind, victim = source.choice(kinds), source.choice(launch.ranks)
+                    if kind == "kill -9 of a writer" and not kill_writer(victim.pid):
+                        kind = "kill -9"  # its writer was killed before, and the next save has not yet begun another
                     done[kind] += 1
                     say(f"fault {sum(done.values())} of {faults}: {kind} at sample {launch.samples()} of {total}", flush=True)
                     if kind == "full disk":
                         fill(disk, 1.0)
-                        continue
-                    victim = source.choice(launch.ranks)
-                    if kind == "kill -9 of a writer":
-                        kill_writer(victim.pid)
+                    if kind in ("full disk", "kill -9 of a writer"):
                         continue
                     begin = time.monotonic()
                     os.kill(victim.pid, signal.SIGKILL if kind == "kill -9" else signal.Signals[kind])

@@ -257,7 +257,7 @@ class CheckpointSettings:
     most_recent_k: int | None = None
     """Keep this many newest checkpoints and remove older ones; all are kept by default, and 2 with --save-retain-interval."""
     async_save: bool = False
-    """Write checkpoints in processes of their own while the training goes on."""
+    """Write checkpoints while the training goes on."""
     exit_on_failed_save: bool = False
     """Stop when a checkpoint cannot be written (a full disk), instead of going on and trying again at the next."""
     ckpt_step: int | None = None
