@@ -3,20 +3,25 @@
 megatron-core 0.16.1 allocates with ``device="cuda"``, asks ``torch.cuda`` for streams, events and random states, and asserts
 that gradients are CUDA tensors. `install` points those calls at the CPU, once, before megatron.core is first imported. On a
 machine with a CUDA device it does nothing, so every other line of this project is the same on both.
+
+A call that does not name CUDA behaves as it does without this file, for every user of torch in the process: device contexts, TorchScript and
+``Tensor.type`` included (only megatron-core's own modules see ``torch.cuda.FloatTensor``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from typing import Any
 
 import torch
+from torch.jit._builtins import _find_builtin, _register_builtin
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _FACTORIES = (
     "empty", "zeros", "ones", "full", "arange", "tensor", "as_tensor", "randn", "rand", "randint", "randperm", "linspace",
-    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 )  # fmt: skip
 
 TRANSFORMER_SETTINGS: dict[str, Any] = {
@@ -81,6 +86,8 @@ def _redirect(factory: Any) -> Any:
             kwargs["device"] = CPU
         return factory(*args, **kwargs)
 
+    call.__module__, call.__qualname__ = "torch", factory.__name__  # how it is pickled
+    _register_builtin(call, _find_builtin(factory))  # TorchScript knows a function by its identity
     return call
 
 
@@ -107,6 +114,7 @@ def install() -> None:
         setattr(cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    _device_constructors()  # cached: what ``with torch.device(...)`` acts on, by identity; it sees torch's functions, not the wrappers
     for name in _FACTORIES:
         setattr(torch, name, _redirect(getattr(torch, name)))
     _install_tensor_methods()
@@ -124,9 +132,11 @@ def _install_tensor_methods() -> None:
 
     @functools.wraps(kind)
     def tensor_type(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
-        """`clip_grads` asserts that ``grad.type()`` is ``torch.cuda.FloatTensor``."""
+        """megatron-core asserts that ``grad.type()`` is ``torch.cuda.FloatTensor``; other callers get the name that torch gives."""
         if dtype is None:
             name = kind(self)
+            if not sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core"):
+                return name
             return name if name.startswith("torch.cuda") else name.replace("torch.", "torch.cuda.", 1)
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.")

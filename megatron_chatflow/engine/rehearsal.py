@@ -20,7 +20,7 @@ _NEW = ("empty", "zeros", "ones", "full", "arange", "tensor", "as_tensor", "rand
 class _WithoutMemory(TorchFunctionMode):
     """Every new tensor is on the meta device, whatever device was asked for.
 
-    ``torch.device("meta")`` as a context would not see the calls that `cpu.install` has wrapped, nor those that name a device.
+    ``torch.device("meta")`` as a context leaves alone the calls that name a device.
     """
 
     def __torch_function__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
