@@ -142,8 +142,8 @@ class TrainingSettings:
     check_for_nan_in_loss_and_grad: bool = True
     """Do not take a step when the loss or the gradient norm is not finite; --max-nonfinite-iterations says when to stop."""
     max_nonfinite_iterations: int = 3
-    """So many iterations in a row whose loss or gradient norm is not finite are skipped (their samples count as read, the weights stay); one more
-    stops the run, naming its samples."""
+    """So many iterations in a row whose loss or gradient norm is not finite, or in which no token has loss, are skipped (their samples count as
+    read, the weights stay); one more stops the run, naming its samples."""
     iterations_to_skip: list[int] | None = None
     """Iterations whose samples are passed over without training, e.g. those that a loss spike was traced to."""
     train_new_rows_samples: int = 0

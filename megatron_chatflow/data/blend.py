@@ -167,6 +167,8 @@ def open_domains(
             common = {"seq_length": seq_length, "seed": seed, "documents": documents}
             if entry.kind == "instruct":
                 opened[name] = InstructDomain(name, dataset, **common, train_on_prompt=entry.train_on_prompt)
+                if subset == "train" and any(stage.weights.get(name) for stage in curriculum.stages):
+                    _check_trained(opened[name])
             else:
                 opened[name] = TextDomain(name, dataset, **common, **text)
         except ValueError as error:
@@ -239,6 +241,14 @@ def _check_kind(dataset: IndexedDataset, kind: str) -> None:
         raise ValueError(f"corpus {dataset.prefix}: kind is instruct, but it has no sequence modes: preprocess conversations, or write kind: text")
     if kind == "text" and modes:
         raise ValueError(f"corpus {dataset.prefix}: kind is text, but it has sequence modes (conversations): write kind: instruct")
+
+
+def _check_trained(domain: InstructDomain) -> None:
+    if domain.losses.conversations and not domain.num_samples:
+        raise ValueError(
+            f"corpus {domain.dataset.prefix}: none of its {domain.losses.conversations:,} conversations has a token to train on among its first "
+            f"{domain.seq_length + 1} (seq_length + 1): raise seq_length, or give the domain weight 0"
+        )
 
 
 def _check_manifest(dataset: IndexedDataset) -> None:

@@ -1,5 +1,7 @@
 """An instruction domain: whole conversations packed into windows, trained on the answers alone or on prompts as well."""
 
+import dataclasses
+
 import numpy as np
 
 from megatron_chatflow.data.domain import Batch, WindowDomain, ranges, segments
@@ -8,17 +10,40 @@ from megatron_chatflow.data.packing import positions
 from megatron_chatflow.data.packing_cache import cached_pack
 from megatron_chatflow.data.verify import index_faults
 
+_BLOCK = 1 << 18
+"""Conversations that are looked at together at opening."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """What a domain does not train on because windows are no longer than they are.
+
+    Attributes:
+        conversations: all of the domain.
+        left_out: conversations of two tokens or more without one with loss among their first S + 1, which no window holds.
+        cut: conversations longer than S + 1 tokens that windows hold, without their end.
+        tokens: tokens with loss, were windows long enough for all.
+        lost_tokens: of these, the ones that are in no window.
+    """
+
+    conversations: int
+    left_out: int
+    cut: int
+    tokens: int
+    lost_tokens: int
+
 
 class InstructDomain(WindowDomain):
     """The conversations of a corpus with sequence modes, packed into windows of S positions.
 
     A conversation of L tokens t takes L - 1 positions: tokens t[0] .. t[L-2], labels t[1] .. t[L-1]. loss_mask is 1 where the label lies
     in a sequence of mode 0 (an answer), with `train_on_prompt` everywhere. Each conversation is a segment of its own, its position_ids
-    start at 0, and no label belongs to another conversation than its token. What is longer than S + 1 tokens is cut there. What is left
-    of a window is padded with token 0, loss_mask 0, and a segment of its own.
+    start at 0, and no label belongs to another conversation than its token. What is longer than S + 1 tokens is cut there; where that leaves
+    no label with loss, the conversation is left out, so every window has one. What is left of a window is padded with token 0, loss_mask 0,
+    and a segment of its own.
 
-    The packing is a function of the lengths and S alone, the same in every epoch, and kept beside the corpus (`packing_cache.py`); the
-    windows are shuffled as a text domain's are.
+    The packing is a function of S and of the lengths of the conversations that are not left out, the same in every epoch, and kept next to
+    the corpus (`packing_cache.py`); the windows are shuffled as a text domain's are.
 
     Args:
         name, dataset, seq_length, seed, documents: as in `WindowDomain`.
@@ -26,6 +51,7 @@ class InstructDomain(WindowDomain):
 
     Attributes:
         packing: which conversations each window holds; conversations are numbered from `documents[0]`.
+        losses: what is not trained on because it is longer than a window.
 
     Raises:
         ValueError: the corpus has no sequence modes, its sequences are not stored in order, or its index is damaged.
@@ -40,14 +66,28 @@ class InstructDomain(WindowDomain):
             raise ValueError(f"corpus {dataset.prefix}: it has no sequence modes, so prompts and answers cannot be told apart")
         for fault in index_faults(dataset):
             raise ValueError(f"corpus {dataset.prefix}: {fault}: preprocess it again")
-        bounds = dataset.document_starts(np.arange(documents[0], documents[1] + 1))
-        self.packing = cached_pack(dataset.prefix, np.diff(bounds), seq_length)
+        lengths = np.diff(dataset.document_starts(np.arange(documents[0], documents[1] + 1)))
+        trained, kept = self._count_trained(lengths)
+        left_out = (lengths > 1) & (kept == 0)
+        self.packing = cached_pack(dataset.prefix, np.where(left_out, 0, lengths), seq_length)
         self.num_samples = self.packing.num_windows
+        total = int(trained.sum())
+        self.losses = Losses(len(lengths), int(left_out.sum()), self.packing.num_cut, total, total - int(kept.sum()))
 
-    @property
-    def num_cut(self) -> int:
-        """Conversations longer than a window, of which only the first S + 1 tokens are read."""
-        return self.packing.num_cut
+    def _count_trained(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the labels with loss of each conversation: in all of it, and in its first S + 1 tokens, int64 [conversations] each."""
+        whole = np.maximum(lengths.astype(np.int64) - 1, 0)
+        kept = positions(lengths, self.seq_length)
+        if self.train_on_prompt:
+            return whole, kept
+        counts = [np.zeros(len(lengths), np.int64) for _ in range(2)]
+        for begin in range(0, len(lengths), _BLOCK):
+            block = slice(begin, min(begin + _BLOCK, len(lengths)))
+            document = np.arange(block.start, block.stop) + self.documents[0]
+            for count, size in zip(counts, (whole, kept), strict=True):
+                which, labels, answer = self._labels(document, size[block])
+                count[block] = np.bincount(which, labels * answer, len(document))
+        return counts[0], counts[1]
 
     def fill_chunk(self, batch: Batch, rows: np.ndarray, windows: np.ndarray) -> None:
         """See `WindowDomain.fill_chunk`."""
@@ -88,11 +128,16 @@ class InstructDomain(WindowDomain):
         return self.packing.order[begin[which] + within].astype(np.int64) + self.documents[0], which
 
     def _answers(self, document: np.ndarray, size: np.ndarray) -> np.ndarray:
-        """Returns for the labels t[1] .. t[size] of each document whether they lie in an answer, bool [sum(size)]."""
+        """Returns for the labels t[1] .. t[size] of each document whether they are in an answer, bool [sum(size)]."""
+        _, labels, answer = self._labels(document, size)
+        return np.repeat(answer, labels)
+
+    def _labels(self, document: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns for each sequence of the documents which document it belongs to, how many of t[1] .. t[size] it has, and whether it is an answer."""
         begin = self.dataset.document_indices[document]
         which, within = ranges(self.dataset.document_indices[document + 1] - begin)
         sequence = begin[which] + within
         first = self.dataset.sequence_pointers[sequence] // self.dataset.dtype.itemsize - self.dataset.document_starts(document)[which]
         last = first + self.dataset.sequence_lengths[sequence]
         labels = np.minimum(last, size[which] + 1) - np.clip(first, 1, size[which] + 1)
-        return np.repeat(self.dataset.sequence_modes[sequence] == 0, np.maximum(labels, 0))
+        return which, np.maximum(labels, 0), self.dataset.sequence_modes[sequence] == 0

@@ -19,7 +19,7 @@ class Packing:
         order: conversation numbers, window after window, int32 or int64 [packed conversations].
         starts: where in `order` each window starts, and the end, int64 [windows + 1].
         num_cut: conversations longer than a window, of which only the first seq_length + 1 tokens are read.
-        num_skipped: conversations of fewer than two tokens, which have no label and are left out.
+        num_skipped: conversations given as fewer than two tokens long, which have no label and are left out.
     """
 
     order: np.ndarray

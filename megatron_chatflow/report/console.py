@@ -23,16 +23,18 @@ def iteration_line(values: Mapping[str, Any], now: datetime.datetime) -> str:
 
     Args:
         values: iteration, train_iters, consumed_samples, seconds (mean a step), tokens_per_second, throughput (TFLOP/s of one process, or None),
-            learning_rate, global_batch_size, loss, grad_norm, skipped and nan (iterations since the line before).
+            learning_rate, global_batch_size, loss, grad_norm (None where no step was taken), skipped and nan (iterations since the line before).
         now: the time to print.
     """
+    loss = "-" if values["loss"] is None else f"{values['loss']:.6E}"
+    grad_norm = "-" if values["grad_norm"] is None else f"{values['grad_norm']:.3f}"
     throughput = f" throughput per GPU (TFLOP/s/GPU): {values['throughput']:.1f} |" if values["throughput"] is not None else ""
     return (
         f" [{now:%Y-%m-%d %H:%M:%S}] iteration {values['iteration']:8d}/{values['train_iters']:8d} | "
         f"consumed samples: {values['consumed_samples']:12d} |"
         f" elapsed time per iteration (ms): {values['seconds'] * 1000:.1f} |{throughput} tokens per second: {values['tokens_per_second']:.0f} |"
-        f" learning rate: {values['learning_rate']:.6E} | global batch size: {values['global_batch_size']:5d} | lm loss: {values['loss']:.6E} |"
-        f" loss scale: 1.0 | grad norm: {values['grad_norm']:.3f} |"
+        f" learning rate: {values['learning_rate']:.6E} | global batch size: {values['global_batch_size']:5d} | lm loss: {loss} |"
+        f" loss scale: 1.0 | grad norm: {grad_norm} |"
         f" number of skipped iterations: {values['skipped']:3d} | number of nan iterations: {values['nan']:3d} |"
     )
 

@@ -14,6 +14,9 @@ from megatron_chatflow.curriculum import BlendPlan, Curriculum, capacities, cons
 from megatron_chatflow.data import InstructDomain, Manifest, open_domains, read_manifest
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
+MUCH_LOST = 0.01
+"""Share of conversations, or of tokens to train on, above which their loss at seq_length is a warning."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -98,16 +101,27 @@ def _held_out_notes(config: Config, curriculum: Curriculum, validated: Mapping[s
         keys = ", ".join([*own, *(f"validation.{name}" for name in curriculum.validation)])
         return [f"not read without --eval-interval: {keys}"]
     empty = [name for name, domain in validated.items() if not domain.num_samples]
-    return [f"nothing held out, so no validation loss: {', '.join(empty)} (split {config.data.split})"] if empty else []
+    notes = [f"nothing held out, so no validation loss: {', '.join(empty)} (split {config.data.split})"] if empty else []
+    cut = [name for name in empty if isinstance(validated[name], InstructDomain) and validated[name].losses.left_out]
+    if cut:
+        notes.append(f"no held-out conversation of {', '.join(cut)} has a token to train on at seq_length {config.data.seq_length}; raise --seq-length")
+    return notes
 
 
 def _cut_notes(domains: Mapping[str, Any]) -> list[str]:
-    return [
-        f"domain {name}: {domain.num_cut:,} conversations are longer than {domain.seq_length + 1} tokens, of which only the first are read; "
-        "raise --seq-length"
-        for name, domain in domains.items()
-        if isinstance(domain, InstructDomain) and domain.num_cut
-    ]
+    """What instruction domains lose at seq_length: a line for each that loses something, a warning above 1%."""
+    notes = []
+    for name, domain in domains.items():
+        if not isinstance(domain, InstructDomain) or not (domain.losses.left_out or domain.losses.cut):
+            continue
+        losses = domain.losses
+        conversations, tokens = losses.left_out / losses.conversations, losses.lost_tokens / max(losses.tokens, 1)
+        notes.append(
+            "warning: " * (max(conversations, tokens) > MUCH_LOST)
+            + f"domain {name}: at seq_length {domain.seq_length}, {losses.left_out:,} of {losses.conversations:,} conversations ({conversations:.1%}) "
+            f"have no token to train on and are left out, {losses.cut:,} are cut, and {tokens:.1%} of the tokens to train on are lost; raise --seq-length"
+        )
+    return notes
 
 
 def _open_subset(config: Config, curriculum: Curriculum, tokenizer: Tokenizer | None, subset: str) -> Mapping[str, Any]:

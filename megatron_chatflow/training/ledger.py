@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_chatflow.config import Config, UsageError
 from megatron_chatflow.curriculum import BlendPlan, Curriculum
+from megatron_chatflow.data import InstructDomain
 from megatron_chatflow.training.inputs import Inputs
 
 
@@ -58,6 +59,7 @@ def data_identity(config: Config, inputs: Inputs) -> dict[str, Any]:
         "tokenizer": tokenizer and {"name": tokenizer.name, "hash": tokenizer.fingerprint()},
         "corpora": {name: domain.dataset.fingerprint() for name, domain in inputs.domains.items()},
         "documents": {name: list(domain.documents) for name, domain in inputs.domains.items()},
+        "left_out": {name: domain.losses.left_out for name, domain in inputs.domains.items() if isinstance(domain, InstructDomain)},
     }
 
 
@@ -88,4 +90,12 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
                 f"domain {name}: documents {wanted[0]} to {wanted[1]} would be trained on, and were {trained[0]} to {trained[1]} so far, which would "
                 f"read samples twice; restore domains.{name}.valid as it was (other text can be named under validation), or --finetune to start "
                 "afresh"
+            )
+        trained = saved.get("left_out", {}).get(name, 0)
+        wanted = now["left_out"].get(name, 0)
+        if trained != wanted and name in saved["corpora"]:
+            raise UsageError(
+                f"domain {name}: {wanted} conversations without a token to train on are left out, and {trained} were so far, which would read "
+                f"samples twice; {'resume with the version that made the checkpoint' if 'left_out' not in saved else 'restore train_on_prompt'}, "
+                "give the corpus a new domain name, or --finetune to start over"
             )

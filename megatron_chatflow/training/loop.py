@@ -33,7 +33,7 @@ def train(run: Run, stop: Stop, saver: Saver | None) -> bool:
     Without `saver` nothing is saved.
 
     Raises:
-        NonFiniteError: losses or gradients are not finite, in more iterations in a row than are skipped; names the samples.
+        NonFiniteError: losses or gradients are not finite, or no token has loss, in more iterations in a row than are skipped; names the samples.
         SaveError: the last checkpoint could not be written, or any with --exit-on-failed-save.
     """
     config = run.config
@@ -103,7 +103,7 @@ def _nothing_to_do(run: Run, batch: int) -> str:
 
 
 def _iterate(run: Run, reporter: Reporter, loader: Loader, keeper: Keeper, failures: int) -> bool:
-    """One iteration; returns whether its loss or gradients were not finite. `failures`: how many before it, in a row, were so."""
+    """One iteration; returns whether it could not be trained on. `failures`: how many before it, in a row, were so."""
     config, begin = run.config, time.perf_counter()
     batch = get_current_global_batch_size()
     start, stop = run.consumed, run.consumed + batch

@@ -132,8 +132,8 @@ class Reporter:
             "throughput": rate * self.flops / run.launch.world_size / 1e12 if run.config.logging.log_throughput else None,
             "learning_rate": window[-1]["learning-rate"],
             "global_batch_size": window[-1]["batch-size"],
-            "loss": loss_values(self.window_sums.sum(0))["loss"] or 0.0,
-            "grad_norm": window[-1]["grad-norm"] or 0.0,
+            "loss": loss_values(self.window_sums.sum(0))["loss"],
+            "grad_norm": window[-1]["grad-norm"],
             "skipped": sum("skipped" in r for r in window),
             "nan": sum("finite" in r.get("skipped", "") for r in window),
         }

@@ -32,14 +32,9 @@ class StepResult:
     skipped: str | None = None
     """Why the weights were left as they were; None where the step was taken."""
 
-    @property
-    def loss(self) -> float:
-        """Mean loss over the tokens of the global batch, in nats."""
-        return float(self.sums[:, 0].sum() / max(self.sums[:, 1].sum(), 1))
-
 
 class NonFiniteError(RuntimeError):
-    """Losses or gradient norms are NaN or infinite, in more iterations in a row than are skipped."""
+    """Losses or gradient norms are NaN or infinite, or no token has loss, in more iterations in a row than are skipped."""
 
 
 def seed_iteration(seed: int, iteration: int) -> None:
@@ -64,7 +59,8 @@ def train_step(
     only: NewRows | None = None,
 ) -> StepResult:
     """Forward, backward, reduce, clip, step; of the `only` rows where these are given. With `check_finite` a loss or a gradient norm that is not
-    finite leaves weights and optimizer as they were. `settle` is called before they change."""
+    finite leaves weights and optimizer as they were, and so does in any case a batch without a token with loss, whose gradient is zero. `settle` is
+    called before they change."""
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -72,6 +68,8 @@ def train_step(
     sums = reduce_sums(store, num_domains, device)
     if check_finite and not np.isfinite(sums).all():
         return StepResult(sums, math.nan, "the loss is not finite")
+    if not sums[:, 1].any():
+        return StepResult(sums, math.nan, "no token has loss")
     settle()
     with only.alone(optimizer) if only else contextlib.nullcontext():
         grad_norm = update(optimizer, check_finite=check_finite)

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.data import IndexedDataset, InstructDomain
+from megatron_chatflow.curriculum.model import Curriculum, Domain, Stage
+from megatron_chatflow.data import IndexedDataset, InstructDomain, open_domains
+from megatron_chatflow.data.instruct import Losses
 
 TURNS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1)), max_size=4)
 CHATS = st.lists(TURNS, min_size=1, max_size=12).filter(lambda chats: any(chats))
@@ -58,13 +60,47 @@ def test_windows_are_those_read_position_by_position(write_numbered, chats, seq_
 def test_every_label_of_every_conversation_is_read_once_an_epoch(write_numbered, chats, seq_length, epoch):
     domain = open_chats(write_numbered, chats, seq_length)
     batch = domain.read(epoch * domain.num_samples + np.arange(domain.num_samples))
-    answers, first = [], 0
+    answers, first, left_out, cut, tokens = [], 0, 0, 0, 0
     for chat in chats:
         modes = [mode for n, mode in chat for _ in range(n)]
-        answers += [first + i for i in range(1, min(len(modes), seq_length + 1)) if modes[i] == 0]
+        kept = [first + i for i in range(1, min(len(modes), seq_length + 1)) if modes[i] == 0]
+        answers += kept
         first += len(modes)
+        left_out += len(modes) > 1 and not kept
+        cut += bool(kept) and len(modes) > seq_length + 1
+        tokens += modes[1:].count(0)
     assert sorted(batch["labels"][batch["loss_mask"] == 1].tolist()) == answers
-    assert domain.num_cut == sum(sum(n for n, _ in chat) > seq_length + 1 for chat in chats)
+    assert domain.losses == Losses(len(chats), left_out, cut, tokens, tokens - len(answers))
+
+
+@given(CHATS, SEQ, st.booleans())
+def test_every_window_has_a_token_with_loss(write_numbered, chats, seq_length, train_on_prompt):
+    domain = open_chats(write_numbered, chats, seq_length, train_on_prompt=train_on_prompt)
+    batch = domain.read_window(np.arange(domain.num_samples))
+    assert batch["loss_mask"].any(axis=1).all()
+
+
+def test_only_conversations_without_loss_change_the_packing(write_numbered):
+    trained = [[(3 + i % 7, 1), (4, 0)] for i in range(40)]
+    beyond = [[(40, 1), (4, 0)], [(9, 1)]]
+    kept, mixed = (open_chats(write_numbered, chats, 32) for chats in (trained, trained + beyond))
+    assert np.array_equal(kept.packing.order, mixed.packing.order) and np.array_equal(kept.packing.starts, mixed.packing.starts)
+    assert mixed.losses == Losses(42, 2, 0, 164, 4)
+    whole = open_chats(write_numbered, trained + beyond, 32, train_on_prompt=True)
+    assert sorted(whole.packing.order.tolist()) == list(range(42)) and whole.losses.left_out == 0
+
+
+def test_a_domain_without_a_trained_token_is_refused_where_it_has_a_weight(write_numbered):
+    prefix = write_numbered([[40, 4], [9]], [[1, 0], [1]])
+    domains = {"chat": Domain("chat", prefix, "instruct"), "other": Domain("other", write_numbered([[99]]), "text")}
+
+    def opened(weights, **more):
+        curriculum = Curriculum("samples", domains, (Stage("all", 0, weights),), "repeat")
+        return open_domains(curriculum, seq_length=32, seed=1, split="1,0,0", **more)
+
+    with pytest.raises(ValueError, match="domain chat: .*none of its 2 conversations has a token to train on among its first 33 .*raise seq_length"):
+        opened({"chat": 1.0})
+    assert opened({"other": 1.0})["chat"].num_samples == 0
 
 
 @given(CHATS, SEQ)

@@ -60,6 +60,50 @@ def test_more_of_them_in_a_row_than_allowed_stop_the_run(pool: Pool, sample: Pat
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "4\n"
 
 
+def train_without_loss(folder: Path, first: int, last: int, *words: str) -> tuple[int, str, str]:
+    """`train`; no token of the iterations that begin in first .. last has loss."""
+    from megatron_chatflow.training import loop
+
+    class Untrained(loop.Loader):
+        def iteration(self, start: int, global_batch_size: int) -> list:
+            batches = super().iteration(start, global_batch_size)
+            for batch in batches:
+                batch["loss_mask"] *= not first <= start <= last
+            return batches
+
+    with mock.patch.object(loop, "Loader", Untrained):
+        return train(folder, *words)
+
+
+def test_an_iteration_without_a_token_with_loss_takes_no_step_and_has_no_loss(pool: Pool, sample: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from tools.compare_runs import differences
+
+    empty, skipped = sample / "no loss", sample / "passed over"
+    words = [*SHORT, "--log-interval", "1", "--weight-decay", "0.1"]
+    results = pool.run(2, train_without_loss, sample, 16, 16, "--save", str(empty), *words)
+    assert {code for code, _, _ in results} == {0}, results
+    out = results[0][1]
+    assert "no token has loss at iteration 3, samples 16 to 23: skipped, the weights stay; see what they hold with" in out
+    line = next(line for line in out.splitlines() if "iteration        3/       6" in line)
+    assert "| lm loss: - |" in line and "| grad norm: - |" in line and "skipped iterations:   1 | number of nan iterations:   0 |" in line
+    record = metrics(empty)[2]
+    assert (record["lm loss"], record["grad-norm"], record["skipped"]) == (None, None, "no token has loss")
+    log = EventAccumulator(str(empty / "tensorboard"))
+    log.Reload()
+    assert [point.step for point in log.Scalars("lm loss")] == [1, 2, 4, 5, 6]
+    results = pool.run(2, train, sample, "--save", str(skipped), *words, "--iterations-to-skip", "3")
+    assert {code for code, _, _ in results} == {0}, results
+    assert not any("iter_" in sentence for sentence in differences(empty, skipped, None))
+
+
+def test_a_run_in_which_no_token_has_loss_stops(pool: Pool, sample: Path) -> None:
+    ((code, out, err),) = pool.run(1, train_without_loss, sample, 0, 1000, *SHORT, "--no-check-for-nan-in-loss-and-grad")
+    assert code == 1 and out.count("skipped, the weights stay") == 3
+    assert "no token has loss at iteration 4, samples 24 to 31" in err
+
+
 @pytest.mark.slow
 def test_a_gradient_that_is_not_finite_leaves_the_weights(pool: Pool, sample: Path) -> None:
     ((code, out, err),) = pool.run(1, train, sample, *SHORT, "--lr", "1e36", "--lr-warmup-iters", "0", "--max-nonfinite-iterations", "1")
