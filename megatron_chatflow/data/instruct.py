@@ -133,7 +133,11 @@ class InstructDomain(WindowDomain):
         return np.repeat(answer, labels)
 
     def _labels(self, document: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns for each sequence of the documents which document it belongs to, how many of t[1] .. t[size] it has, and whether it is an answer."""
+        """Looks at the sequences of documents one by one.
+
+        Returns:
+            which document each belongs to, how many of its labels t[1] .. t[size] it has, int64 [sequences] each; and whether it is an answer, bool.
+        """
         begin = self.dataset.document_indices[document]
         which, within = ranges(self.dataset.document_indices[document + 1] - begin)
         sequence = begin[which] + within

@@ -104,7 +104,8 @@ def _held_out_notes(config: Config, curriculum: Curriculum, validated: Mapping[s
     notes = [f"nothing held out, so no validation loss: {', '.join(empty)} (split {config.data.split})"] if empty else []
     cut = [name for name in empty if isinstance(validated[name], InstructDomain) and validated[name].losses.left_out]
     if cut:
-        notes.append(f"no held-out conversation of {', '.join(cut)} has a token to train on at seq_length {config.data.seq_length}; raise --seq-length")
+        limit = config.data.seq_length
+        notes.append(f"no held-out conversation of {', '.join(cut)} has a token with loss at seq_length {limit}; raise --seq-length")
     return notes
 
 
@@ -117,9 +118,11 @@ def _cut_notes(domains: Mapping[str, Any]) -> list[str]:
         losses = domain.losses
         conversations, tokens = losses.left_out / losses.conversations, losses.lost_tokens / max(losses.tokens, 1)
         notes.append(
-            "warning: " * (max(conversations, tokens) > MUCH_LOST)
-            + f"domain {name}: at seq_length {domain.seq_length}, {losses.left_out:,} of {losses.conversations:,} conversations ({conversations:.1%}) "
-            f"have no token to train on and are left out, {losses.cut:,} are cut, and {tokens:.1%} of the tokens to train on are lost; raise --seq-length"
+            "warning: "
+            * (max(conversations, tokens) > MUCH_LOST)
+            + f"domain {name}: at seq_length {domain.seq_length}, {losses.left_out:,} of {losses.conversations:,} conversations "
+            f"({conversations:.1%}) have no token to train on and are left out, {losses.cut:,} are cut, and {tokens:.1%} of the tokens to train on "
+            "are lost; raise --seq-length"
         )
     return notes
 

@@ -98,4 +98,4 @@ def test_conversations_that_are_cut_are_counted_on_the_console(pool: Pool, sampl
     longer = sum(len(corpus.document(i)) > 65 for i in training)
     ((code, out, _),) = pool.run(1, train, sample, "--train-iters", "1", "--lr-warmup-iters", "0")
     assert code == 0 and longer > 10
-    assert f"domain instruct: {longer} conversations are longer than 65 tokens" in out
+    assert f"have no token to train on and are left out, {longer} are cut, and 77.1% of the tokens to train on are lost" in out
