@@ -57,23 +57,38 @@ def whole(recipe: str, part: str) -> Any:
 HOPPER = pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
 
 
-def assert_products_agree(recipe: str, layers: dict[str, list[list[float]]]) -> None:
+def assert_products_agree(layers: dict[str, list[list[int]]]) -> None:
     for layer, tensors in layers.items():
-        for name, (elements, differ, beyond_one_place, _) in zip(("y", "dx", "dw", "db"), tensors, strict=False):
-            # The emulated product scales its operands back in float32 and multiplies those; the reference, as the hardware, scales the sum.
-            assert beyond_one_place == 0, (recipe, layer, name)
-            assert differ <= (0.0005 * elements if recipe in PER_TENSOR else 2), (recipe, layer, name, differ)
+        for name, (elements, certain, of_theirs, of_ours) in zip(("y", "dx", "dw", "db"), tensors, strict=False):
+            assert of_theirs == of_ours == 0, (layer, name, of_theirs, of_ours)
+            # Most bounds hold one number of bfloat16 only, so that what is compared are bits.
+            assert certain > 0.6 * elements, (layer, name, certain / elements)
 
 
 @HOPPER
-def test_outputs_and_gradients_are_bit_equal_or_one_place_off_on_three_elements_in_ten_thousand(recipe: str) -> None:
+def test_outputs_and_gradients_are_the_exact_ones_rounded_once_up_to_the_order_of_addition(recipe: str) -> None:
     layers = found(recipe, "linear")
     assert set(layers) == {"column", "column with bias", "row"}
-    assert_products_agree(recipe, layers)
+    assert_products_agree(layers)
 
 
-def test_the_emulated_kernels_have_the_bits_of_nvidias_own_reference() -> None:
-    assert found("tensorwise", "nvidia_reference") == [0, 0, 0]
+def test_the_bounds_hold_every_order_of_addition_and_leave_out_a_sum_that_is_rounded_on_its_way() -> None:
+    import torch
+
+    from tests.precision.emulation.kernels import bounds
+
+    generator = torch.Generator().manual_seed(0)
+    terms = torch.randn(4096, 512, generator=generator).bfloat16() * torch.randn(4096, 512, generator=generator).bfloat16()
+    low, high = bounds(terms.double().sum(1), terms.double().abs().sum(1), 512, torch.bfloat16)
+    for _ in range(20):
+        total = terms[:, torch.randperm(512, generator=generator)].float().cumsum(1)[:, -1].bfloat16()
+        assert ((low <= total) & (total <= high)).all()
+    on_its_way = terms[:, :256].float().sum(1).bfloat16() + terms[:, 256:].float().sum(1).bfloat16()
+    assert ((on_its_way < low) | (on_its_way > high)).sum() > 400
+
+
+def test_nvidias_own_reference_stays_within_the_bounds_of_the_emulated_kernels() -> None:
+    assert found("tensorwise", "nvidia_reference") == [0] * 6
 
 
 CLASSES = {
@@ -121,7 +136,7 @@ def test_checkpoint_keys_and_initial_weights_are_the_same(recipe: str) -> None:
 
 def test_delayed_scales_and_histories_are_bit_equal_after_every_one_of_twenty_iterations() -> None:
     result = found("delayed", "histories")
-    assert result["unequal"] == [] and result["beyond_one_place"] == 0
+    assert result["unequal"] == [] and result["outside"] == 0
     assert len({tuple(scales) for scales in result["scales"]}) == 3 and all(scale != 1 for scales in result["scales"] for scale in scales[:2])
 
 
@@ -159,7 +174,7 @@ def test_checkpoints_pass_between_the_implementations_and_into_bfloat16(recipe: 
 
 @pytest.mark.slow
 def test_mxfp8_on_blackwell_agrees_in_everything() -> None:
-    assert_products_agree("mxfp8", whole("mxfp8", "linear"))
+    assert_products_agree(whole("mxfp8", "linear"))
     assert_contract("mxfp8", whole("mxfp8", "log"))
     keys = whole("mxfp8", "keys")
     assert keys["only_one_has"] == [] and keys["unequal"] == []
@@ -172,8 +187,4 @@ def test_mxfp8_on_blackwell_agrees_in_everything() -> None:
 @pytest.mark.parametrize("recipe", FP8)
 def test_two_tensor_parallel_ranks_agree_with_and_without_sequence_parallelism(recipe: str, layout: str) -> None:
     group = ("mxfp8",) if recipe == "mxfp8" else ("delayed", "tensorwise", "blockwise")
-    for layer, tensors in ask("quick", group, 2)[recipe][layout]["linear"].items():
-        for elements, differ, _, relative in tensors:
-            # Sums over ranks of two rounded products: where they cancel, a place of a summand is many of the sum.
-            assert differ <= (0.0005 * elements if recipe in PER_TENSOR else 2), (layer, differ)
-            assert relative <= 2.0**-8, (layer, relative)
+    assert_products_agree(ask("quick", group, 2)[recipe][layout]["linear"])

@@ -1,11 +1,12 @@
 """Stands for the compiled module `transformer_engine_torch`: what Transformer Engine's Python calls, in plain torch on the CPU.
 
 Names, arguments and layouts are those that the Python callers of release 2.11 expect. What is not here raises NotImplementedError by its name.
-`LOG` keeps every quantisation, product and scale update, in order.
+`LOG` keeps every quantisation, product and scale update, in order; `BOUNDS` what float32 kernels may return for the latest products.
 """
 
 from __future__ import annotations
 
+import collections
 import enum
 import zlib
 from typing import Any
@@ -43,6 +44,10 @@ FP8TensorMeta, CommOverlap, CommOverlapP2P, CommOverlapHelper = (
 )
 
 LOG: list[tuple[Any, ...]] = []
+BOUNDS: collections.deque[tuple[str, torch.Tensor, torch.Tensor]] = collections.deque(maxlen=64)
+"""(name of a result: y, dx or dw; its lowest and its highest value), the latest last."""
+ROUNDINGS_OF_SCALES = 3
+"""Float32 roundings of a result besides its sum's: the product of two scales, the sum times that, the bias added."""
 CAPABILITY = [9, 0]
 _TORCH = {
     DType.kByte: torch.uint8, DType.kInt32: torch.int32, DType.kFloat32: torch.float32, DType.kFloat16: torch.float16,
@@ -56,6 +61,19 @@ def _kind(number: int) -> torch.dtype:
 
 def _bytes(values: torch.Tensor) -> torch.Tensor:
     return values.contiguous().view(torch.uint8)
+
+
+def bounds(exact: torch.Tensor, magnitudes: torch.Tensor, terms: int, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest and the highest value of `kind` that a float32 sum may be rounded to, in any order.
+
+    `exact` is the sum in float64, `magnitudes` that of its terms' magnitudes; FP8 values multiply
+    exactly in float32. n roundings to nearest, u = 2^-24 each, move a sum by at most
+    n u / (1 - n u) times the sum of magnitudes (Higham, Accuracy and Stability of Numerical
+    Algorithms, 4.2). Rounding to `kind` is monotonic, so it may be applied to both ends.
+    """
+    error = (terms + ROUNDINGS_OF_SCALES) * 2.0**-24
+    error = magnitudes * (error / (1 - error))
+    return (exact - error).to(kind), (exact + error).to(kind)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -212,18 +230,21 @@ def generic_gemm(
     bias_type: Any, gelu: bool, gelu_in: Any, grad: bool, workspace: Any, workspace_size: int, accumulate: bool, use_split_accumulator: bool,
     comm_overlap: Any = None, comm_type: Any = None, extra_output: Any = None, bulk_overlap: bool = False, alpha: float = 1.0, beta: Any = None,
 ) -> tuple[Any, torch.Tensor | None, None, None]:  # fmt: skip
-    """op(B) op(A) of row-major matrices in float32, rounded once; the operands are scaled back before the product."""
+    """op(B) op(A) of row-major matrices, exact up to its one rounding, whatever this machine's order of addition is."""
     assert not gelu and comm_overlap is None and quantizer is None
     LOG.append(("gemm", type(A_).__name__, type(B).__name__, bool(transpose_a), bool(transpose_b), bool(use_split_accumulator)))
-    a, b = _matrix(A_, not transpose_a), _matrix(B, transpose_b)
-    out = (b.t() if transpose_b else b) @ (a.t() if transpose_a else a) * alpha
+    a, b = _matrix(A_, not transpose_a).double(), _matrix(B, transpose_b).double()
+    left, right = b.t() if transpose_b else b, a.t() if transpose_a else a
+    exact, magnitudes = left @ right * alpha, left.abs() @ right.abs() * abs(alpha)
     bias_gradient = None
     if bias is not None and bias.numel():
         if grad:
             bias_gradient = b.sum(0).to(bias.dtype)
         else:
-            out = out + bias.float()
-    out = out.to(D.dtype if D is not None else _kind(out_dtype) if out_dtype is not None else torch.bfloat16)
+            exact, magnitudes = exact + bias.double(), magnitudes + bias.double().abs()
+    kind = D.dtype if D is not None else _kind(out_dtype) if out_dtype is not None else torch.bfloat16
+    BOUNDS.append(("dw" if transpose_b else "y" if transpose_a else "dx", *bounds(exact, magnitudes, left.shape[1], kind)))
+    out = exact.to(kind)
     if not transpose_b and hasattr(B, "size"):
         out = out.reshape(*tuple(B.size())[:-1], out.shape[-1])
     if D is not None:
