@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -91,6 +93,15 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _mask_padding(vocab_size: int, padded: int, layer: torch.nn.Module, inputs: object, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    """Give the columns of `output`'s logits that are padding of the vocabulary a probability of exactly 0, so that no loss, gradient or sample
+    depends on them: the lowest finite number, as a rank may have no other column.
+    """
+    logits = output[0].detach()  # in place, and not seen by autograd: the gradient of these columns is 0 anyway
+    first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1] if logits.shape[-1] < padded else 0
+    logits[..., max(0, vocab_size - first) :] = torch.finfo(logits.dtype).min
+
+
 def build_chunk(
     config: Config, core: TransformerConfig, vocab_size: int, transformer_impl: str, vp_stage: int | None, scope: Scope | None
 ) -> MegatronModule:
@@ -112,12 +123,14 @@ def build_chunk(
         seq_len_interpolation_factor=config.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
+    if model.post_process and padded_vocab_size(config, vocab_size) > vocab_size:
+        model.output_layer.register_forward_hook(functools.partial(_mask_padding, vocab_size, model.vocab_size))
     if scope is not None:
         scope.watch(model.decoder)
     elif config.precision.fp8_recipe == "delayed" and core.fp8:
         forget_validation(model.decoder)
     if core.use_cpu_initialization:
-        initialize_weights(model, config.training.seed, config.model.init_method_std)
+        initialize_weights(model, config.training.seed, config.model.init_method_std, vocab_size)
     model.cuda(torch.cuda.current_device())
     return Float16Module(core, model) if config.training.bf16 else model
 

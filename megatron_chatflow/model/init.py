@@ -17,8 +17,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 
 @torch.no_grad()
-def initialize_weights(model: GPTModel, seed: int, std: float) -> None:
-    """Fill every parameter of `model` in place: matrices normal with `std`, norms 1, biases 0.
+def initialize_weights(model: GPTModel, seed: int, std: float, vocab_size: int) -> None:
+    """Fill every parameter of `model` in place: matrices normal with `std`, norms 1, biases 0, rows beyond `vocab_size` (padding) 0.
 
     The projections back into the residual stream (``linear_proj``, ``linear_fc2``) get std / sqrt(2 x layers), as GPT-2 does
     and Megatron after it.
@@ -31,10 +31,10 @@ def initialize_weights(model: GPTModel, seed: int, std: float) -> None:
         elif isinstance(entry, ShardedTensor):
             shards.append(entry)
     for shard in shards:
-        _fill(shard, seed, std, model.config.num_layers)
+        _fill(shard, seed, std, model.config.num_layers, vocab_size)
 
 
-def _fill(shard: ShardedTensor, seed: int, std: float, num_layers: int) -> None:
+def _fill(shard: ShardedTensor, seed: int, std: float, num_layers: int, vocab_size: int) -> None:
     key, lead = shard.key, shard.prepend_axis_num
     if key.endswith("norm.weight") or key.endswith("norm_weight"):
         shard.data.fill_(1.0)
@@ -46,6 +46,8 @@ def _fill(shard: ShardedTensor, seed: int, std: float, num_layers: int) -> None:
         std /= math.sqrt(2 * num_layers)
     name = f"{seed}/{key}/{shard.global_offset[:lead]}"
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1)
-    whole = torch.empty(shard.global_shape[lead:]).normal_(0.0, std, generator=generator)
+    whole = torch.zeros(shard.global_shape[lead:])
+    drawn = whole[:vocab_size] if key.endswith(("word_embeddings.weight", "output_layer.weight")) else whole
+    drawn.normal_(0.0, std, generator=generator)
     part = tuple(slice(start, start + length) for start, length in zip(shard.global_offset[lead:], shard.local_shape, strict=True))
     shard.data.copy_(whole[part])

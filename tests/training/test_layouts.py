@@ -17,6 +17,7 @@ LAYOUTS = {
     "TP2 with sequence parallelism": (2, [*TP, "--sequence-parallel"]),
     "PP2 interleaved": (2, [*PP, "--num-layers-per-virtual-pipeline-stage", "1"]),
     "DP2 with the distributed optimizer and overlap": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]),
+    "TP2 with another padding of the vocabulary": (2, [*TP, "--make-vocab-size-divisible-by", "1500"]),
     "TP2 x PP2": (4, [*TP, *PP]),
 }
 
