@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,47 @@ FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The constants inside megatron-core's form of LLaMA 3.1's scaling; only its factor is a setting."""
+
+_SIZES = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads")
+_SIZES += ("num_hidden_layers", "num_key_value_heads", "head_dim", "sliding_window", "vocab_size")
+_NUMBERS = ("rope_theta", "factor", "attention_factor", "partial_rotary_factor", *_LLAMA3)
+_TYPES: dict[str, tuple[str, ...]] = {
+    "a positive whole number": _SIZES,
+    "a whole number": ("max_window_layers",),
+    "a positive number": ("rms_norm_eps", "initializer_range", *_NUMBERS),
+    "a number": ("attention_dropout",),
+    "true or false": ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    "an object": ("rope_scaling", "rope_parameters", "quantization_config"),
+    "a list of names": ("layer_types",),
+    "a name": ("model_type", "hidden_act", "rope_type", "type", "dtype", "torch_dtype"),
+}
+_NOT_NULL = ("rope_theta", "rms_norm_eps", "initializer_range", "tie_word_embeddings", "factor")
+"""Fields that transformers gives a default where they are missing, and for which it takes no null."""
+
+
+def _is(value: Any, kind: str) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    whole = number and isinstance(value, int)
+    return {
+        "a positive whole number": whole and value > 0,
+        "a whole number": whole and value >= 0,
+        "a positive number": number and value > 0,
+        "a number": number and value >= 0,
+        "true or false": isinstance(value, bool),
+        "an object": isinstance(value, dict),
+        "a list of names": isinstance(value, list) and all(isinstance(v, str) for v in value),
+        "a name": isinstance(value, str),
+    }[kind]
+
+
+def _check_types(hf: Mapping[str, Any], where: str) -> None:
+    """Refuse a field that is read here and has another type than transformers takes."""
+    for kind, keys in _TYPES.items():
+        for key in keys:
+            if key not in hf or (hf[key] is None and key not in _NOT_NULL):
+                continue
+            if not _is(hf[key], kind):
+                raise UsageError(f"{where}: {key}: {hf[key]!r} is not {kind}; correct the file")
 
 
 def model_settings(hf: Mapping[str, Any], where: str) -> tuple[ModelSettings, list[str]]:
@@ -30,7 +72,7 @@ def model_settings(hf: Mapping[str, Any], where: str) -> tuple[ModelSettings, li
     heads = need("num_attention_heads")
     groups = (hf.get("num_key_value_heads") or heads) if hf["model_type"] == "llama" else need("num_key_value_heads")
     longest, notes = need("max_position_embeddings"), []
-    window = _sliding_window(hf)
+    window = _sliding_window(hf, need("num_hidden_layers"), where)
     if window is not None and window < longest:
         notes.append(
             f"sliding_window {window}: attention here sees the whole sequence, which is the same up to {window} tokens, so "
@@ -53,7 +95,7 @@ def model_settings(hf: Mapping[str, Any], where: str) -> tuple[ModelSettings, li
         add_bias_linear=False,
         add_qkv_bias=hf["model_type"] == "qwen2",
         untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
-        attention_dropout=hf.get("attention_dropout", 0.0),
+        attention_dropout=hf.get("attention_dropout") or 0.0,
         hidden_dropout=0.0,
         init_method_std=hf.get("initializer_range", 0.02),
     )
@@ -119,6 +161,7 @@ def _fresh(model: ModelSettings, vocab_size: int | None, dtype: str | None) -> d
 
 def _check(hf: Mapping[str, Any], where: str) -> None:
     """Refuse what the settings cannot say."""
+    _check_types(hf, where)
     kind = hf.get("model_type")
     if kind not in FAMILIES:
         raise UsageError(f"{where}: model_type {kind!r} is another architecture; models of the types {', '.join(FAMILIES)} can be converted")
@@ -134,17 +177,41 @@ def _check(hf: Mapping[str, Any], where: str) -> None:
             raise UsageError(f"{where}: {key} is {value!r}; {reason}")
 
 
-def _sliding_window(hf: Mapping[str, Any]) -> int | None:
-    """Tokens that attention looks back, or None for all; where the file is silent, transformers' own default."""
-    if hf["model_type"] == "mistral" or (hf["model_type"] == "qwen2" and hf.get("use_sliding_window")):
+def _sliding_window(hf: Mapping[str, Any], layers: int, where: str) -> int | None:
+    """Tokens that attention looks back in the layers that look back least, or None for all.
+
+    Where the file is silent, transformers' own defaults hold. Qwen2 has the window in the layers that
+    `layer_types` names, or in those from number `max_window_layers` on: in none where that is the number of layers.
+    """
+    if hf["model_type"] == "mistral":
         return hf.get("sliding_window", 4096)
-    return None
+    if hf["model_type"] != "qwen2" or not hf.get("use_sliding_window"):
+        return None
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        first = hf.get("max_window_layers", 28)
+        return hf.get("sliding_window", 4096) if (first or 0) < layers else None
+    if len(kinds) != layers or not {"full_attention", "sliding_attention"}.issuperset(kinds):
+        raise UsageError(
+            f"{where}: layer_types: {kinds} is not full_attention or sliding_attention for each of "
+            f"{layers} layers; correct the file"
+        )
+    return hf.get("sliding_window", 4096) if "sliding_attention" in kinds else None
 
 
 def _rope_settings(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Rotary settings from `rope_theta` and `rope_scaling`, or from `rope_parameters`, which holds both since transformers 5."""
     rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
+    for key, value in rope.items():
+        if isinstance(value, dict):
+            raise UsageError(
+                f"{where}: rope_parameters: {key} has rotary positions of its own, and all layers "
+                "share theirs here; it cannot be converted"
+            )
+    _check_types(rope, where)
     kind, theta = rope.get("rope_type", rope.get("type", "default")), rope["rope_theta"]
+    if kind in ("linear", "llama3") and "factor" not in rope:
+        raise UsageError(f"{where}: factor: rope scaling of type {kind!r} needs it; correct the file")
     if theta != int(theta):
         raise UsageError(f"{where}: rope_theta is {theta}; Megatron's --rotary-base is a whole number, so it cannot be converted")
     base = {"rotary_base": int(theta)}

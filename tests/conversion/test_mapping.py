@@ -103,3 +103,84 @@ def test_what_has_no_counterpart_is_refused_by_its_name(change: dict, named: str
     with pytest.raises(UsageError, match="config.json: ") as error:
         model_settings(BASE | change, "config.json")
     assert named in str(error.value)
+
+
+WRONG = {
+    "rope_theta": ["10000.0", None, [1], float("inf"), True, -1],
+    "hidden_size": ["48", 48.5, True, [48], -48],
+    "num_attention_heads": ["4", 0],
+    "num_key_value_heads": ["2", {}],
+    "num_hidden_layers": ["2", 2.5],
+    "intermediate_size": ["96"],
+    "head_dim": ["12", 12.5],
+    "vocab_size": ["100"],
+    "max_position_embeddings": ["4096", 1e4],
+    "rms_norm_eps": ["1e-5", None, float("nan")],
+    "initializer_range": ["0.02", None],
+    "attention_dropout": ["0.0", True],
+    "tie_word_embeddings": ["false", 0, None],
+    "attention_bias": ["false"],
+    "mlp_bias": [[]],
+    "partial_rotary_factor": ["1.0"],
+    "rope_scaling": ["linear", [], 8],
+    "rope_parameters": ["default"],
+    "model_type": [["llama"], 1],
+    "hidden_act": [["silu"]],
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_field_of_a_wrong_type_is_refused_by_name(key: str) -> None:
+    for value in WRONG[key]:
+        with pytest.raises(UsageError, match=f"^config.json: {key}: "):
+            model_settings(BASE | {key: value}, "config.json")
+
+
+@pytest.mark.parametrize("section", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("rope", "named"),
+    [
+        ({"rope_type": "llama3", "factor": "8.0"}, "factor"),
+        ({"rope_type": "linear", "factor": None}, "factor"),
+        ({"rope_type": "linear"}, "factor"),
+        ({"rope_type": ["default"]}, "rope_type"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": "1"}, "low_freq_factor"),
+        ({"rope_type": "default", "rope_theta": "1e4"}, "rope_theta"),
+        ({"full_attention": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters"),
+    ],
+)
+def test_a_rotary_field_of_a_wrong_type_is_refused_by_name(section: str, rope: dict, named: str) -> None:
+    with pytest.raises(UsageError, match=f"^config.json: {named}: "):
+        model_settings(BASE | {section: rope}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "longest"),
+    [
+        ({"max_window_layers": 2}, 8192),
+        ({"max_window_layers": 28}, 8192),
+        ({}, 8192),
+        ({"max_window_layers": 1}, 1024),
+        ({"max_window_layers": 0}, 1024),
+        ({"max_window_layers": 1, "use_sliding_window": False}, 8192),
+        ({"max_window_layers": 0, "sliding_window": None}, 8192),
+        ({"max_window_layers": 0, "layer_types": ["full_attention"] * 2}, 8192),
+        ({"max_window_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}, 1024),
+    ],
+)
+def test_qwen2_has_its_length_cut_only_where_a_layer_has_the_window(change: dict, longest: int) -> None:
+    from transformers import Qwen2Config
+
+    window = {"use_sliding_window": True, "sliding_window": 1024, "max_position_embeddings": 8192}
+    content = BASE | {"model_type": "qwen2", "num_hidden_layers": 2} | window | change
+    theirs = Qwen2Config(**content)
+    assert ("sliding_attention" in theirs.layer_types and theirs.sliding_window is not None) == (longest == 1024)
+    told, notes = model_settings(content, "config.json")
+    assert told.max_position_embeddings == longest and len(notes) == (longest == 1024)
+
+
+@pytest.mark.parametrize("kinds", [["full_attention"], ["full_attention", "linear_attention"], "full", [1, 2]])
+def test_layer_types_that_do_not_fit_the_layers_are_refused(kinds: object) -> None:
+    content = BASE | {"model_type": "qwen2", "num_hidden_layers": 2, "use_sliding_window": True, "layer_types": kinds}
+    with pytest.raises(UsageError, match=r"^config.json: layer_types: "):
+        model_settings(content, "config.json")
