@@ -75,7 +75,7 @@ class ModelSettings:
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer weights of its own instead of the input embedding's."""
     make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this and of the tensor-parallel size. The padding is masked out of the softmax and changes no loss."""
+    """The vocabulary is padded to a multiple of this and of the tensor-parallel size; the padding is masked out of the softmax."""
     attention_dropout: float = 0.1
     """Dropout on attention probabilities."""
     hidden_dropout: float = 0.1
