@@ -12,7 +12,8 @@ VOCABULARY = 101
 LAYERS, HEADS = 2, 6
 WORDS = (
     f"--num-layers {LAYERS} --hidden-size 48 --num-attention-heads {HEADS} --ffn-hidden-size 96 --swiglu "
-    "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope --seq-length 16 --attention-dropout 0 --hidden-dropout 0 --train-iters 1 --lr 1e-3 --init-method-std 0.3"
+    "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
+    "--seq-length 16 --attention-dropout 0 --hidden-dropout 0 --train-iters 1 --lr 1e-3 --init-method-std 0.3"
 )
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 
