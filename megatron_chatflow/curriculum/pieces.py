@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from megatron_chatflow.curriculum.apportion import Apportionment
 from megatron_chatflow.curriculum.ramps import STILL, Pacing, without
 from megatron_chatflow.curriculum.schedule import GRID, Knot, Span, grid_shares, spans
 from megatron_chatflow.curriculum.tree import Tree
@@ -48,12 +49,15 @@ class Piece:
     """Samples that each domain gave before this piece: int64."""
     integral: np.ndarray
     """The integral of each domain's share before this piece: float64."""
+    version: int
+    """The plan's version: 1 orders samples by a tree of due times, 2 apportions them."""
 
     @cached_property
-    def tree(self) -> Tree:
+    def order(self) -> Apportionment | Tree:
         """The order of the piece's samples."""
         behind = (self.integral - self.given)[self.members]
-        return Tree(self.before[self.members], self.after[self.members], self.pacing, self.begin - self.origin, behind - _mean(behind))
+        kind = Tree if self.version == 1 else Apportionment
+        return kind(self.before[self.members], self.after[self.members], self.pacing, self.begin - self.origin, behind - _mean(behind))
 
     def shares(self, n: int) -> np.ndarray:
         """Scheduled shares at sample n: float64 [K]."""
@@ -68,12 +72,12 @@ class Piece:
     def counts(self, n: int) -> np.ndarray:
         """Samples of each domain before sample n: int64 [K]."""
         counts = self.given.copy()
-        counts[self.members] += self.tree.counts(n - self.begin)
+        counts[self.members] += self.order.counts(n - self.begin)
         return counts
 
     def locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Domain number and ordinal of samples start .. stop - 1: int64 [stop - start] each."""
-        members, ordinals = self.tree.locate(np.arange(start - self.begin, stop - self.begin))
+        members, ordinals = self.order.locate(start - self.begin, stop - self.begin)
         domains = self.members[members]
         return domains, ordinals + self.given[domains]
 
@@ -81,18 +85,18 @@ class Piece:
         """Whether another plan's piece says the same as far as both reach. `numbers`: the other plan's number of each domain of this one, or -1."""
         mine, theirs = self.members, other.members
         return (
-            (self.begin, self.origin) == (other.begin, other.origin)
+            (self.version, self.begin, self.origin) == (other.version, other.begin, other.origin)
             and np.array_equal(numbers[mine], theirs)
             and np.array_equal(self.given[mine], other.given[theirs])
             and np.array_equal(self.before[mine], other.before[theirs])
             and np.array_equal(self.after[mine], other.after[theirs])
             and np.array_equal(self.pacing.knots, other.pacing.knots)
             and np.array_equal(self.pacing.values, other.pacing.values)
-            and np.array_equal(self.tree.offset, other.tree.offset)
+            and np.array_equal(self.integral[mine], other.integral[theirs])
         )
 
 
-def build(segment: Segment, names: Sequence[str], stop: int, previous: Piece | None) -> Iterator[Piece]:
+def build(segment: Segment, names: Sequence[str], stop: int, previous: Piece | None, version: int) -> Iterator[Piece]:
     """The pieces of a segment up to sample `stop`.
 
     Args:
@@ -100,6 +104,7 @@ def build(segment: Segment, names: Sequence[str], stop: int, previous: Piece | N
         names: the plan's domains, in order of their numbers.
         stop: where the segment ends.
         previous: the last piece before the segment; it ends where the segment starts. None: the segment is the first.
+        version: the plan's.
 
     Raises:
         ValueError: every domain that is scheduled has given its capacity before `stop`.
@@ -127,6 +132,7 @@ def build(segment: Segment, names: Sequence[str], stop: int, previous: Piece | N
                 np.array([number[name] for name in members], np.int64),
                 given,
                 integral,
+                version,
             )
             if capacity is not None:
                 piece = _until_exhausted(piece, capacity)

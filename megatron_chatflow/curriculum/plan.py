@@ -17,8 +17,9 @@ from megatron_chatflow.curriculum.pieces import Piece, Segment, build
 from megatron_chatflow.curriculum.ramps import valid_ramp
 from megatron_chatflow.curriculum.schedule import Knot, grid_shares, resolve
 
-PLAN_VERSION = 1
-"""Raised by every change that moves the order of samples; a ledger of another version is refused."""
+PLAN_VERSION = 2
+"""Raised by every change that moves the order of samples. Ledgers of `READ_VERSIONS` keep the order that they began with, amendments included."""
+READ_VERSIONS = (1, 2)
 _FORMAT = "megatron_chatflow plan"
 _CHUNK = 1 << 16
 
@@ -41,6 +42,7 @@ class BlendPlan:
         domains: name -> `Domain`, in that order.
         on_exhausted: as the latest curriculum says.
         segments: tuple of `Segment`.
+        version: of the order: `PLAN_VERSION` for a new plan, that of the ledger for one that was read.
 
     Raises:
         ValueError: a size is not positive, stages fall on one sample, or every domain runs out (`redistribute`).
@@ -56,12 +58,19 @@ class BlendPlan:
         capacities: Mapping[str, int] | None = None,
     ) -> None:
         sizes = _sizes(num_samples, global_batch_size, seq_length)
-        self._set({}, curriculum, sizes, (_segment(curriculum, 0, sizes, capacities),), ())
+        self._set({}, curriculum, sizes, (_segment(curriculum, 0, sizes, capacities),), (), PLAN_VERSION)
 
     def _set(
-        self, domains: Mapping[str, Domain], curriculum: Curriculum, sizes: tuple[int, int, int], segments: tuple[Segment, ...], past: Sequence[Piece]
+        self,
+        domains: Mapping[str, Domain],
+        curriculum: Curriculum,
+        sizes: tuple[int, int, int],
+        segments: tuple[Segment, ...],
+        past: Sequence[Piece],
+        version: int,
     ) -> BlendPlan:
         """Fills the plan in: `past` are the pieces before the last segments that are known already."""
+        self.version = version
         self.num_samples, self.global_batch_size, self.seq_length = sizes
         self.domains = {**domains, **{name: curriculum.domains[name] for name in sorted(curriculum.domains)}}
         self.domain_names = tuple(self.domains)
@@ -72,7 +81,7 @@ class BlendPlan:
             if past and segment.start < past[-1].end:
                 continue
             stop = segments[i + 1].start if i + 1 < len(segments) else self.num_samples
-            self._pieces += build(segment, self.domain_names, stop, self._pieces[-1] if self._pieces else None)
+            self._pieces += build(segment, self.domain_names, stop, self._pieces[-1] if self._pieces else None, version)
         self._begins = [piece.begin for piece in self._pieces]
         return self
 
@@ -204,7 +213,7 @@ class BlendPlan:
         """The ledger: everything the plan is, in a size that does not depend on the length of the run. `from_json` reads it back."""
         ledger = {
             "format": _FORMAT,
-            "version": PLAN_VERSION,
+            "version": self.version,
             "num_samples": self.num_samples,
             "global_batch_size": self.global_batch_size,
             "seq_length": self.seq_length,
@@ -234,10 +243,10 @@ class BlendPlan:
             raise ValueError("the plan is not valid JSON; restore plan.json from the checkpoint") from None
         if not isinstance(ledger, dict) or ledger.get("format") != _FORMAT:
             raise ValueError(f"format: {_FORMAT!r} is expected in a plan; give the plan.json of a run")
-        if ledger.get("version") != PLAN_VERSION:
+        if ledger.get("version") not in READ_VERSIONS:
             raise ValueError(
-                f"version: the plan is of version {ledger.get('version')!r} and this program orders samples by version {PLAN_VERSION}; "
-                "go on with the release of the program that wrote it, or start a new run"
+                f"version: the plan is of version {ledger.get('version')!r} and this program orders samples by versions "
+                f"{' and '.join(map(str, READ_VERSIONS))}; continue with the release that wrote it, or start a new run"
             )
         try:
             sizes = _sizes(ledger["num_samples"], ledger["global_batch_size"], ledger["seq_length"])
@@ -245,7 +254,7 @@ class BlendPlan:
             segments = tuple(Segment(s["start"], tuple(Knot(**knot) for knot in s["stages"]), s.get("capacities")) for s in ledger["segments"])
             _check_segments(segments, sizes[0], domains, ledger["on_exhausted"])
             curriculum = _curriculum(domains, segments[-1].knots, ledger["on_exhausted"])
-            return cls.__new__(cls)._set(domains, curriculum, sizes, segments, ())
+            return cls.__new__(cls)._set(domains, curriculum, sizes, segments, (), ledger["version"])
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"the plan is damaged ({type(error).__name__}: {error}); restore plan.json from the checkpoint") from None
 
@@ -255,7 +264,7 @@ class BlendPlan:
         Paths, the order in which files list domains, names of stages, the scale of the weights and `global_batch_size` play no part in it.
         """
         content = [
-            PLAN_VERSION,
+            self.version,
             self.num_samples,
             self.seq_length,
             [
@@ -275,7 +284,7 @@ class BlendPlan:
         kept = [s for s in self.segments if s.start < at]
         if kept:
             kept[-1] = replace(kept[-1], knots=_until(kept[-1].knots, at))
-        return BlendPlan.__new__(BlendPlan)._set(self.domains, curriculum, sizes, (*kept, segment(at)), past)
+        return BlendPlan.__new__(BlendPlan)._set(self.domains, curriculum, sizes, (*kept, segment(at)), past, self.version)
 
     def _check(self, n: int) -> None:
         if not 0 <= operator.index(n) <= self.num_samples:

@@ -1,4 +1,4 @@
-"""The order of the samples in one piece of the plan: domains merged pairwise, in a tree, by the times at which their samples are due.
+"""The order of version 1, kept for runs that began with it: domains merged pairwise, in a tree, by the times at which their samples are due.
 
 A node of the tree stands for a set of domains. Its share is the sum of theirs; its sample number j is due when the integral of its share reaches
 j + 1/2. The samples of a node are those of its two children in order of due time, and nothing else decides: a node's m-th sample is found by one
@@ -47,12 +47,13 @@ class Tree:
         self.offset = owed - (before * (origin - start) + after * start)
         self.root = len(before) - 1
 
-    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Domain (its number among the K) and ordinal of each of these samples, all counted from the start of the piece: int64 [n] each."""
-        node, index = np.full(len(samples), self.root), samples.astype(np.int64)
+    def locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Domain (its number among the K) and ordinal of samples start .. stop - 1, all counted from the start of the piece: int64 [n] each."""
+        index = np.arange(start, stop)
+        node = np.full(len(index), self.root)
         if self.size == 1:
             return node, index
-        walking = np.arange(len(samples))
+        walking = np.arange(len(index))
         while len(walking):
             at, m = node[walking], index[walking]
             lefts, to_left = self._split(at, m)

@@ -40,7 +40,7 @@ def test_another_version_is_refused():
     ledger = json.loads(make_plan(STAGES, N).to_json())
     assert ledger["version"] == PLAN_VERSION
     ledger["version"] += 1
-    with pytest.raises(ValueError, match="version: .* go on with the release"):
+    with pytest.raises(ValueError, match="version: .* continue with the release"):
         BlendPlan.from_json(json.dumps(ledger))
 
 

@@ -1,6 +1,7 @@
 """The contract of the blend: every property for curricula of every kind, against integrals computed from the definitions."""
 
 import hashlib
+import json
 from fractions import Fraction
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_chatflow.curriculum import BlendPlan, Curriculum
+from megatron_chatflow.curriculum.plan import READ_VERSIONS
 from tests.curriculum.cases import (
     assert_counted_up,
     integrals,
@@ -170,14 +172,22 @@ def test_shares_that_stand_in_a_simple_ratio_take_turns():
     assert all((np.bincount(part) == 1).all() for part in plan.locate(0, 1280)[0].reshape(-1, 128))
 
 
-def test_the_order_of_version_1_is_pinned():
-    """A change here is order-changing: raise PLAN_VERSION, and say so in the CHANGELOG."""
+def test_the_order_of_every_version_is_pinned():
+    """A change here is order-changing: raise PLAN_VERSION, and say so in the CHANGELOG. Runs of version 1 keep their order, amendments included."""
     ramps = ("linear", "cosine", "root2", "root3.5", "geometric", "step")
     stages = [{"at": i * 150, "weights": named((np.arange(7) * (i + 2) + i) % 5 + 0.1 * i), "ramp": ramps[i % 6]} for i in range(7)]
-    plan = make_plan(stages, 10**9).amend(at=1000, curriculum=make_curriculum([{"at": 0, "weights": {"d002": 1, "new": 2, "d005": 4.5}}]))
-    located = [plan.locate(0, 2000), plan.locate(10**9 - 500, 10**9)]
-    digest = hashlib.sha256(b"".join(part.astype("<i8").tobytes() for pair in located for part in pair)).hexdigest()
-    assert digest == "91b8530743ff81510a27c7027c74fac71f707b3066335da06ec4da2e6c81d237"
+    digests = {}
+    for version in READ_VERSIONS:
+        ledger = json.loads(make_plan(stages, 10**9).to_json())
+        plan = BlendPlan.from_json(json.dumps({**ledger, "version": version}))
+        plan = plan.amend(at=1000, curriculum=make_curriculum([{"at": 0, "weights": {"d002": 1, "new": 2, "d005": 4.5}}]))
+        assert plan.version == json.loads(plan.to_json())["version"] == version
+        located = [plan.locate(0, 2000), plan.locate(10**9 - 500, 10**9)]
+        digests[version] = hashlib.sha256(b"".join(part.astype("<i8").tobytes() for pair in located for part in pair)).hexdigest()
+    assert digests == {
+        1: "91b8530743ff81510a27c7027c74fac71f707b3066335da06ec4da2e6c81d237",
+        2: "acf6e0d4e146e529ed61620d62bf96223ae294876e553c56311fdb994cb56ff3",
+    }
 
 
 def test_stages_are_named_in_samples():

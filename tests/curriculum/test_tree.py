@@ -36,7 +36,7 @@ def test_constant_shares_follow_exact_due_times(parts, data):
     shares = np.array(parts) / 128
     tree = Tree(shares, shares, STILL, 0, np.array(owed) / 4)
     expected = slowly(tree, [Fraction(p, 128) for p in parts], [Fraction(o, 4) for o in owed], 150)
-    assert list(zip(*map(np.ndarray.tolist, tree.locate(np.arange(150))), strict=True)) == expected
+    assert list(zip(*map(np.ndarray.tolist, tree.locate(0, 150)), strict=True)) == expected
     counted = [np.bincount([domain for domain, _ in expected[:n]], minlength=len(parts)).tolist() for n in (0, 1, 77, 150)]
     assert [tree.counts(n).tolist() for n in (0, 1, 77, 150)] == counted
 
