@@ -1,16 +1,27 @@
 """A chunk of records to arrays of tokens: what a worker of `preprocess` does."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
+from megatron_chatflow.data.conversations import parse_conversation
 from megatron_chatflow.data.records import all_records, each_record
 from megatron_chatflow.data.sentences import Splitting, splitter
-from megatron_chatflow.data.templates import ANSWER, CHAT_TEMPLATES, MalformedRecord, ParallelTemplate, Passage, parse_conversation, texts_field
+from megatron_chatflow.data.templates import (
+    CHAT_TEMPLATES,
+    OWN_TEMPLATE,
+    Conversation,
+    MalformedRecord,
+    ParallelTemplate,
+    Passage,
+    mark_untrained,
+    texts_field,
+)
 from megatron_chatflow.tokenizer import Tokenizer
 
 KINDS = ("text", "parallel", "instruct")
@@ -77,11 +88,13 @@ class Encoded:
         corpora: documents by key; none of text when only checked.
         malformed: how many records are malformed.
         shown: number and reason of the first `SHOWN` of them.
+        ignored: how many records have each key that nothing reads.
     """
 
     corpora: dict[str, Corpus]
     malformed: int
     shown: list[tuple[int, str]]
+    ignored: dict[str, int] = field(default_factory=dict)
 
 
 class Encoder:
@@ -198,27 +211,37 @@ class Encoder:
         malformed: list[tuple[int, str]] = []
         numbers: list[int] = []
         conversations: list[list[Passage]] = []
+        ignored: Counter[str] = Counter()
         for number, record in each_record(data, first, format):
             try:
-                conversations.append(self._conversation(record))
+                conversations.append(self._conversation(record, ignored))
                 numbers.append(number)
             except MalformedRecord as error:
                 malformed.append((number, str(error)))
+            except ValueError as error:
+                raise ValueError(f"record {number}: {error}") from error
         corpus, refused = self.encode_conversations(conversations)
         malformed.extend((numbers[index], reason) for index, reason in refused)
-        return Encoded({self._task.keys[0]: corpus}, len(malformed), sorted(malformed)[:SHOWN])
+        return Encoded({self._task.keys[0]: corpus}, len(malformed), sorted(malformed)[:SHOWN], dict(ignored))
 
-    def _conversation(self, record: Mapping[str, Any] | MalformedRecord) -> list[Passage]:
-        """Returns a record's passages; none when no answer says anything."""
+    def _conversation(self, record: Mapping[str, Any] | MalformedRecord, ignored: Counter[str]) -> list[Passage]:
+        """Returns a record's passages, none when no answer is trained on; counts the keys that nothing reads."""
         if isinstance(record, MalformedRecord):
             raise record
         conversation = parse_conversation(record)
-        if not any(turn.output.strip() for turn in conversation.turns):
+        ignored.update(key[:100] for key in self._unread(conversation))
+        if not any(conversation.trained):
             return []
         passages = CHAT_TEMPLATES[self._task.template](conversation, self._tokenizer)
+        passages = mark_untrained(passages, conversation.trained)
         if self._task.append_eod and passages[-1].parts[-1] != self._tokenizer.eod:
-            passages[-1] = Passage(ANSWER, (*passages[-1].parts, self._tokenizer.eod))
+            passages[-1] = Passage(passages[-1].mode, (*passages[-1].parts, self._tokenizer.eod))
         return passages
+
+    def _unread(self, conversation: Conversation) -> list[str]:
+        """Returns the keys that nothing reads; a tokenizer's own template is given those of messages, and may."""
+        template = (self._tokenizer.chat_template or "") if self._task.template == OWN_TEMPLATE else ""
+        return [key for key in conversation.ignored if not ("[]." in key and key.partition("[].")[2] in template)]
 
     def encode_conversations(self, conversations: list[list[Passage]]) -> tuple[Corpus, list[tuple[int, str]]]:
         """Returns the tokens of conversations, and which are refused, and why.

@@ -8,6 +8,7 @@ folder beside the output, from which a killed run can go on (`unfinished.py`); n
 import dataclasses
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from megatron_chatflow.data.workers import Numbered, encoders
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 _CHUNK = 1 << 18
+_MOST_IGNORED = 1000
+"""Names of keys that are counted separately, for each source."""
 _CHECKPOINT_SECONDS = 1.0
 _CHECKPOINT_SHARE = 0.02
 """How often the state is saved: about every second, and less often where that would take more than this share of the time."""
@@ -40,7 +43,8 @@ class Summary:
         corpora: the manifest of each corpus written, by its prefix.
         malformed: malformed records left out.
         shown: the first few of them, with file, number and reason.
-        empty: documents left out because they encode to nothing.
+        empty: documents left out because they encode to nothing, conversations because nothing in them is trained on.
+        ignored: keys of conversations that nothing reads, and how many records have each.
         bytes: UTF-8 bytes of text that this process and its workers encoded.
         seconds: wall time.
     """
@@ -49,6 +53,7 @@ class Summary:
     malformed: int
     shown: tuple[str, ...]
     empty: int
+    ignored: dict[str, int]
     bytes: int
     seconds: float
 
@@ -124,7 +129,9 @@ def preprocess(
             publish(run.path(key), prefix)
         discard_state(folder)
     corpora = {prefix: read_manifest(prefix) for prefix in settings.prefixes().values()}
-    return Summary(corpora, sum(state.malformed), tuple(state.shown), sum(state.empty), run.new_bytes, time.perf_counter() - start)
+    left_out = sum(state.malformed), tuple(state.shown), sum(state.empty)
+    ignored = sum(map(Counter, state.ignored), Counter())
+    return Summary(corpora, *left_out, dict(ignored), run.new_bytes, time.perf_counter() - start)
 
 
 def _begin(settings: PreprocessSettings, decides: dict[str, Any], sources: int, note: Callable[[str], None]) -> State:
@@ -139,7 +146,7 @@ def _begin(settings: PreprocessSettings, decides: dict[str, Any], sources: int, 
         return state
     if settings.resume:
         note("--resume: there is no unfinished run of this output, so this one starts at the beginning")
-    return State(decides, malformed=[0] * sources, empty=[0] * sources)
+    return State(decides, malformed=[0] * sources, empty=[0] * sources, ignored=[{} for _ in range(sources)])
 
 
 def _decides(settings: PreprocessSettings, task: Task, tokenizer: Tokenizer, sources: list[Source]) -> dict[str, Any]:
@@ -244,6 +251,10 @@ class _Run:
         self.failed = self.failed or (encoded.malformed > 0 and not self.settings.skip_malformed)
         if self.failed:
             return
+        ignored = self.state.ignored[source]
+        for key, count in encoded.ignored.items():
+            key = key if key in ignored or len(ignored) < _MOST_IGNORED else "(others)"
+            ignored[key] = ignored.get(key, 0) + count
         for key, corpus in encoded.corpora.items():
             spools[key].append(corpus)
             self.state.empty[source] += corpus.empty
@@ -313,6 +324,7 @@ class _Run:
             **{name: value for name, value in how.items() if value is not None},
             "malformed": self.state.malformed[number],
             "empty": self.state.empty[number],
+            **({"ignored": self.state.ignored[number]} if self.state.ignored[number] else {}),
         }
 
 

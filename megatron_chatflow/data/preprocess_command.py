@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import signal
 import sys
@@ -28,7 +29,7 @@ examples:
   # parallel text: {"en": ..., "zh": ...}
   python tools/preprocess_data.py --input pairs.jsonl --kind parallel --template '{en}\\n{zh}' --output-prefix data/enzh ...
                                                                  -> data/enzh_text_document.{bin,idx,json}
-  # conversations: {"messages": [...]} or {"instruction", "input", "output"}
+  # conversations: {"messages": [...]}, {"conversations": [...]}, {"instruction", "input", "output"} or {"prompt", "completion"}
   python tools/preprocess_data.py --input chat.jsonl --kind instruct --output-prefix data/instruct ...
                                                                  -> data/instruct_document.{bin,idx,json}
   # standard input
@@ -64,6 +65,7 @@ _REFUSED = {
 
 
 _BAR = 30
+_IGNORED_SHOWN = 20
 
 
 class _Parser(argparse.ArgumentParser):
@@ -217,6 +219,11 @@ def _conclude(settings: PreprocessSettings, summary: Summary) -> None:
     for prefix, manifest in summary.corpora.items():
         what = "conversations" if manifest.conversations else "documents"
         print(f"{prefix}.bin, .idx and .json: {manifest.documents:,} {what}, {manifest.tokens:,} tokens, {manifest.bytes:,} bytes of text")
+    if summary.ignored:
+        most = sorted(summary.ignored.items(), key=lambda item: (-item[1], item[0]))
+        keys = ", ".join(f"{json.dumps(key, ensure_ascii=False)} ({count:,})" for key, count in most[:_IGNORED_SHOWN])
+        more = f" and {len(most) - _IGNORED_SHOWN:,} more" if len(most) > _IGNORED_SHOWN else ""
+        print(f"keys that nothing reads, with the number of records: {keys}{more}")
     skipped = f"; left out: {summary.malformed:,} malformed records, {summary.empty:,} empty documents" if summary.malformed or summary.empty else ""
     workers = f"{settings.workers} worker{'s' * (settings.workers > 1)}"
     print(f"{summary.seconds:.1f} s, {summary.bytes / 1e6 / summary.seconds:.2f} MB/s on {workers}{skipped}")

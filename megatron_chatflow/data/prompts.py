@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_chatflow.data.conversations import parse_conversation
 from megatron_chatflow.data.encode import Encoder, Task
 from megatron_chatflow.data.formats import open_sources
+from megatron_chatflow.data.own_template import own_prompt
 from megatron_chatflow.data.records import each_record
-from megatron_chatflow.data.templates import CHAT_TEMPLATES, MalformedRecord, Passage, parse_conversation, text_field
+from megatron_chatflow.data.templates import CHAT_TEMPLATES, OWN_TEMPLATE, MalformedRecord, Passage, text_field
 from megatron_chatflow.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]
@@ -72,7 +74,7 @@ def chat_prompt(record: Record, template: str, tokenizer: Tokenizer) -> Prompt:
         MalformedRecord: it is no such conversation, or spells a control token of the template.
     """
     conversation = parse_conversation(_unanswered(record))
-    passages = CHAT_TEMPLATES[template](conversation, tokenizer)
+    passages = (own_prompt if template == OWN_TEMPLATE else CHAT_TEMPLATES[template])(conversation, tokenizer)
     encoder = Encoder(tokenizer, Task("instruct", ("prompt",), template, False, None, "int64"))
     corpus, refused = encoder.encode_conversations([passages[:-1]])
     if refused:
@@ -82,15 +84,18 @@ def chat_prompt(record: Record, template: str, tokenizer: Tokenizer) -> Prompt:
 
 def _unanswered(record: Record) -> Record:
     """The record with an empty answer, which the templates want."""
-    messages = record.get("messages")
-    if messages is None:
+    key = next((key for key in ("messages", "conversations") if record.get(key) is not None), None)
+    if key is None:
         key = "instruction" if "instruction" in record or "prompt" not in record else "prompt"
-        return {"instruction": text_field(record, key), "input": record.get("input"), "output": ""}
+        more = {name: record[name] for name in ("input", "system", "system_prompt", "history", "tools") if name in record}
+        return more | {"instruction": text_field(record, key), "output": ""}
+    messages = record[key]
     if not isinstance(messages, list):
         return record
-    if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+    last = messages[-1] if messages else None
+    if isinstance(last, dict) and (last.get("role") == "assistant" or last.get("from") in ("gpt", "function_call")):
         raise MalformedRecord("the last message is the assistant's; a prompt ends with the user's")
-    return {"messages": [*messages, {"role": "assistant", "content": ""}]}
+    return {**record, key: [*messages, {"role": "assistant", "content": ""}]}
 
 
 def _ends(answer: Passage, tokenizer: Tokenizer) -> tuple[frozenset[int], str]:

@@ -113,8 +113,8 @@ class Sandbox:
 
     def _ending(self) -> str:
         code = self._process.wait()
-        if code in (-signal.SIGXCPU, -signal.SIGKILL):
-            return f"runs for more than {SECONDS} s, or was killed for lack of memory"
+        if code == -signal.SIGXCPU:
+            return f"runs for more than {SECONDS} s"
         return f"ends the process that renders it (code {code})"
 
 

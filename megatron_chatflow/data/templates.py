@@ -38,14 +38,29 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, and what the system prompt says (empty without one)."""
+    """A conversation, as turns for the templates of this file and as messages for a tokenizer's own.
+
+    Attributes:
+        system: what the system prompt says; empty without one.
+        turns: questions and answers; none where a template of this file cannot write them.
+        messages: `role`, `content` and whatever else each has.
+        trained: of each assistant's message, whether it is trained on.
+        tools: descriptions of tools, or None.
+        beyond: the first thing in it that no template of this file can write; empty where they can.
+        ignored: keys of the record that nothing reads.
+    """
 
     system: str
     turns: tuple[Turn, ...]
+    messages: tuple[dict[str, Any], ...]
+    trained: tuple[bool, ...]
+    tools: list[Any] | None
+    beyond: str
+    ignored: tuple[str, ...]
 
 
 ChatTemplate = Callable[[Conversation, Tokenizer], list[Passage]]
-"""A prompt and its answer for each turn, in order. Raises MalformedRecord for a conversation that the template cannot hold."""
+"""A prompt and its answer for each assistant's message, in order. Raises MalformedRecord for a conversation that the template cannot hold."""
 
 
 def text_field(record: Mapping[str, Any], key: str) -> str:
@@ -56,7 +71,7 @@ def text_field(record: Mapping[str, Any], key: str) -> str:
     """
     if key not in record:
         raise MalformedRecord(f"no key {key!r}")
-    return _text(record[key], repr(key))
+    return checked_text(record[key], repr(key))
 
 
 def texts_field(record: Mapping[str, Any], key: str) -> str | list[str]:
@@ -67,44 +82,15 @@ def texts_field(record: Mapping[str, Any], key: str) -> str | list[str]:
     """
     if not isinstance(record.get(key), list):
         return text_field(record, key)
-    return [_text(item, f"item {number} of {key!r}") for number, item in enumerate(record[key])]
+    return [checked_text(item, f"item {number} of {key!r}") for number, item in enumerate(record[key])]
 
 
-def parse_conversation(record: Mapping[str, Any]) -> Conversation:
-    """Reads `{"messages": [{"role", "content"}, ...]}` or `{"instruction", "input", "output"}` (`input` may be missing).
-
-    Messages are an optional system prompt, then user and assistant in turn, the assistant last.
+def checked_text(value: Any, what: str) -> str:
+    """Returns `value`, which the message calls `what`.
 
     Raises:
-        MalformedRecord: the record is neither, or the messages are empty or in another order.
+        MalformedRecord: it is no text, or has a lone surrogate.
     """
-    if record.get("messages") is not None:
-        return _from_messages(record["messages"])
-    if "instruction" not in record:
-        raise MalformedRecord("neither 'messages' nor 'instruction'")
-    given = "" if record.get("input") is None else text_field(record, "input")
-    return Conversation("", (Turn(text_field(record, "instruction"), given, text_field(record, "output")),))
-
-
-def _from_messages(messages: Any) -> Conversation:
-    if not isinstance(messages, list) or not messages:
-        raise MalformedRecord("'messages' is no list of messages" if not isinstance(messages, list) else "'messages' is empty")
-    texts: list[tuple[str, str]] = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise MalformedRecord(f"message {number} is no object with 'role' and 'content'")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise MalformedRecord(f"message {number} has the role {message['role']!r} (known are system, user, assistant)")
-        texts.append((message["role"], _text(message["content"], f"the content of message {number}")))
-    system = texts.pop(0)[1] if texts[0][0] == "system" else ""
-    roles = [role for role, _ in texts]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise MalformedRecord(f"the roles are {', '.join(roles) or 'system alone'} (user and assistant in turn, assistant last, are expected)")
-    contents = [content for _, content in texts]
-    return Conversation(system, tuple(Turn(user, "", assistant) for user, assistant in zip(contents[::2], contents[1::2], strict=True)))
-
-
-def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise MalformedRecord(f"{what} is {json_kind(value)}, not text")
     try:
@@ -174,6 +160,36 @@ def _mark(tokenizer: Tokenizer, spelling: str) -> Part:
     return spelling if token is None else token
 
 
+def _plain(template: ChatTemplate) -> ChatTemplate:
+    """Refuses what a template of questions and answers cannot write."""
+
+    def checked(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
+        if conversation.beyond:
+            raise MalformedRecord(
+                f"{conversation.beyond}, which only a tokenizer's own chat template can write: use --template tokenizer, or take it out"
+            )
+        return template(conversation, tokenizer)
+
+    return checked
+
+
+def mark_untrained(passages: list[Passage], trained: Sequence[bool]) -> list[Passage]:
+    """Returns the passages with the answers that are not trained on as prompts.
+
+    Raises:
+        MalformedRecord: answers and messages cannot be matched.
+    """
+    if all(trained):
+        return passages
+    count = sum(passage.mode == ANSWER for passage in passages)
+    if count != len(trained):
+        raise MalformedRecord(
+            f"the chat template marks {count} answers in {len(trained)} messages of the assistant, so those not trained on cannot be found"
+        )
+    marks = iter(trained)
+    return [Passage(PROMPT, p.parts) if p.mode == ANSWER and not next(marks) else p for p in passages]
+
+
 def _own(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
     from megatron_chatflow.data.own_template import own_template
 
@@ -181,7 +197,12 @@ def _own(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
 
 
 OWN_TEMPLATE = "tokenizer"
-CHAT_TEMPLATES: dict[str, ChatTemplate] = {"chatflow": _chatflow, "alpaca": _alpaca, "chatml": _chatml, OWN_TEMPLATE: _own}
+CHAT_TEMPLATES: dict[str, ChatTemplate] = {
+    "chatflow": _plain(_chatflow),
+    "alpaca": _plain(_alpaca),
+    "chatml": _plain(_chatml),
+    OWN_TEMPLATE: _own,
+}
 DEFAULT_CHAT_TEMPLATE = "chatflow"
 ENDS_WITH_EOD = frozenset({"chatflow", "alpaca"})
 """Templates that end every answer with the end-of-document token."""

@@ -51,6 +51,7 @@ class State:
         read: of each source that was read to its end its size, its sha256 and when it was last modified.
         malformed: malformed records of each source.
         empty: documents that encode to nothing, of each source.
+        ignored: of each source, how many records have each key that nothing reads.
         shown: description of the first malformed records.
         counts: what each corpus holds, by its key.
         whole: whether the corpora are whole, and only need to be moved to their places.
@@ -61,6 +62,7 @@ class State:
     read: list[dict[str, Any]] = field(default_factory=list)
     malformed: list[int] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
+    ignored: list[dict[str, int]] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
     counts: dict[str, Counts] = field(default_factory=dict)
     whole: bool = False

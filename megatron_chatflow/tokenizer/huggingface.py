@@ -159,11 +159,26 @@ def _declared_tokens(type: str, folder: str) -> dict[str, str]:
 
 
 def _chat_template(type: str, folder: str, declared: Mapping[str, str]) -> str | None:
-    """The text of chat_template.jinja, else what tokenizer_config.json holds under `chat_template`."""
+    """The text of chat_template.jinja, else what tokenizer_config.json holds under `chat_template`: a text, or a list of named templates, of which
+    `default` is taken."""
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(path):
-        return read_bytes(type, "the file", path).decode()
-    return declared.get("chat_template")
+        try:
+            return read_bytes(type, "the file", path).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{type}: {path} is not UTF-8 ({error.reason} at byte {error.start}): fix it or take it away") from error
+    path = os.path.join(folder, "tokenizer_config.json")
+    if "chat_template" in declared or not os.path.exists(path):
+        return declared.get("chat_template")
+    named = json.loads(read_bytes(type, "the file", path)).get("chat_template")
+    if named is None:
+        return None
+    entries = named if isinstance(named, list) else [named]
+    texts = {str(e.get("name")): e.get("template") for e in entries if isinstance(e, dict)}
+    if not isinstance(texts.get("default"), str):
+        found = f"has only {', '.join(texts)}" if texts else "is neither a text nor a list of named templates"
+        raise ValueError(f"{type}: chat_template of {path} {found}: name one of them default")
+    return texts["default"]
 
 
 def _byte_alphabet() -> frozenset[str]:

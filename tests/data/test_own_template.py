@@ -5,8 +5,10 @@ import json
 import pytest
 import tokenizers
 
+from megatron_chatflow.data.conversations import parse_conversation
 from megatron_chatflow.data.own_template import check_own_template
-from megatron_chatflow.data.templates import ANSWER, CHAT_TEMPLATES, PROMPT, MalformedRecord, parse_conversation
+from megatron_chatflow.data.prompts import chat_prompt
+from megatron_chatflow.data.templates import ANSWER, CHAT_TEMPLATES, PROMPT, MalformedRecord, mark_untrained
 from megatron_chatflow.tokenizer import load_tokenizer
 
 CHATML = (
@@ -131,3 +133,115 @@ def test_a_tokenizer_without_a_template_or_with_a_broken_one_is_refused(folder):
         check_own_template(load_tokenizer("ByteLevelTokenizer"))
     with pytest.raises(ValueError, match="is not Jinja"):
         check_own_template(load(folder, "{% for"))
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ m['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+FORGETFUL = (  # as Qwen3's: what was thought before is not written once the user has spoken again
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}{% if loop.last %}<think></think>{% endif %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [MARKED, FORGETFUL], ids=["marked", "forgetful"])
+def test_ids_and_masks_of_marked_answers_are_those_of_transformers(folder, template):
+    import transformers
+
+    tokenizer = load(folder, template)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    wanted = theirs.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ours = encoded(own(tokenizer, CHAT), tokenizer)
+    assert [i for _, ids in ours for i in ids] == wanted["input_ids"]
+    assert [int(mode == ANSWER) for mode, ids in ours for _ in ids] == wanted["assistant_masks"]
+    assert sum(wanted["assistant_masks"]) > 2
+
+
+def test_marks_in_macros_and_captured_blocks_are_found(folder):
+    captured = "{% macro say(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}{% for m in messages %}"
+    captured += (
+        "{% set text %}{% if m.role == 'assistant' %}{{ say(m) }}{% else %}{{ m.content }}{% endif %}{% endset %}{{ text | trim }}|{% endfor %}"
+    )
+    passages = own(load(folder, captured), CHAT)
+    assert [("".join(map(str, p.parts)), p.mode) for p in passages] == [
+        ("Be brief.|2 + 2?|", PROMPT), ("4", ANSWER), ("|再说一遍。|", PROMPT), ("四。\n\nDone.", ANSWER), ("|", PROMPT),
+    ]  # fmt: skip
+
+
+def test_an_answer_with_weight_0_is_not_trained_on_whether_or_not_answers_are_marked(folder):
+    weighted = [message | ({"weight": 0} if number == 2 else {}) for number, message in enumerate(CHAT)]
+    for template in (MARKED, CHATML):
+        conversation = parse_conversation({"messages": weighted})
+        tokenizer = load(folder, template)
+        passages = mark_untrained(CHAT_TEMPLATES["tokenizer"](conversation, tokenizer), conversation.trained)
+        (answer,) = [p for p in passages if p.mode == ANSWER]
+        assert answer.parts[0] == CHAT[4]["content"]
+    twice = MARKED.replace("{% endgeneration %}{{", "{% endgeneration %}{% generation %}x{% endgeneration %}{{")
+    with pytest.raises(MalformedRecord, match="marks 4 answers in 2 messages"):
+        mark_untrained(CHAT_TEMPLATES["tokenizer"](conversation, load(folder, twice)), conversation.trained)
+
+
+def test_a_marked_template_asks_for_an_answer_as_an_unmarked_one_does(folder):
+    record = {"messages": CHAT[:-1]}
+    marked = chat_prompt(record, "tokenizer", load(folder, MARKED))
+    plain = chat_prompt(record, "tokenizer", load(folder, CHATML))
+    assert (marked.ids, marked.end_ids) == (plain.ids, plain.end_ids)
+
+
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\\n' }}{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CALLED = [
+    {"role": "user", "content": "1 + 1?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [1]}}}],
+    },
+    {"role": "tool", "name": "add", "content": "2"},
+    {"role": "assistant", "content": "Two.", "reasoning_content": "It said so."},
+]
+ADD = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_tools_calls_results_and_reasoning_are_written_as_by_transformers(folder):
+    import transformers
+
+    tokenizer = load(folder, TOOLS)
+    passages = CHAT_TEMPLATES["tokenizer"](parse_conversation({"messages": CALLED, "tools": ADD}), tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = [i for _, ids in encoded(passages, tokenizer) for i in ids]
+    assert ids == theirs.apply_chat_template(CALLED, tools=ADD, tokenize=True, return_dict=False)
+    assert [p.mode for p in passages] == [PROMPT, ANSWER, PROMPT, ANSWER]
+    assert passages[1].parts[0].startswith("<call>add") and passages[3].parts[0] == "<think>It said so.</think>Two."
+    text = json.loads(json.dumps(CALLED).replace('{"a": 1, "b": [1]}', json.dumps('{"a": 1, "b": [1]}')))
+    assert CHAT_TEMPLATES["tokenizer"](parse_conversation({"messages": text, "tools": ADD}), tokenizer) == passages
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        (TOOLS.replace("(tools | tojson)", "''"), "'tools'"),
+        (TOOLS.replace("{{ c.function.name }}", ""), "'tool_calls' of message 1"),
+        (TOOLS.replace("{{ m.reasoning_content }}", ""), "'reasoning_content' of message 3"),
+        (TOOLS.replace("{{ m.content or '' }}", "{% if m.role != 'tool' %}{{ m.content or '' }}{% endif %}"), r"the content of message 2 \(tool\)"),
+    ],
+)
+def test_what_the_template_leaves_out_is_refused_by_name(folder, template, what):
+    with pytest.raises(MalformedRecord, match=f"the tokenizer's chat template leaves out {what}: take it out"):
+        CHAT_TEMPLATES["tokenizer"](parse_conversation({"messages": CALLED, "tools": ADD}), load(folder, template))
+
+
+def test_of_named_templates_the_default_is_taken(folder):
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+    assert load(folder, named).chat_template == CHATML
+    with pytest.raises(ValueError, match="chat_template of .* has only tool_use: name one of them default"):
+        load(folder, named[:1])
+    with pytest.raises(ValueError, match="is neither a text nor a list of named templates"):
+        load(folder, 3)

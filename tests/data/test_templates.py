@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_chatflow.data.templates import CHAT_TEMPLATES, MalformedRecord, ParallelTemplate, parse_conversation, text_field
+from megatron_chatflow.data.conversations import parse_conversation
+from megatron_chatflow.data.templates import CHAT_TEMPLATES, MalformedRecord, ParallelTemplate, text_field
 from megatron_chatflow.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("ByteLevelTokenizer")
@@ -15,6 +16,10 @@ class WithMarks(type(TOKENIZER)):
 
     def control_id(self, spelling):
         return {"<|im_start|>": 300, "<|im_end|>": 301}.get(spelling)
+
+
+EXPECTED = "(user and assistant in turn, assistant last, are expected; a tool's after its call)"
+KNOWN = "(known are system, user, assistant, tool, human, gpt, function_call, observation)"
 
 
 def chat(*contents, system=None):
@@ -82,20 +87,20 @@ def test_chatml_writes_the_marks_as_text_where_the_tokenizer_lacks_them():
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"text": "a"}, "neither 'messages' nor 'instruction'"),
-        ({"messages": None}, "neither 'messages' nor 'instruction'"),
+        ({"text": "a"}, "none of 'messages', 'conversations', 'instruction' and 'prompt'"),
+        ({"messages": None}, "none of 'messages', 'conversations', 'instruction' and 'prompt'"),
         ({"instruction": "a"}, "no key 'output'"),
         ({"instruction": "a", "input": 3, "output": "b"}, "'input' is a number, not text"),
         ({"messages": "a"}, "'messages' is no list of messages"),
         ({"messages": []}, "'messages' is empty"),
-        ({"messages": ["a"]}, "message 0 is no object with 'role' and 'content'"),
-        ({"messages": [{"role": "user"}]}, "message 0 is no object with 'role' and 'content'"),
-        ({"messages": [{"role": "bot", "content": "a"}]}, "message 0 has the role 'bot' (known are system, user, assistant)"),
+        ({"messages": ["a"]}, "message 0 is no object with 'role' and 'content' (or 'from' and 'value')"),
+        ({"messages": [{"role": "user"}]}, "message 0 is no object with 'role' and 'content' (or 'from' and 'value')"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "message 0 has the role 'bot' " + KNOWN),
         ({"messages": [{"role": "user", "content": {}}]}, "the content of message 0 is an object, not text"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "the content of message 0 has a lone surrogate at character 0"),
-        (chat("a"), "the roles are user (user and assistant in turn, assistant last, are expected)"),
-        (chat("a", "b", "c"), "the roles are user, assistant, user (user and assistant in turn, assistant last, are expected)"),
-        (chat(system="a"), "the roles are system alone (user and assistant in turn, assistant last, are expected)"),
+        (chat("a"), "the roles are user " + EXPECTED),
+        (chat("a", "b", "c"), "the roles are user, assistant, user " + EXPECTED),
+        (chat(system="a"), "the roles are system alone " + EXPECTED),
     ],
 )
 def test_records_that_are_no_conversation_are_malformed(record, reason):
