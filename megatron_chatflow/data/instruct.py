@@ -80,14 +80,21 @@ class InstructDomain(WindowDomain):
         kept = positions(lengths, self.seq_length)
         if self.train_on_prompt:
             return whole, kept
-        counts = [np.zeros(len(lengths), np.int64) for _ in range(2)]
-        for begin in range(0, len(lengths), _BLOCK):
-            block = slice(begin, min(begin + _BLOCK, len(lengths)))
-            document = np.arange(block.start, block.stop) + self.documents[0]
-            for count, size in zip(counts, (whole, kept), strict=True):
-                which, labels, answer = self._labels(document, size[block])
-                count[block] = np.bincount(which, labels * answer, len(document))
-        return counts[0], counts[1]
+        trained = self._count_answers(np.arange(len(lengths)), whole)
+        cut = np.flatnonzero(kept < whole)
+        trained_kept = trained.copy()
+        trained_kept[cut] = self._count_answers(cut, kept[cut])
+        return trained, trained_kept
+
+    def _count_answers(self, conversations: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Returns how many of the labels t[1] .. t[size] of each conversation are in answers, int64 [conversations]."""
+        counts = np.zeros(len(conversations), np.int64)
+        for begin in range(0, len(conversations), _BLOCK):
+            block = slice(begin, begin + _BLOCK)
+            document = conversations[block] + self.documents[0]
+            which, labels, answer = self._labels(document, size[block])
+            counts[block] = np.bincount(which, labels * answer, len(document))
+        return counts
 
     def fill_chunk(self, batch: Batch, rows: np.ndarray, windows: np.ndarray) -> None:
         """See `WindowDomain.fill_chunk`."""

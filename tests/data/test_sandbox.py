@@ -1,5 +1,6 @@
 """Hostile chat templates: each gives one message, in bounded time and memory, and the process that renders them is gone afterwards."""
 
+import signal
 import time
 
 import psutil
@@ -100,3 +101,13 @@ def test_the_check_before_a_run_tries_the_template():
     strict.chat_template = "{{ raise_exception('begin with a system prompt') }}"
     check_own_template(strict)
     assert time.monotonic() - began < 60
+
+
+def test_signals_to_the_group_leave_the_process_to_its_parent():
+    opened = Sandbox("fine")
+    (process,) = psutil.Process().children()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    assert opened.render({"messages": []}, [(0, False)]) == [("fine", [])]
+    opened.close()
+    assert not process.is_running()
