@@ -7,6 +7,7 @@ import dataclasses
 import math
 
 from megatron_chatflow.config.parse import UsageError
+from megatron_chatflow.config.pipeline import split_layers, virtual_pipeline_size
 from megatron_chatflow.config.precision import check_precision
 from megatron_chatflow.config.recompute import check_recompute
 from megatron_chatflow.config.settings import Config, OptimizerSettings
@@ -33,6 +34,11 @@ def resolve_reading(config: Config, world_size: int) -> Config:
     if config.parallel.num_layers_per_virtual_pipeline_stage:
         raise UsageError("num_layers_per_virtual_pipeline_stage is for training only; drop --num-layers-per-virtual-pipeline-stage")
     dp = _resolve_model_and_layout(config, world_size)
+    if virtual_pipeline_size(config.parallel, config.model.num_layers) > 1:
+        raise UsageError(
+            "pipeline_model_parallel_layout: model chunks that take turns are for training only; "
+            "give one stage for each pipeline rank"
+        )
     _positive(config.training, "micro_batch_size")
     config.training.global_batch_size = config.training.global_batch_size or config.training.micro_batch_size * dp
     check_precision(config)
@@ -117,11 +123,22 @@ def _check_layout(config: Config, world_size: int) -> int:
         _positive(p, name)
     for name, value in (
         ("num_attention_heads", m.num_attention_heads),
-        ("num_query_groups", m.num_query_groups or tp),
         ("ffn_hidden_size", m.ffn_hidden_size),
     ):
         if value % tp:
             raise UsageError(f"{name} {value} is not a multiple of tensor_model_parallel_size {tp}; change one of them")
+    groups = m.num_query_groups or m.num_attention_heads
+    if groups % tp and tp % groups:
+        raise UsageError(
+            f"num_query_groups {groups} is neither a multiple nor a divisor of tensor_model_parallel_size {tp}; "
+            "change one of them"
+        )
+    width = (m.num_attention_heads + 2 * groups) * m.kv_channels
+    if width % tp:
+        raise UsageError(
+            f"(num_attention_heads + 2 x num_query_groups) x kv_channels is {width}, not a multiple of "
+            f"tensor_model_parallel_size {tp}; change one of them"
+        )
     if p.sequence_parallel and tp == 1:
         raise UsageError(
             "sequence_parallel has no effect with tensor_model_parallel_size 1; drop --sequence-parallel or raise --tensor-model-parallel-size"
@@ -131,20 +148,7 @@ def _check_layout(config: Config, world_size: int) -> int:
             f"seq_length {config.data.seq_length} is not a multiple of tensor_model_parallel_size {tp}, "
             "which sequence_parallel needs; change one of them"
         )
-    if m.num_layers % pp:
-        raise UsageError(f"num_layers {m.num_layers} is not a multiple of pipeline_model_parallel_size {pp}; change one of them")
-    chunk = p.num_layers_per_virtual_pipeline_stage
-    if chunk is not None:
-        if pp == 1:
-            raise UsageError(
-                "num_layers_per_virtual_pipeline_stage has no effect with pipeline_model_parallel_size 1; "
-                "drop it or raise --pipeline-model-parallel-size"
-            )
-        if chunk < 1 or (m.num_layers // pp) % chunk:
-            raise UsageError(
-                f"{m.num_layers // pp} layers a pipeline stage are not a multiple of num_layers_per_virtual_pipeline_stage "
-                f"{chunk}; change one of them"
-            )
+    split_layers(p, m.num_layers)
     if p.overlap_param_gather and not (p.use_distributed_optimizer and p.overlap_grad_reduce):
         raise UsageError(
             "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; add --use-distributed-optimizer --overlap-grad-reduce"
@@ -195,7 +199,7 @@ def _check_batches(config: Config, dp: int) -> None:
                     f"x data-parallel size {dp}; change one of them"
                 )
         sizes = [start, t.global_batch_size]
-    if p.num_layers_per_virtual_pipeline_stage:
+    if virtual_pipeline_size(p, config.model.num_layers) > 1:
         for size in sizes:
             if (size // step) % p.pipeline_model_parallel_size:
                 raise UsageError(

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from megatron_chatflow.config.parse import UsageError
+from megatron_chatflow.config.pipeline import chunk_sizes
 from megatron_chatflow.config.settings import Config
 
 MODULES = ("core_attn", "mlp", "layernorm")
 """Parts of a layer that can be computed again."""
-
-
-def layers_of_a_chunk(config: Config) -> int:
-    """Layers that one model chunk of a pipeline rank holds."""
-    p = config.parallel
-    return p.num_layers_per_virtual_pipeline_stage or config.model.num_layers // p.pipeline_model_parallel_size
 
 
 def check_recompute(config: Config) -> None:
@@ -29,7 +24,8 @@ def check_recompute(config: Config) -> None:
 
 
 def _check_full(config: Config) -> None:
-    t, layers = config.training, layers_of_a_chunk(config)
+    t, sizes = config.training, chunk_sizes(config.parallel, config.model.num_layers)
+    layers = max(sizes)
     if t.recompute_modules is not None:
         raise UsageError("recompute_modules belongs to recompute_granularity selective; drop --recompute-modules or write selective")
     if t.recompute_method is None or t.recompute_num_layers is None:
@@ -38,7 +34,8 @@ def _check_full(config: Config) -> None:
         )
     if not 1 <= t.recompute_num_layers <= layers:
         raise UsageError(f"recompute_num_layers is {t.recompute_num_layers}, and a model chunk has {layers} layers; give a number from 1 to {layers}")
-    if t.recompute_method == "uniform" and layers % t.recompute_num_layers:
+    layers = next((size for size in sorted(sizes) if size % t.recompute_num_layers), None)
+    if t.recompute_method == "uniform" and layers is not None:
         raise UsageError(
             f"{layers} layers of a model chunk are not a multiple of recompute_num_layers {t.recompute_num_layers}, which recompute_method uniform "
             "needs; change it or write --recompute-method block"

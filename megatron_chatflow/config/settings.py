@@ -96,6 +96,17 @@ class ParallelSettings:
     """Number of processes that share the stack of layers."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers in one model chunk of the interleaved pipeline schedule; off by default."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage; the other stages share the rest equally."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline stage; the other stages share the rest equally."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as a layer when the layers are split: the first stage has one layer less."""
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the output layer and the loss as a layer when the layers are split: the last stage has one layer less."""
+    pipeline_model_parallel_layout: str | None = None
+    """Every stage's content: E embedding, t a layer, L the loss, | between stages, x*N and (...)*N repeat, commas are ignored, e.g. "Et*3|(tt|)*6tL".
+    With a multiple of the pipeline-parallel size of stages the schedule is interleaved: stage i is a model chunk of rank i modulo that size."""
     sequence_parallel: bool = False
     """Split norms and dropouts over the sequence among the tensor-parallel processes."""
     use_distributed_optimizer: bool = False

@@ -8,6 +8,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
+from megatron_chatflow.config.pipeline import virtual_pipeline_size
 from megatron_chatflow.config.settings import ParallelSettings
 from megatron_chatflow.engine import cpu
 from megatron_chatflow.engine.launch import Launch
@@ -51,12 +52,6 @@ def watch(launch: Launch) -> Lifeline | None:
     return Lifeline(dist.distributed_c10d._get_default_store(), launch.rank, launch.world_size) if launch.world_size > 1 else None
 
 
-def virtual_pipeline_size(parallel: ParallelSettings, num_layers: int) -> int | None:
-    """Model chunks of each pipeline rank under the interleaved schedule, or None."""
-    chunk = parallel.num_layers_per_virtual_pipeline_stage
-    return num_layers // parallel.pipeline_model_parallel_size // chunk if chunk else None
-
-
 def initialize_model_parallel(parallel: ParallelSettings, num_layers: int) -> None:
     """megatron-core's tensor, pipeline and data groups over the initialised world."""
     from megatron.core import parallel_state
@@ -65,7 +60,7 @@ def initialize_model_parallel(parallel: ParallelSettings, num_layers: int) -> No
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
-        virtual if virtual and virtual > 1 else None,
+        virtual if virtual > 1 else None,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from megatron_chatflow.config.pipeline import virtual_pipeline_size
 from megatron_chatflow.config.settings import ParallelSettings
 from megatron_chatflow.engine import cpu
-from megatron_chatflow.engine.distributed import virtual_pipeline_size
 
 _NEW = ("empty", "zeros", "ones", "full", "arange", "tensor", "as_tensor", "randn", "rand", "randint", "randperm", "linspace")
 
@@ -51,7 +51,7 @@ def rehearse(rank: int, world_size: int, parallel: ParallelSettings, num_layers:
         parallel_state.initialize_model_parallel(
             parallel.tensor_model_parallel_size,
             parallel.pipeline_model_parallel_size,
-            virtual if virtual and virtual > 1 else None,
+            virtual if virtual > 1 else None,
             create_gloo_process_groups=False,
         )
         with _WithoutMemory():

@@ -12,8 +12,8 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_chatflow.config import Config, padded_vocab_size
+from megatron_chatflow.config.pipeline import virtual_pipeline_size
 from megatron_chatflow.engine import cpu
-from megatron_chatflow.engine.distributed import virtual_pipeline_size
 from megatron_chatflow.engine.kernels import gradient_accumulation_reason
 from megatron_chatflow.model import fused
 from megatron_chatflow.model.init import initialize_weights
@@ -31,7 +31,7 @@ def transformer_config(config: Config, transformer_impl: str) -> TransformerConf
     model, parallel, training = config.model, config.parallel, config.training
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     virtual = virtual_pipeline_size(parallel, model.num_layers)
-    interleaved = virtual is not None and virtual > 1
+    interleaved = virtual > 1
     settings = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -52,6 +52,11 @@ def transformer_config(config: Config, transformer_impl: str) -> TransformerConf
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if interleaved else None,
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+        account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         sequence_parallel=parallel.sequence_parallel,
         # Two messages between the same two ranks in one batch get mixed up over gloo when PP is 2, so the interleaved schedule sends one by one.
         overlap_p2p_comm=interleaved,

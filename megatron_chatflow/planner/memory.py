@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_chatflow.config import Config, padded_vocab_size
-from megatron_chatflow.config.recompute import layers_of_a_chunk
 from megatron_chatflow.planner.batches import chunks_in_flight, micro_batches
 from megatron_chatflow.planner.parameters import Layout, head_widths, layer_matrices, stage_layers, stage_parameters
 
@@ -92,6 +91,8 @@ def layer_activations(config: Config, *, fp8: bool = False) -> int:
     attention = (heads + 2 * groups) * e + heads * e  # q, k and v in one buffer; the output
     attention += 4 * m.num_attention_heads if "core_attn" not in again else 0  # log-sum-exp
     attention += (heads + groups) * e if rotary or m.qk_layernorm else 0  # q and k rotated or normalised, while v holds the buffer
+    if groups < tp * m.kv_channels:  # fewer key heads than ranks: queries, keys and values of all ranks are gathered
+        attention += (tp - 1) * (heads + 2 * groups) * e + (tp * m.kv_channels - groups) * e
     attention += statistics * (heads + groups) // m.kv_channels if m.qk_layernorm else 0
     attention += heads * e if groups < heads and (m.qk_layernorm or not rotary) else 0  # q of several heads a group, taken out of the buffer
     attention += heads if fp8 else 0  # the projection's input, beside the output that attention itself needs
@@ -100,21 +101,25 @@ def layer_activations(config: Config, *, fp8: bool = False) -> int:
     return outside // (tp if p.sequence_parallel else 1) + (attention + feed_forward) // tp + tables
 
 
-def chunk_activations(config: Config, layer: float) -> tuple[float, float]:
+def chunk_activations(config: Config, layer: float, layers: float) -> tuple[float, float]:
     """(Bytes that one token leaves behind in one model chunk, bytes that it takes for a while where layers are computed again).
 
     Args:
         config: resolved settings.
         layer: bytes of one of its layers without `recompute_granularity full`.
+        layers: in the chunk.
     """
-    t, layers = config.training, layers_of_a_chunk(config)
+    t = config.training
     if t.recompute_granularity != "full":
         return layers * layer, 0
     whole = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
     border = config.model.hidden_size * element_size(config) / whole  # what goes into a group of layers
+    if not layers:
+        return 0, 0
     if t.recompute_method == "uniform":
         return layers / t.recompute_num_layers * border, t.recompute_num_layers * layer
-    return t.recompute_num_layers * border + (layers - t.recompute_num_layers) * layer, layer
+    again = min(t.recompute_num_layers, layers)
+    return again * border + (layers - again) * layer, layer
 
 
 def stage_activations(config: Config, layout: Layout, stage: int) -> int:
@@ -122,11 +127,11 @@ def stage_activations(config: Config, layout: Layout, stage: int) -> int:
     m, t, e = config.model, config.training, element_size(config)
     tokens = config.data.seq_length * t.micro_batch_size
     whole = layout.tp if config.parallel.sequence_parallel else 1
-    layers = stage_layers(m.num_layers, layout, stage)
+    layers = stage_layers(config, stage)
     in_fp8 = fp8_layers(config, layers)
     a_token = in_fp8 * layer_activations(config, fp8=True) + (len(layers) - in_fp8) * layer_activations(config)
     flying = chunks_in_flight(layout, stage, micro_batches(config, layout))
-    kept, again = chunk_activations(config, a_token / len(layers))
+    kept, again = chunk_activations(config, a_token / max(1, len(layers)), len(layers) / layout.vpp)
     held = int(tokens * (kept * flying + again))
     if stage == 0 and m.hidden_dropout:
         held += tokens * m.hidden_size // whole * -(-flying // layout.vpp)  # the embedding's mask
@@ -156,7 +161,7 @@ def stage_memory(config: Config, vocab_size: int, layout: Layout, stage: int) ->
         layout: of the run.
         stage: 0 to pp - 1.
     """
-    layers = stage_layers(config.model.num_layers, layout, stage)
+    layers = stage_layers(config, stage)
     count = stage_parameters(config, vocab_size, layout, stage)
     matrices = fp8_layers(config, layers) * layer_matrices(config)
     replaced = matrices if config.precision.fp8_param_gather else 0

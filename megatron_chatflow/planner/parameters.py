@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_chatflow.config import Config, padded_vocab_size
+from megatron_chatflow.config.pipeline import split_layers, virtual_pipeline_size
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,13 @@ class Layout:
 def layout_of(config: Config, world_size: int) -> Layout:
     """The layout of resolved settings over `world_size` processes."""
     p = config.parallel
-    tp, pp, chunk = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.num_layers_per_virtual_pipeline_stage
-    return Layout(tp, pp, config.model.num_layers // pp // chunk if chunk else 1, world_size // (tp * pp))
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    return Layout(tp, pp, virtual_pipeline_size(p, config.model.num_layers), world_size // (tp * pp))
 
 
-def stage_layers(num_layers: int, layout: Layout, stage: int) -> list[int]:
+def stage_layers(config: Config, stage: int) -> list[int]:
     """Numbers (from 0) of the layers of a pipeline stage. Under the interleaved schedule a stage holds every pp-th chunk."""
-    chunk = num_layers // (layout.pp * layout.vpp)
-    starts = ((c * layout.pp + stage) * chunk for c in range(layout.vpp))
-    return [start + i for start in starts for i in range(chunk)]
+    return [layer for chunk in split_layers(config.parallel, config.model.num_layers)[stage] for layer in chunk]
 
 
 def head_widths(config: Config) -> tuple[int, int]:
@@ -73,7 +72,7 @@ def stage_parameters(config: Config, vocab_size: int, layout: Layout, stage: int
     m = config.model
     first, last = stage == 0, stage == layout.pp - 1
     embedding = padded_vocab_size(config, vocab_size) // layout.tp * m.hidden_size
-    count = m.num_layers // layout.pp * layer_parameters(config)
+    count = len(stage_layers(config, stage)) * layer_parameters(config)
     if first:
         count += embedding + (m.max_position_embeddings * m.hidden_size if m.position_embedding_type == "learned_absolute" else 0)
     if last:

@@ -37,7 +37,16 @@ def test_the_padded_vocabulary_is_the_same_for_every_power_of_two_of_tensor_para
         ("--tensor-model-parallel-size 3", 3, ["num_attention_heads 4", "tensor_model_parallel_size 3"]),
         ("--tensor-model-parallel-size 3", 1, ["num_attention_heads 4", "tensor_model_parallel_size 3"]),
         ("--tensor-model-parallel-size 2", 1, ["1 process is", "tensor_model_parallel_size 2", "--nproc-per-node 2"]),
-        ("--group-query-attention --num-query-groups 1 --tensor-model-parallel-size 2", 2, ["num_query_groups 1", "tensor_model_parallel_size 2"]),
+        (
+            "--num-attention-heads 12 --hidden-size 96 --group-query-attention --num-query-groups 4 --tensor-model-parallel-size 6",
+            6,
+            ["num_query_groups 4", "tensor_model_parallel_size 6"],
+        ),
+        (
+            "--hidden-size 4 --ffn-hidden-size 4 --group-query-attention --num-query-groups 1 --tensor-model-parallel-size 4",
+            4,
+            ["x kv_channels is 6", "tensor_model_parallel_size 4"],
+        ),
         ("--pipeline-model-parallel-size 3", 3, ["num_layers 4", "pipeline_model_parallel_size 3"]),
         ("--num-layers-per-virtual-pipeline-stage 1", 1, ["num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_size 1"]),
         ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3", 2, ["2 layers a pipeline stage", "3"]),

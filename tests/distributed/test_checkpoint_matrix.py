@@ -16,6 +16,9 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "TP2": (2, ["--tensor-model-parallel-size", "2"]),
     "PP2": (2, PP),
     "VPP": (2, [*PP, "--num-layers-per-virtual-pipeline-stage", "1"]),
+    "PP2 uneven": (2, [*PP, "--decoder-first-pipeline-num-layers", "1"]),
+    "PP2 layout": (2, [*PP, "--pipeline-model-parallel-layout", "E|ttt|t|L"]),
+    "TP4 over two key heads": (4, ["--tensor-model-parallel-size", "4"]),
     "DP2 distributed optimizer": (2, ["--use-distributed-optimizer"]),
 }
 LENGTH = ["--train-iters", "10", "--lr-decay-iters", "20"]

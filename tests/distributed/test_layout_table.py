@@ -18,6 +18,7 @@ def _flags(tp: int = 1, pp: int = 1, chunk: int = 0, *others: str) -> list[str]:
 
 SP, ZERO = "--sequence-parallel", "--use-distributed-optimizer"
 OVERLAP = (ZERO, "--overlap-grad-reduce", "--overlap-param-gather")
+ACCOUNTED = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "TP2": (2, _flags(2)),
     "TP2 SP": (2, _flags(2, 1, 0, SP)),
@@ -33,6 +34,12 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "TP2 PP2 interleaved SP": (4, _flags(2, 2, 1, SP)),
     "TP2 DP2 distributed optimizer": (4, _flags(2, 1, 0, ZERO)),
     "PP2 DP2": (4, _flags(1, 2)),
+    "PP2, 3 layers in the first stage": (2, _flags(1, 2, 0, "--decoder-first-pipeline-num-layers", "3")),
+    "PP2, 3 layers in the last stage": (2, _flags(1, 2, 0, "--decoder-last-pipeline-num-layers", "3")),
+    "TP2 PP4, embedding and loss on their own": (8, _flags(2, 4, 0, "--pipeline-model-parallel-layout", "E|tt|tt|L")),
+    "PP2, layout, interleaved": (2, _flags(1, 2, 0, "--pipeline-model-parallel-layout", "E|tt|t|tL")),
+    "PP3, embedding and loss accounted for": (3, _flags(1, 3, 0, *ACCOUNTED)),
+    "PP2 interleaved, embedding and loss accounted for, distributed optimizer": (4, _flags(1, 2, 1, ZERO, *ACCOUNTED, "--num-layers", "4")),
     "TP2 PP2 DP2": (8, _flags(2, 2)),
     "TP2 PP2 DP2 SP distributed optimizer": (8, _flags(2, 2, 0, SP, ZERO)),
     "TP4 PP2 SP": (8, _flags(4, 2, 0, SP)),
@@ -49,6 +56,24 @@ def run(pool: Pool, sample: Path, name: str, world: int, flags: list[str]) -> Pa
     for code, out, err in pool.run(world, train, sample, "--save", str(folder), *SHAPE, *RATE, *flags):
         assert code == 0, (name, out, err)
     return folder
+
+
+def largest_distance(a: Path, b: Path) -> float:
+    """Between the weights of two checkpoints, relative to the largest element of each tensor."""
+    from megatron_chatflow.config.settings import ParallelSettings
+    from megatron_chatflow.conversion.torch_dist import Reader
+    from megatron_chatflow.engine import distributed
+    from megatron_chatflow.engine.launch import Launch
+
+    distributed.initialize(Launch("single", 0, 1, 0, None, None), ParallelSettings(), 4)
+    try:
+        ours, theirs = Reader(a), Reader(b)
+        weights = [key for key in theirs.shapes if not key.startswith("optimizer.")]
+        assert len(weights) > 8 and set(weights) <= set(ours.shapes)
+        pairs = [(ours.read(key, None), theirs.read(key, None)) for key in weights]
+        return max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
+    finally:
+        distributed.shut_down()
 
 
 @pytest.mark.slow
@@ -69,3 +94,15 @@ def test_every_layout_gives_the_loss_and_gradient_norm_of_one_process(
     assert len(rows) >= 14
     assert all(loss < bound for _, _, loss, _ in rows), rows
     assert all(norm < bound for *_, norm in rows), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 2])
+def test_fewer_key_heads_than_tensor_ranks_give_the_loss_and_weights_of_one_process(pool: Pool, sample: Path, groups: int) -> None:
+    heads = ["--num-query-groups", str(groups)]
+    one = run(pool, sample, f"one {groups}", 1, heads)
+    for name, tp, others in (("TP2", 2, ()), ("TP4", 4, ()), ("TP4 SP", 4, (SP, ZERO))):
+        here = run(pool, sample, f"{name} {groups}", tp, [*_flags(tp, 1, 0, *others), *heads])
+        assert largest_difference(metrics(here), metrics(one)) < 1e-5, name
+        (apart,) = pool.run(1, largest_distance, here / "iter_0000010", one / "iter_0000010")
+        assert apart < 1e-5, name

@@ -90,10 +90,10 @@ def test_full_recomputation_keeps_the_borders_of_its_groups(pool: Pool) -> None:
     (measured,) = pool.run(1, saved_in_a_layer, config)
     assert measured == pytest.approx(64 * 4, rel=0.003)
     layer = layer_activations(config)
-    assert chunk_activations(config, layer) == (4 * 64 * 4, layer)
-    assert chunk_activations(small(1, LLAMA, recompute_num_layers=2, **full), layer) == (2 * 64 * 4, 2 * layer)
+    assert chunk_activations(config, layer, 4) == (4 * 64 * 4, layer)
+    assert chunk_activations(small(1, LLAMA, recompute_num_layers=2, **full), layer, 4) == (2 * 64 * 4, 2 * layer)
     block = small(1, LLAMA, recompute_granularity="full", recompute_method="block", recompute_num_layers=3)
-    assert chunk_activations(block, layer) == (3 * 64 * 4 + layer, layer)
+    assert chunk_activations(block, layer, 4) == (3 * 64 * 4 + layer, layer)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

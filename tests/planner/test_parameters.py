@@ -29,13 +29,23 @@ def test_tensor_ranks_share_the_matrices_and_repeat_the_norms() -> None:
     assert held == 68_976_648_192 + 7 * (80 * 2 + 1) * 8192
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 4, 1), (1, 3, 2), (4, 2, 3)])
-def test_every_layer_is_in_exactly_one_stage(layout: tuple[int, int, int]) -> None:
-    from megatron_chatflow.planner.parameters import Layout
-
-    shape = Layout(*layout, dp=1)
-    layers = shape.pp * shape.vpp * 2
-    assert sorted(n for stage in range(shape.pp) for n in stage_layers(layers, shape, stage)) == list(range(layers))
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {},
+        {"pipeline_model_parallel_size": 4},
+        {"pipeline_model_parallel_size": 3, "num_layers_per_virtual_pipeline_stage": 2},
+        {"pipeline_model_parallel_size": 3, "decoder_first_pipeline_num_layers": 2},
+        {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|t*4|t*3|t*4L"},
+    ],
+)
+def test_every_layer_is_in_exactly_one_stage(parallel: dict) -> None:
+    config = llama2_70b()
+    config.model.num_layers = 12
+    for name, value in parallel.items():
+        setattr(config.parallel, name, value)
+    held = [stage_layers(config, stage) for stage in range(config.parallel.pipeline_model_parallel_size)]
+    assert sorted(layer for layers in held for layer in layers) == list(range(12))
 
 
 CASES = {
@@ -48,6 +58,13 @@ CASES = {
         LLAMA | {"kv_channels": 32, "position_embedding_type": "none", "global_batch_size": 32},
         {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
     ),
+    "an uneven pipeline": (LLAMA, {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1}),
+    "a loss accounted for": (LLAMA | {"num_layers": 7}, {"pipeline_model_parallel_size": 4, "account_for_loss_in_pipeline_split": True}),
+    "a layout with a stage of its own for the embedding": (
+        LLAMA | {"global_batch_size": 32},
+        {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "E|tt|t|tL"},
+    ),
+    "one key head over four ranks": (LLAMA | {"num_query_groups": 1, "add_qkv_bias": True}, {"tensor_model_parallel_size": 4}),
     "SwiGLU with biases and norms of two vectors": ({"swiglu": True, "qk_layernorm": True}, {"tensor_model_parallel_size": 4}),
 }
 

@@ -18,11 +18,14 @@ LAYOUTS = {
     "PP2 interleaved": (2, [*PP, "--num-layers-per-virtual-pipeline-stage", "1"]),
     "DP2 with the distributed optimizer and overlap": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]),
     "TP2 with another padding of the vocabulary": (2, [*TP, "--make-vocab-size-divisible-by", "1500"]),
+    "PP2 with a smaller first stage": (2, [*PP, "--decoder-first-pipeline-num-layers", "1"]),
+    "PP2 by a layout, interleaved": (2, [*PP, "--pipeline-model-parallel-layout", "E|t,t|t|tL"]),
+    "TP4 over two key heads": (4, ["--tensor-model-parallel-size", "4"]),
     "TP2 x PP2": (4, [*TP, *PP]),
 }
 
 
-SLOW = {"TP2 with sequence parallelism", "TP2 x PP2"}
+SLOW = {"TP2 with sequence parallelism", "TP2 x PP2", "TP4 over two key heads"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS])
