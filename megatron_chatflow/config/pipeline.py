@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds: megatron-core's rules, which this file needs neither torch nor megatron for."""
+"""Which layers each pipeline stage holds, by megatron-core's rules, without megatron-core."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def _flag(name: str) -> str:
 
 def _check_contradictions(parallel: ParallelSettings) -> None:
     chunk = parallel.num_layers_per_virtual_pipeline_stage
-    given = [name for name in SPLITS if getattr(parallel, name) is not None and getattr(parallel, name) is not False]
+    values = {name: getattr(parallel, name) for name in SPLITS}
+    given = [name for name, value in values.items() if value is not None and value is not False]
     for name in [*given, *(["num_layers_per_virtual_pipeline_stage"] if chunk is not None else [])]:
         if parallel.pipeline_model_parallel_size == 1:
             raise UsageError(
@@ -68,12 +69,14 @@ def _check_contradictions(parallel: ParallelSettings) -> None:
             )
     ends = [name for name in SPLITS[:2] if name in given]
     for name in ends:
-        if getattr(parallel, name) < 1:
-            raise UsageError(f"{name}: {getattr(parallel, name)} is not a positive number; change {_flag(name)}")
+        if values[name] < 1:
+            raise UsageError(
+                f"{name}: {values[name]} is not a positive number; change {_flag(name)}"
+            )
         if chunk is not None:
             raise UsageError(
-                f"{name}: it contradicts num_layers_per_virtual_pipeline_stage, as stages have different sizes; "
-                "drop one of them or write --pipeline-model-parallel-layout"
+                f"{name}: it contradicts num_layers_per_virtual_pipeline_stage, as stages have "
+                "different sizes; drop one of them or write --pipeline-model-parallel-layout"
             )
         for other in SPLITS[2:4]:
             if other in given:
@@ -83,7 +86,8 @@ def _check_contradictions(parallel: ParallelSettings) -> None:
         others += ["num_layers_per_virtual_pipeline_stage"] if chunk is not None else []
         if others:
             raise UsageError(
-                f"pipeline_model_parallel_layout: it contradicts {others[0]}, as it places every layer; drop one of them"
+                f"pipeline_model_parallel_layout: it contradicts {others[0]}, as it places every "
+                "layer; drop one of them"
             )
 
 
@@ -91,12 +95,13 @@ def _sizes_of_ends(parallel: ParallelSettings, num_layers: int) -> list[list[int
     first, last = (getattr(parallel, name) for name in SPLITS[:2])
     layers, stages = num_layers - (first or 0) - (last or 0), parallel.pipeline_model_parallel_size
     middle = stages - (first is not None) - (last is not None)
-    told = ", ".join(f"{name} {getattr(parallel, name)}" for name in SPLITS[:2] if getattr(parallel, name) is not None)
+    ends = ((SPLITS[0], first), (SPLITS[1], last))
+    given = ", ".join(f"{name} {value}" for name, value in ends if value is not None)
     flag = _flag(SPLITS[0] if first is not None else SPLITS[1])
     if layers < 0 or (layers > 0) != (middle > 0) or (middle and layers % middle):
         raise UsageError(
-            f"num_layers: of {num_layers}, {told} leaves {layers} for {middle} other pipeline stages, which cannot have "
-            f"the same positive number each; change {flag}"
+            f"num_layers: of {num_layers}, {given} leaves {layers} for {middle} other pipeline "
+            f"stages, which cannot have the same positive number each; change {flag}"
         )
     sizes = [[layers // middle if middle else 0] for _ in range(stages)]
     if first is not None:
@@ -107,17 +112,22 @@ def _sizes_of_ends(parallel: ParallelSettings, num_layers: int) -> list[list[int
 
 
 def _sizes_of_equal_parts(parallel: ParallelSettings, num_layers: int) -> list[list[int]]:
-    """Equal parts; where the embedding or the loss is accounted for, it takes the place of a layer."""
-    stages, chunk = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
+    """Equal parts; an embedding or a loss that is accounted for takes the place of a layer."""
+    stages = parallel.pipeline_model_parallel_size
+    chunk = parallel.num_layers_per_virtual_pipeline_stage
     embedding, loss = (int(getattr(parallel, name)) for name in SPLITS[2:4])
     total = num_layers + embedding + loss
-    what = f"num_layers {num_layers}" + "".join(f" + 1 ({n})" for n in SPLITS[2:4] if getattr(parallel, n))
     if total % stages:
-        raise UsageError(f"{what} is not a multiple of pipeline_model_parallel_size {stages}; change one of them")
+        extra = "".join(f" + 1 ({name})" for name in SPLITS[2:4] if getattr(parallel, name))
+        raise UsageError(
+            f"num_layers {num_layers}{extra} is not a multiple of pipeline_model_parallel_size "
+            f"{stages}; change one of them"
+        )
     part = total // stages
     if chunk is not None and (chunk < 1 or part % chunk):
         raise UsageError(
-            f"{part} layers a pipeline stage are not a multiple of num_layers_per_virtual_pipeline_stage {chunk}; change one of them"
+            f"{part} layers a pipeline stage are not a multiple of "
+            f"num_layers_per_virtual_pipeline_stage {chunk}; change one of them"
         )
     sizes = [[chunk or part] * (part // chunk if chunk else 1) for _ in range(stages)]
     sizes[0][0] -= embedding
@@ -131,21 +141,29 @@ def _sizes_of_layout(parallel: ParallelSettings, num_layers: int) -> list[list[i
     wrong = sorted(set(text) - set("EtL|"))
     if wrong:
         raise UsageError(
-            f"{name}: it has {wrong[0]!r}; write E (embedding), t (layer), L (loss), | between stages, (...)*N and x*N"
+            f"{name}: it has {wrong[0]!r}; write E (embedding), t (layer), L (loss), "
+            "| between stages, (...)*N and x*N"
         )
     parts = text.split("|")
     if len(parts) % stages:
         raise UsageError(
-            f"{name}: it has {len(parts)} stages, not a multiple of pipeline_model_parallel_size {stages}; change one of them"
+            f"{name}: it has {len(parts)} stages, not a multiple of "
+            f"pipeline_model_parallel_size {stages}; change one of them"
         )
     if "" in parts:
-        raise UsageError(f"{name}: stage {parts.index('')} (from 0) is empty; give each stage E, t or L")
+        empty = parts.index("")
+        raise UsageError(f"{name}: stage {empty} (from 0) is empty; give each stage E, t or L")
     flat = "".join(parts)
     if flat[0] != "E" or flat[-1] != "L" or flat.count("E") != 1 or flat.count("L") != 1:
-        raise UsageError(f"{name}: it must start with the only E and end with the only L; change it")
-    if flat.count("t") != num_layers:
-        raise UsageError(f"{name}: it has {flat.count('t')} layers (t), and num_layers is {num_layers}; change one of them")
-    return [[parts[i].count("t") for i in range(stage, len(parts), stages)] for stage in range(stages)]
+        raise UsageError(
+            f"{name}: it must start with the only E and end with the only L; change it"
+        )
+    count = flat.count("t")
+    if count != num_layers:
+        raise UsageError(
+            f"{name}: it has {count} layers (t), and num_layers is {num_layers}; change one of them"
+        )
+    return [[part.count("t") for part in parts[stage::stages]] for stage in range(stages)]
 
 
 def _multiplied_out(text: str) -> str:
@@ -153,6 +171,9 @@ def _multiplied_out(text: str) -> str:
     text = text.replace(",", "")
     for pattern in (r"\(([^)]+)\)\*(\d{1,9})", r"(.)\*(\d{1,9})"):
         if sum(len(what) * int(times) for what, times in re.findall(pattern, text)) > _LONGEST:
-            raise UsageError("pipeline_model_parallel_layout: it multiplies out to more than a million characters; shorten it")
+            raise UsageError(
+                "pipeline_model_parallel_layout: it multiplies out to more than a million "
+                "characters; shorten it"
+            )
         text = re.sub(pattern, lambda found: found[1] * int(found[2]), text)
     return text

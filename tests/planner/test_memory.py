@@ -103,6 +103,12 @@ def test_tensor_ranks_keep_the_activations_that_the_closed_form_says(pool: Pool,
         assert measured + LOG_SUM_EXP / 2 == pytest.approx(layer_activations(config), rel=0.003)
 
 
+def test_one_key_head_over_two_tensor_ranks_is_counted_with_what_is_gathered(pool: Pool) -> None:
+    config = small(2, LLAMA | {"num_query_groups": 1}, tensor_model_parallel_size=2)
+    for measured in pool.run(2, saved_in_a_layer, config):
+        assert measured + LOG_SUM_EXP / 2 == pytest.approx(layer_activations(config), rel=0.003)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_step_leaves_the_states_that_the_closed_form_says(pool: Pool, bf16: bool, distributed: bool) -> None:
