@@ -39,7 +39,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "TP2 PP4, embedding and loss on their own": (8, _flags(2, 4, 0, "--pipeline-model-parallel-layout", "E|tt|tt|L")),
     "PP2, layout, interleaved": (2, _flags(1, 2, 0, "--pipeline-model-parallel-layout", "E|tt|t|tL")),
     "PP3, embedding and loss accounted for": (3, _flags(1, 3, 0, *ACCOUNTED)),
-    "PP2 interleaved, embedding and loss accounted for, distributed optimizer": (4, _flags(1, 2, 1, ZERO, *ACCOUNTED, "--num-layers", "4")),
+    "PP2 interleaved, embedding and loss accounted for, distributed optimizer": (4, _flags(1, 2, 1, ZERO, *ACCOUNTED)),
     "TP2 PP2 DP2": (8, _flags(2, 2)),
     "TP2 PP2 DP2 SP distributed optimizer": (8, _flags(2, 2, 0, SP, ZERO)),
     "TP4 PP2 SP": (8, _flags(4, 2, 0, SP)),
