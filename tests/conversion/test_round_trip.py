@@ -137,7 +137,7 @@ def test_a_converted_model_is_evaluated_trained_on_and_converted_back(
 def test_one_key_head_over_three_tensor_ranks_goes_both_ways(pool: Pool, sample: Path, tmp_path: Path) -> None:
     """9 query heads share a key head that no rank has for itself: logits, generated text, training, and the way back."""
     folder, run, tuned, back = (tmp_path / name for name in ("hf", "run", "tuned", "back"))
-    build(folder, "llama2", num_key_value_heads=1, dtype="float32")
+    build(folder, "llama2", num_key_value_heads=1, head_dim=12, dtype="float32")
     ((code, _, err),) = pool.run(1, tool, "--load-dir", folder, "--save-dir", run)
     assert code == 0, err
     rows, layout = rows_of("llama2", folder), LAYOUTS["TP 3"][1]
