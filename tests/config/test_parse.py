@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.config import Config, UsageError, load_values, make_parser, parse, to_yaml
@@ -132,6 +132,7 @@ def _value(cls: type, name: str) -> st.SearchStrategy:
     return st.text("abc,.:#é中 ", min_size=1)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_the_resolved_file_reads_back_to_the_same_settings(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     config = Config()
