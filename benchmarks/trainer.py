@@ -11,7 +11,7 @@ class Trainer:
 
     def __init__(self, words: str, vocab_size: int) -> None:
         """`words`: the flags of `chatflow train`; one micro-batch is an iteration."""
-        from megatron_chatflow.config import make_parser, parse, resolve
+        from megatron_chatflow.config import Schedule, make_parser, parse, resolve
         from megatron_chatflow.engine import cpu, distributed
         from megatron_chatflow.engine.launch import Launch
 
@@ -33,7 +33,7 @@ class Trainer:
         seed_iteration(1, 0)
         self.model = build_model(config, vocab_size, "local")
         self.optimizer = build_optimizer(config, self.model)
-        build_scheduler(config, self.optimizer)
+        build_scheduler(config, Schedule.of(config), self.optimizer)
         self.parameters = count_parameters(config, vocab_size)
         self._forward_step = make_forward_step(1, torch.ones(vocab_size, dtype=torch.int64), False)
         self._shape = schedule_shape(self._length, self._batch, False)

@@ -30,7 +30,10 @@ def main(argv: Sequence[str]) -> int:
         from megatron_chatflow.training.setup import find_start
 
         inputs = open_inputs(config)
-        plan = find_start(config, inputs).blend.plan if config.checkpoint.load else make_plan(config, inputs.curriculum, inputs.epoch_samples)
+        if config.checkpoint.load:
+            plan = find_start(config, inputs, plan_only=True).blend.plan
+        else:
+            plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
         outlook = forecast(plan, inputs.epoch_samples)
     sizes = {"num_samples": plan.num_samples, "seq_length": plan.seq_length, "end": outlook.end}
     console.say(plan_table(outlook.stages, outlook.domains, **sizes, warnings=outlook.warnings))

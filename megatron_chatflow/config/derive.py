@@ -217,6 +217,11 @@ def _check_batches(config: Config, dp: int) -> None:
 
 def _check_optimizer(config: Config) -> None:
     o = config.optimizer
+    if o.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
+        raise UsageError(
+            "optimizer sgd does not go with use_distributed_optimizer: megatron-core shards and "
+            "saves the state of adam only; drop --use-distributed-optimizer or write --optimizer adam"
+        )
     if o.lr is None:
         raise UsageError("lr is missing; give --lr, e.g. --lr 1e-4")
     if o.min_lr > o.lr:

@@ -248,9 +248,10 @@ class OptimizerSettings:
     sgd_momentum: float = 0.9
     """Momentum of --optimizer sgd."""
     override_opt_param_scheduler: bool = _flag("--override-opt_param-scheduler")
-    """On --load take the schedule of this command, not the checkpoint's."""
+    """On --load take this command's optimizer settings where they differ from the checkpoint's:
+    learning rate and weight decay with their schedules, clipping, betas, epsilon, momentum."""
     use_checkpoint_opt_param_scheduler: bool = _flag("--use-checkpoint-opt_param-scheduler")
-    """On --load take the checkpoint's schedule, not this command's."""
+    """On --load take the checkpoint's optimizer settings, not this command's."""
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,11 @@ def find_damage(folder: Path) -> str | None:
 
 def load(
     folder: Path, model: list[MegatronModule], optimizer: MegatronOptimizer | None, average: WeightAverage | None = None, *, verified: bool = False
-) -> None:
+) -> dict[str, Any] | None:
     """Load weights, and where they are given the state of the optimizer and the weights' running mean, from a checkpoint of any layout.
+
+    Returns the settings that the optimizer was saved with, those of its first group. They are not in
+    effect, those of `optimizer` are.
 
     Raises UsageError for a checkpoint that is damaged, or whose pickles hold what does not belong there. `verified`: `find_damage` was asked before.
     """
@@ -99,6 +104,7 @@ def load(
         # Without apex or Transformer Engine the distributed optimizer asserts that it has stepped; what the step leaves is overwritten below.
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()
+    group = None
     wanted = sharded_state(model, optimizer, average, is_loading=True)
     state = {"optimizer": wanted.pop("optimizer")} if optimizer is not None else {}
     if optimizer is not None:
@@ -111,10 +117,13 @@ def load(
         # By itself, for it may ask for the weights too: they are the float32 parameters of some checkpoints.
         saved = dist_checkpointing.load(state, str(folder))["optimizer"]
         optimizer_form.hand_over(saved, part, saved_form)
-        _load_optimizer(part, saved)
+        group = dict(saved.get("optimizer", saved)["param_groups"][0])
+        with _own_settings(part):
+            _load_optimizer(part, saved)
     if average is not None:
         for name, entries in _weights(model).items():
             average.restore(entries, loaded[f"ema/{name}"])
+    return group
 
 
 def load_average(folder: Path, model: list[MegatronModule]) -> None:
@@ -136,6 +145,22 @@ def _check(folder: Path, verified: bool) -> None:
 def _load_weights(model: list[MegatronModule], loaded: dict[str, Any]) -> None:
     for name, chunk in zip(_names(model), model, strict=True):
         _unwrap(chunk).load_state_dict(loaded[name])
+
+
+@contextlib.contextmanager
+def _own_settings(part: MegatronOptimizer) -> Iterator[None]:
+    """Inside, the state of an optimizer is loaded; its groups keep their settings.
+
+    Otherwise rates, betas, epsilon and the choice of kernels would be the checkpoint's: megatron-core's
+    schedule, too, takes its peak and its floor from the groups.
+    """
+    kept = ("params", "step")
+    settings = [{k: v for k, v in group.items() if k not in kept} for group in part.param_groups]
+    yield
+    for group, own in zip(part.param_groups, settings, strict=True):
+        for key in set(group) - set(own) - set(kept):
+            del group[key]
+        group.update(own)
 
 
 def _load_optimizer(part: MegatronOptimizer, saved: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from megatron_chatflow.training import checkpoint
 from megatron_chatflow.training.ledger import data_identity
 from megatron_chatflow.training.length import batches_state
 from megatron_chatflow.training.reporter import Reporter
+from megatron_chatflow.training.resume import settings_to_save
 from megatron_chatflow.training.saver import SaveError, Saver
 from megatron_chatflow.training.setup import Run
 
@@ -81,6 +82,7 @@ def _state(run: Run) -> dict[str, Any]:
         "only_new_rows": run.only_new_rows,
         "validated": run.validated,
         "opt_param_scheduler": run.scheduler.state_dict(),
+        "settings": settings_to_save(run.config, run.inputs.vocab_size, run.schedule),
         "data": data_identity(run.config, run.inputs),
         "batches": batches_state(run.batches),
         "plan": run.plan.to_json(),

@@ -11,7 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
-from megatron_chatflow.config import Config, Schedule, UsageError
+from megatron_chatflow.config import Config, Schedule
 from megatron_chatflow.engine import cpu
 
 
@@ -40,6 +40,9 @@ def build_optimizer(config: Config, model: list[MegatronModule]) -> MegatronOpti
     if cpu.is_needed():  # on CUDA megatron-core takes Transformer Engine's fused AdamW; on a CPU it takes torch's, whose fused form must be asked for
         for group in optimizer.param_groups:
             group["fused"] = True
+    if o.optimizer == "sgd":
+        for part in optimizer.chained_optimizers:
+            part.init_state_fn = _start_momentum
     core = get_model_config(model[0])
     core.grad_scale_func = optimizer.scale_loss
     core.finalize_model_grads_func = finalize_model_grads
@@ -51,14 +54,28 @@ def build_optimizer(config: Config, model: list[MegatronModule]) -> MegatronOpti
     return optimizer
 
 
+def _start_momentum(optimizer: torch.optim.SGD, config: OptimizerConfig | None = None) -> None:
+    """Give every parameter the state that a checkpoint is read into; megatron-core has that for Adam."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group["momentum"] and not optimizer.state[parameter]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.data)
+
+
 def _one_or_all(functions: list[Any]) -> Any:
     """megatron-core takes one function, or a list of them under the interleaved schedule."""
     return functions[0] if len(functions) == 1 else functions
 
 
-def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Learning rate and weight decay as functions of the samples trained on."""
-    o, schedule = config.optimizer, Schedule.of(config)
+def build_scheduler(
+    config: Config, schedule: Schedule, optimizer: MegatronOptimizer
+) -> OptimizerParamScheduler:
+    """Learning rate and weight decay as functions of the samples trained on.
+
+    Checkpoint and command were compared before (`resume_settings`), so `config` and `schedule` are
+    in effect, and megatron-core's own comparison, which leaves out some of them, is not used.
+    """
+    o = config.optimizer
     constant = o.weight_decay_incr_style == "constant"
     return OptimizerParamScheduler(
         optimizer,
@@ -72,23 +89,6 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
         end_wd=o.weight_decay if constant else o.end_weight_decay,
         wd_incr_steps=schedule.total,
         wd_incr_style=o.weight_decay_incr_style,
-        use_checkpoint_opt_param_scheduler=o.use_checkpoint_opt_param_scheduler,
-        override_opt_param_scheduler=o.override_opt_param_scheduler,
         wsd_decay_steps=schedule.wsd,
         lr_wsd_decay_style=o.lr_wsd_decay_style,
     )
-
-
-def restore_scheduler(scheduler: OptimizerParamScheduler, saved: dict, config: Config) -> None:
-    """Put the schedule where the checkpoint left it.
-
-    Raises UsageError where checkpoint and command tell two schedules and no flag says which one holds.
-    """
-    if not (config.optimizer.override_opt_param_scheduler or config.optimizer.use_checkpoint_opt_param_scheduler):
-        for name, now in scheduler.state_dict().items():
-            if name != "num_steps" and now != saved[name]:
-                raise UsageError(
-                    f"{name} is {now} here and {saved[name]} in the checkpoint; add --override-opt_param-scheduler to take this command's schedule "
-                    "or --use-checkpoint-opt_param-scheduler to take the checkpoint's"
-                )
-    scheduler.load_state_dict(saved)

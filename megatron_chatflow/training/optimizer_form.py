@@ -21,7 +21,8 @@ from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
-_MOMENT = "optimizer.state.exp_avg."
+_MOMENTS = ("optimizer.state.exp_avg.", "optimizer.state.momentum_buffer.")
+"""Before the name of a weight: the first moment of Adam, the momentum of SGD."""
 
 
 class Form(Enum):
@@ -56,7 +57,8 @@ def ask_for(weights: dict[str, Any], state: dict[str, Any], have: Form, want: Fo
     if want != Form.FP32:
         apply_prefix_mapping(state, {want.value: have.value})
         return
-    trained = {entry.key.removeprefix(_MOMENT) for entry in nested_values(state) if isinstance(entry, ShardedBase) and entry.key.startswith(_MOMENT)}
+    keys = [entry.key for entry in nested_values(state) if isinstance(entry, ShardedBase)]
+    trained = {key.removeprefix(m) for key in keys for m in _MOMENTS if key.startswith(m)}
     for entry in nested_values(weights):
         if isinstance(entry, ShardedBase) and entry.key in trained:
             entry.key = have.value + entry.key
@@ -71,13 +73,17 @@ def hand_over(loaded: dict[str, Any], optimizer: MegatronOptimizer, have: Form) 
     # What an optimizer without distribution loads has the numbers of its own parameters, which stand in the order of its groups.
     numbers = [group.get("params") for group in target.get("param_groups", [])]
     groups, common = source.pop("param_groups"), source.get("state", {}).pop("common_step", None)
-    (step,) = {int(group["step"]) for group in groups if "step" in group} | ({int(common)} if common is not None else set())
+    steps = {int(group["step"]) for group in groups if "step" in group}
+    if common is not None:
+        steps.add(int(common))
     groups = [{key: value for key, value in group.items() if key not in ("step", "params")} for group in groups]
     with_each_parameter = isinstance(optimizer.optimizer, torch.optim.Adam)  # Transformer Engine's and apex's have the step in the group
-    if want == Form.DISTRIBUTED or not with_each_parameter:
-        groups = [group | {"step": step} for group in groups]
+    if len(steps) > 1:
+        raise ValueError(f"the optimizer's groups have made {sorted(steps)} steps, not one number")
+    if steps and (want == Form.DISTRIBUTED or not with_each_parameter):  # SGD counts no steps
+        groups = [group | {"step": max(steps)} for group in groups]
     if want != Form.DISTRIBUTED:
         groups = [group | {"params": own} for group, own in zip(groups, numbers, strict=True)]
         if with_each_parameter:
-            target["state"]["common_step"] = torch.tensor(float(step))
+            target["state"]["common_step"] = torch.tensor(float(max(steps)))
     target["param_groups"] = groups

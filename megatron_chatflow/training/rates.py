@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from megatron_chatflow.config import Config
+from megatron_chatflow.config import Config, Schedule
 from megatron_chatflow.curriculum import BlendPlan
 from megatron_chatflow.training.optimizer import build_scheduler
 
@@ -15,7 +15,7 @@ FLOOR = 1 / 3
 def rate_at(config: Config, sample: int) -> float:
     """The learning rate with which the iteration that begins at `sample` is made, told by megatron-core's own schedule."""
     group = {"lr": 0.0, "weight_decay": 0.0}
-    scheduler = build_scheduler(config, SimpleNamespace(param_groups=[group]))
+    scheduler = build_scheduler(config, Schedule.of(config), SimpleNamespace(param_groups=[group]))
     scheduler.step(sample)
     return group["lr"]
 

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_chatflow import __version__
-from megatron_chatflow.config import Config, UsageError, to_yaml
+from megatron_chatflow.config import Config, Schedule, UsageError, to_yaml
 from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
 from megatron_chatflow.data import Blend
 from megatron_chatflow.engine.launch import Launch
 from megatron_chatflow.training.inputs import Inputs, make_plan
 from megatron_chatflow.training.ledger import check_identity, data_identity, resume_plan
 from megatron_chatflow.training.length import Batches, batch_history, fix_length
+from megatron_chatflow.training.resume import check_finetune, check_optimizer_group, resume_settings
 from megatron_chatflow.training.run_directory import find_checkpoint, find_sound_checkpoint, read_state
 from megatron_chatflow.training.token_map import new_row_ids
 
@@ -33,7 +34,10 @@ class Start:
     """Where the run begins: known before any process group is made."""
 
     config: Config
-    """The settings, with the length that they mean from here on (`fix_length`)."""
+    """The settings in effect: with the length that they mean from here on (`fix_length`), and with
+    the checkpoint's schedule where that was asked for."""
+    schedule: Schedule
+    """Lengths of the schedule of learning rate and weight decay."""
     blend: Blend
     batches: tuple[Batches, ...]
     """The batch sizes of the run so far and from here on."""
@@ -46,13 +50,26 @@ class Start:
     new_rows: np.ndarray
     """The tokens whose rows are trained alone at first (--train-new-rows-samples); none where the setting is off."""
     notes: tuple[str, ...]
-    """Checkpoints that are passed over because they are damaged."""
+    """Checkpoints that are passed over because they are damaged, and settings that differ."""
 
 
-def find_start(config: Config, inputs: Inputs, damaged: Mapping[Path, str] = MappingProxyType({})) -> Start:
-    """Resume, finetune or start afresh, and with which plan. Raises UsageError where checkpoint and settings contradict each other.
+def find_start(
+    config: Config,
+    inputs: Inputs,
+    damaged: Mapping[Path, str] = MappingProxyType({}),
+    *,
+    plan_only: bool = False,
+) -> Start:
+    """Resume, finetune or start a new run, and with which plan.
 
-    `damaged`: checkpoints known to be damaged, with what is wrong; the newest one before them is taken.
+    Args:
+        config: resolved settings.
+        inputs: what they name.
+        damaged: checkpoints known to be damaged, with what is wrong; the newest before them is taken.
+        plan_only: compare only what the plan depends on; model and optimizer need not be set.
+
+    Raises:
+        UsageError: checkpoint and settings contradict each other.
     """
     where = config.checkpoint
     checkpoint, notes = find_sound_checkpoint(where.load, where.ckpt_step, damaged) if where.load else (None, [])
@@ -65,7 +82,10 @@ def find_start(config: Config, inputs: Inputs, damaged: Mapping[Path, str] = Map
     new_rows = new_row_ids(config, inputs.vocab_size)
     if checkpoint is None or where.finetune:
         plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
-        return Start(config, Blend(plan, inputs.domains), batch_history(config), 0, 0, checkpoint, None, new_rows, tuple(notes))
+        if checkpoint is not None and not plan_only:
+            notes += check_finetune(checkpoint, read_state(checkpoint), config, inputs.vocab_size)
+        schedule, batches, blend = Schedule.of(config), batch_history(config), Blend(plan, inputs.domains)
+        return Start(config, schedule, blend, batches, 0, 0, checkpoint, None, new_rows, tuple(notes))
     state = read_state(checkpoint)
     if "plan" not in state:
         raise UsageError(f"{checkpoint} holds weights only, no run to go on with; add --finetune to train them, and give --save a folder of its own")
@@ -77,11 +97,19 @@ def find_start(config: Config, inputs: Inputs, damaged: Mapping[Path, str] = Map
         )
     check_identity(state["data"], data_identity(config, inputs))
     config = fix_length(config, iteration, consumed)
+    schedule = Schedule.of(config)
+    if not plan_only:
+        resumed = resume_settings(checkpoint, state, config, inputs.vocab_size)
+        config, schedule = resumed.config, resumed.schedule
+        notes += resumed.notes
     wanted = make_plan(config, inputs.curriculum, inputs.epoch_samples)
     ledger = BlendPlan.from_json(state["plan"])
     plan = resume_plan(ledger, wanted, consumed, amend=config.data.amend_curriculum, curriculum=inputs.curriculum)
     batches = batch_history(config, state["batches"], iteration, consumed)
-    return Start(config, Blend(plan, inputs.domains), batches, iteration, consumed, checkpoint, state, new_rows, tuple(notes))
+    blend, told = Blend(plan, inputs.domains), tuple(notes)
+    return Start(
+        config, schedule, blend, batches, iteration, consumed, checkpoint, state, new_rows, told
+    )
 
 
 @dataclass(frozen=True)
@@ -116,6 +144,7 @@ class Run:
     """A run between two steps."""
 
     config: Config
+    schedule: Schedule
     launch: Launch
     inputs: Inputs
     blend: Blend
@@ -218,7 +247,7 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     from megatron_chatflow.training import checkpoint
     from megatron_chatflow.training.average import WeightAverage
     from megatron_chatflow.training.new_rows import NewRows
-    from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler, restore_scheduler
+    from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler
     from megatron_chatflow.training.rates import late_stage_note
 
     impl, reason = choose_transformer_impl(config)
@@ -235,7 +264,7 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     )
     model = build_model(config, inputs.vocab_size, impl)
     optimizer = build_optimizer(config, model)
-    scheduler = build_scheduler(config, optimizer)
+    scheduler = build_scheduler(config, start.schedule, optimizer)
     processes = f"{launch.world_size} process{'es' if launch.world_size > 1 else ''} ({launch.launcher})"
     layout = f"TP {config.parallel.tensor_model_parallel_size}, PP {config.parallel.pipeline_model_parallel_size}, DP {dp}"
     say(f"{count_parameters(config, inputs.vocab_size):,} parameters; {processes}, {layout}; {impl} layers on {device.type}")
@@ -245,7 +274,11 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     if start.checkpoint is not None:
         with_optimizer = start.state is not None and start.state["optimizer"] and not config.checkpoint.no_load_optim
         with_average = average is not None and start.state is not None and start.state.get("ema_decay") is not None
-        checkpoint.load(start.checkpoint, model, optimizer if with_optimizer else None, average if with_average else None, verified=True)
+        wanted = (optimizer if with_optimizer else None, average if with_average else None)
+        group = checkpoint.load(start.checkpoint, model, *wanted, verified=True)
+        old = with_optimizer and "settings" not in start.state
+        if old and (note := check_optimizer_group(group, config)):
+            say(note)
         if average is not None and not with_average:
             average = WeightAverage(model, config.training.ema_decay)
             if start.state is not None:
@@ -253,7 +286,7 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
         if not with_optimizer:
             optimizer.reload_model_params()
         if start.state is not None:
-            restore_scheduler(scheduler, start.state["opt_param_scheduler"], config)
+            scheduler.step(start.state["opt_param_scheduler"]["num_steps"])
         say(
             f"loaded {start.checkpoint}"
             + ("" if with_optimizer else ", weights only")
@@ -264,7 +297,7 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     step = make_forward_step(len(names), token_bytes, impl == "transformer_engine")
     shape = schedule_shape(config.data.seq_length, config.training.micro_batch_size, impl == "transformer_engine")
     return Run(
-        config, launch, inputs, start.blend, outlook, start.batches, device, impl, model, optimizer, scheduler, step, shape,
+        config, start.schedule, launch, inputs, start.blend, outlook, start.batches, device, impl, model, optimizer, scheduler, step, shape,
         start.iteration, start.consumed, average, NewRows(model, start.new_rows) if len(start.new_rows) else None,
         bool(start.state and start.state.get("only_new_rows")), bool(start.state) and start.state.get("validated", True),
     )  # fmt: skip

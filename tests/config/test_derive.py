@@ -70,6 +70,7 @@ def test_the_padded_vocabulary_is_the_same_for_every_power_of_two_of_tensor_para
         ("--hidden-dropout 1", 1, ["hidden_dropout is 1.0"]),
         ("--overlap-param-gather", 1, ["--use-distributed-optimizer"]),
         ("--log-interval 0", 1, ["log_interval is 0"]),
+        ("--optimizer sgd --use-distributed-optimizer", 1, ["sgd", "--use-distributed-optimizer"]),
         ("--clip-grad -1", 1, ["clip_grad is -1.0"]),
         (
             "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",

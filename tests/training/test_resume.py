@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -149,8 +150,31 @@ def test_another_seed_split_or_corpus_under_a_run_is_refused(pool: Pool, sample:
 def test_another_schedule_on_resume_needs_a_word(pool: Pool, sample: Path, reference: Path) -> None:
     words = ["--load", str(reference), "--ckpt-step", "10", "--lr", "1e-3", "--train-iters", "11", "--lr-decay-iters", "20"]
     ((code, _, err),) = pool.run(1, train, sample, *words)
-    assert code == 2 and "max_lr is 0.001 here and 0.003" in err and "--override-opt_param-scheduler" in err
-    ok(pool.run(1, train, sample, *words, "--override-opt_param-scheduler"))
+    assert code == 2 and "lr is 0.001 here and 0.003" in err
+    assert "--override-opt_param-scheduler" in err and "--use-checkpoint-opt_param-scheduler" in err
+
+
+def test_the_rates_are_the_commands_or_the_checkpoints_from_the_first_iteration(
+    pool: Pool, sample: Path, reference: Path
+) -> None:
+    words = ["--load", str(reference), "--ckpt-step", "10", "--train-iters", "12"]
+    words += ["--lr-decay-iters", "20", "--lr", "2e-3", "--min-lr", "1e-4", "--adam-beta2", "0.9"]
+    run = sample / "overridden"
+    flag = "--override-opt_param-scheduler"
+    out = ok(pool.run(1, train, sample, "--save", str(run), *words, flag))
+    assert "lr 0.002 (in the checkpoint: 0.003)" in out
+    decay = [(1 + math.cos(math.pi * (i - 2) / 18)) / 2 for i in (10, 11)]
+    wanted = [1e-4 + 1.9e-3 * share for share in decay]
+    assert [r["learning-rate"] for r in metrics(run)] == pytest.approx(wanted, rel=1e-12)
+    assert metrics(run)[1]["lm loss"] != metrics(reference)[11]["lm loss"]
+
+    run = sample / "as-before"
+    flag = "--use-checkpoint-opt_param-scheduler"
+    out = ok(pool.run(1, train, sample, "--save", str(run), *words, flag))
+    assert "lr 0.003 (in this command: 0.002)" in out
+    assert metrics(run) == metrics(reference)[10:12]
+    written = yaml.safe_load((run / "config.yaml").read_text())["optimizer"]
+    assert (written["lr"], written["min_lr"], written["adam_beta2"]) == (3e-3, 1e-3, 0.999)
 
 
 def test_a_run_directory_is_not_overwritten_by_another_run(pool: Pool, sample: Path, reference: Path) -> None:
