@@ -23,11 +23,6 @@ def resume_plan(ledger: BlendPlan, wanted: BlendPlan, consumed: int, *, amend: b
     Raises:
         UsageError: the file tells another past and `amend` is off; names the first sample that differs and both cures.
     """
-    if ledger.seq_length != wanted.seq_length:
-        raise UsageError(
-            f"seq_length is {wanted.seq_length} here and {ledger.seq_length} in the checkpoint, so its samples are other tokens; use "
-            f"--seq-length {ledger.seq_length}, or --finetune to start afresh"
-        )
     candidate = ledger.follow(wanted)
     first = ledger.first_difference(candidate, consumed)
     if first is None:
@@ -39,6 +34,16 @@ def resume_plan(ledger: BlendPlan, wanted: BlendPlan, consumed: int, *, amend: b
         f"{_moved_knots(ledger, wanted, curriculum)}; restore the file, or add --amend-curriculum to keep the past as it was and follow the file "
         "from here on"
     )
+
+
+def check_seq_length(ledger: BlendPlan, seq_length: int) -> None:
+    """Refuse another sequence length. Asked first: it also changes what corpora are compared by."""
+    if ledger.seq_length != seq_length:
+        raise UsageError(
+            f"seq_length is {seq_length} here and {ledger.seq_length} in the checkpoint, so its "
+            f"samples are other tokens; use --seq-length {ledger.seq_length}, or --finetune to "
+            "start a new run"
+        )
 
 
 def _moved_knots(ledger: BlendPlan, wanted: BlendPlan, curriculum: Curriculum) -> str:

@@ -261,7 +261,7 @@ def _reported(what: str, found: list[_Difference], then: str) -> str | None:
 def _not_compared(
     checkpoint: Path, saved: Mapping[str, Any], here: Mapping[str, Any]
 ) -> str | None:
-    if not saved:
+    if not set(saved) & set(here):
         model = all(AT_RESUME[name] in (AtResume.MODEL, AtResume.POSITIONS) for name in here)
         what = "the model is" if model else "they are"
         return f"{checkpoint} does not record its settings, so {what} not compared"

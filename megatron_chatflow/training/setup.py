@@ -18,7 +18,7 @@ from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
 from megatron_chatflow.data import Blend
 from megatron_chatflow.engine.launch import Launch
 from megatron_chatflow.training.inputs import Inputs, make_plan
-from megatron_chatflow.training.ledger import check_identity, data_identity, resume_plan
+from megatron_chatflow.training.ledger import check_identity, check_seq_length, data_identity, resume_plan
 from megatron_chatflow.training.length import Batches, batch_history, fix_length
 from megatron_chatflow.training.resume import check_finetune, check_optimizer_group, resume_settings
 from megatron_chatflow.training.run_directory import find_checkpoint, find_sound_checkpoint, read_state
@@ -95,6 +95,8 @@ def find_start(
             f"train_new_rows_samples is {config.training.train_new_rows_samples}, but the checkpoint at sample {consumed} has trained all weights "
             "already, and the phase stands at the start of a run; drop --train-new-rows-samples, or --finetune to start afresh"
         )
+    ledger = BlendPlan.from_json(state["plan"])
+    check_seq_length(ledger, config.data.seq_length)
     check_identity(state["data"], data_identity(config, inputs))
     config = fix_length(config, iteration, consumed)
     schedule = Schedule.of(config)
@@ -103,7 +105,6 @@ def find_start(
         config, schedule = resumed.config, resumed.schedule
         notes += resumed.notes
     wanted = make_plan(config, inputs.curriculum, inputs.epoch_samples)
-    ledger = BlendPlan.from_json(state["plan"])
     plan = resume_plan(ledger, wanted, consumed, amend=config.data.amend_curriculum, curriculum=inputs.curriculum)
     batches = batch_history(config, state["batches"], iteration, consumed)
     blend, told = Blend(plan, inputs.domains), tuple(notes)

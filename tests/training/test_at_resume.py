@@ -213,7 +213,8 @@ def test_a_change_does_what_its_class_says(
         made_other_tokenizer(other)
         words = words.replace("OTHER", str(other))
     saved = save(before)
-    assert saved.load("").notes == ()
+    if name != "train_new_rows_samples":  # which needs an extended tokenizer
+        assert saved.load("").notes == ()
     kind, named = AT_RESUME[name], COMPARED_AS.get(name, name)
     if kind == AtResume.MODEL:
         assert f"{named} is " in saved.refused(words)
