@@ -349,7 +349,7 @@ def test_a_checkpoint_of_version_0_1_0_is_compared_by_its_config_yaml(
 
 
 def test_what_an_old_optimizer_really_used_is_compared(sample: Path) -> None:
-    """Version 0.1.0 wrote the command's settings into config.yaml and trained with the checkpoint's."""
+    """Version 0.1.0 wrote the settings of the command, and trained with the checkpoint's."""
     group = {"max_lr": 3e-3, "min_lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
     assert check_optimizer_group(group, settings(sample, "")) is None
     with pytest.raises(UsageError, match="adam_beta2 is 0.5 here and was 0.999; add --override"):
