@@ -70,7 +70,9 @@ _FIELDS = {
     ),
     AtResume.LAYOUT: (
         "make_vocab_size_divisible_by transformer_impl tensor_model_parallel_size "
-        "pipeline_model_parallel_size "
+        "pipeline_model_parallel_size decoder_first_pipeline_num_layers "
+        "decoder_last_pipeline_num_layers account_for_embedding_in_pipeline_split "
+        "account_for_loss_in_pipeline_split pipeline_model_parallel_layout "
         "num_layers_per_virtual_pipeline_stage sequence_parallel use_distributed_optimizer "
         "overlap_grad_reduce overlap_param_gather "
         "distributed_backend distributed_timeout_minutes micro_batch_size recompute_granularity "
