@@ -6,12 +6,12 @@ import torch
 
 from megatron_chatflow.config import UsageError
 from megatron_chatflow.conversion.mapping import WORD_TABLES
-from megatron_chatflow.conversion.torch_dist import Contents, Piece, Reader
+from megatron_chatflow.conversion.torch_dist import Contents, Piece
 from megatron_chatflow.training import manifest
 from megatron_chatflow.training.average import PREFIX
 from megatron_chatflow.training.checkpoint_mean import mean
 from megatron_chatflow.training.chosen_weights import ChosenWeights
-from megatron_chatflow.training.safe_reading import check_pickles
+from megatron_chatflow.training.reading import CheckpointReader
 
 
 def check_files(chosen: ChosenWeights) -> None:
@@ -19,7 +19,7 @@ def check_files(chosen: ChosenWeights) -> None:
     for checkpoint in chosen.folders:
         if wrong := manifest.damage(checkpoint, lambda name, size: True):
             raise UsageError(f"{checkpoint} is damaged: {wrong}; convert another one with --ckpt-step")
-        check_pickles(checkpoint)
+        CheckpointReader(checkpoint)
 
 
 class SavedWeights:
@@ -36,7 +36,7 @@ class SavedWeights:
         Raises:
             UsageError: a tensor is missing or has another shape.
         """
-        self._readers = [Reader(folder) for folder in chosen.folders]
+        self._readers = [CheckpointReader(folder) for folder in chosen.folders]
         self._prefix = PREFIX if chosen.use_ema else ""
         self._vocab_size = vocab_size
         for folder, reader in zip(chosen.folders, self._readers, strict=True):
@@ -44,20 +44,25 @@ class SavedWeights:
                 for name in dict.fromkeys((key, self._prefix + key)):
                     if wrong := _misfit(reader, name, wanted, vocab_size if key in WORD_TABLES else None):
                         raise UsageError(f"{folder}{wrong}; it is of another model")
-        self.dtypes = {key: self._readers[-1].dtypes[key] for key in contents.shapes}
+        stored = self._readers[-1].tensors
+        self.dtypes = {key: stored[key].properties.dtype for key in contents.shapes}
 
     def read(self, piece: Piece) -> torch.Tensor:
         """A tensor without the padding of the vocabulary."""
         rows = self._vocab_size if piece.key in WORD_TABLES else None
-        parts = (reader.read(self._prefix + piece.key, piece.layer)[:rows] for reader in self._readers)
+        parts = (_piece(reader, self._prefix + piece.key, piece.layer)[:rows] for reader in self._readers)
         whole = mean(parts) if len(self._readers) > 1 else next(parts)
         return whole.to(self.dtypes[piece.key])
 
 
-def _misfit(reader: Reader, name: str, wanted: tuple[int, ...], vocab_size: int | None) -> str | None:
+def _piece(reader: CheckpointReader, key: str, layer: int | None) -> torch.Tensor:
+    return reader.tensor(key) if layer is None else reader.tensor(key, layer)[0]
+
+
+def _misfit(reader: CheckpointReader, name: str, wanted: tuple[int, ...], vocab_size: int | None) -> str | None:
     """What is wrong with a tensor of a checkpoint; `vocab_size` is the least number of rows of a table of words."""
-    found = reader.shapes.get(name)
-    if found is None:
+    if name not in reader.tensors:
         return f" has no {name}"
+    found = tuple(reader.tensors[name].size)
     fits = found == wanted if vocab_size is None else found[0] >= vocab_size and found[1:] == wanted[1:]
     return None if fits else f": {name} is {list(found)} and should be {list(wanted)} by config.yaml"

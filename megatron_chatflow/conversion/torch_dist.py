@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
@@ -127,23 +126,3 @@ class _Writer(dcp.FileSystemWriter):
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()
-
-
-class Reader:
-    """Reads the weights of a checkpoint of any layout. Needs a process group of one."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = str(folder)
-        metadata = dist_checkpointing.load_tensors_metadata(self._folder)
-        self.shapes = {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
-        self.dtypes = {key: tensor.dtype for key, tensor in metadata.items()}
-
-    def read(self, key: str, layer: int | None) -> torch.Tensor:
-        """A tensor as it was saved; of the layer `layer` where it has the axis of the layers."""
-        shape, dtype = self.shapes[key], self.dtypes[key]
-        if layer is None:
-            wanted = ShardedTensor.from_rank_offsets(key, torch.empty(shape, dtype=dtype))
-        else:
-            wanted = ShardedTensor.from_rank_offsets(key, torch.empty((1, *shape[1:]), dtype=dtype), (0, layer, shape[0]))
-        found = dist_checkpointing.load({"tensor": wanted}, self._folder, validate_access_integrity=False)["tensor"]
-        return found if layer is None else found[0]

@@ -2,17 +2,21 @@
 
 Written in the form of Transformer Engine 1 (no recipe object, so nothing of that library is needed to write it), which release 2 still reads:
 it takes such a state for delayed scaling with a history of 1024 rows and cuts that to the run's own length. Both forms are read, by an unpickler
-that knows plain data, tensors and the names of Transformer Engine's recipes, and stops at everything else.
+that knows plain data, tensors and the names of Transformer Engine's recipes, and stops at everything else. What a checkpoint holds is read and
+written anew before a layer gets it.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import torch
+
+from megatron_chatflow.engine.strict_pickle import Maker, StrictUnpickler
+from megatron_chatflow.engine.torch_file import PICKLED_TENSORS
 
 ROWS = 1024
 """History rows of a written state, at least: zeros beyond the run's own length. Transformer Engine stops at a state with more."""
@@ -43,7 +47,29 @@ def read(state: torch.Tensor | None) -> dict[str, Any]:
     Raises:
         pickle.UnpicklingError: it refers to something that no state of Transformer Engine's does. Its own reader would run that.
     """
-    return _Unpickler(io.BytesIO(state.numpy().tobytes())).load() if state is not None and state.numel() else {}
+    if state is None:
+        return {}
+    if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8:
+        raise pickle.UnpicklingError("a layer's state is no bytes")
+    if not state.numel():
+        return {}
+    data = state.contiguous().numpy().tobytes()
+    found = StrictUnpickler(data, _KNOWN, {_Recipe: _Recipe.fill}).load()
+    if not isinstance(found, dict):
+        raise pickle.UnpicklingError("a layer's state is no dictionary")
+    return found
+
+
+def rewrite(state: torch.Tensor | None) -> torch.Tensor | None:
+    """The same state in bytes of our own, for layers that unpickle it without restriction.
+
+    Raises pickle.UnpicklingError as `read` does.
+    """
+    if not (found := read(state)):
+        return state
+    content = io.BytesIO()
+    _Writer(content, protocol=4).dump(found)
+    return torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8)
 
 
 def unpack(state: torch.Tensor | None, length: int) -> dict[str, torch.Tensor] | None:
@@ -65,19 +91,36 @@ def _resized(history: torch.Tensor, rows: int) -> torch.Tensor:
 class _Recipe:
     """Stands for an object of `_RECIPES`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def __setstate__(self, state: Any) -> None: ...
+    def __init__(self, name: tuple[str, str], allocated: bool, *arguments: Any) -> None:
+        self.name, self.allocated, self.arguments = name, allocated, arguments
+        self.state: Any = None
+
+    def fill(self, state: Any) -> None:
+        self.state = state
 
 
-class _Unpickler(pickle.Unpickler):
-    _KNOWN = {
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-        ("torch.storage", "_load_from_bytes"): lambda data: torch.load(io.BytesIO(data), weights_only=True),
-        ("collections", "OrderedDict"): OrderedDict,
-        **{(module, name): _Recipe for module, names in _RECIPES.items() for name in names},
-    }
+_KNOWN = PICKLED_TENSORS | {
+    (module, name): Maker(
+        partial(_Recipe, (module, name), False), partial(_Recipe, (module, name), True)
+    )
+    for module, names in _RECIPES.items()
+    for name in names
+}
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._KNOWN:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return self._KNOWN[module, name]
+
+class _Writer(pickle._Pickler):
+    """Writes a `_Recipe` as the object that it stands for."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def _save_recipe(self, recipe: _Recipe) -> None:
+        module, name = recipe.name
+        self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+        self.save(recipe.arguments)
+        self.write(pickle.NEWOBJ if recipe.allocated else pickle.REDUCE)
+        self.memoize(recipe)
+        if recipe.state is not None:
+            self.save(recipe.state)
+            self.write(pickle.BUILD)
+
+    dispatch[_Recipe] = _save_recipe

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
@@ -16,7 +15,8 @@ from megatron_chatflow.config import UsageError
 from megatron_chatflow.training import manifest, optimizer_form
 from megatron_chatflow.training.average import WeightAverage, mean_instead
 from megatron_chatflow.training.chosen_weights import check_running_mean
-from megatron_chatflow.training.safe_reading import check_pickles
+from megatron_chatflow.training.loading import load as load_state
+from megatron_chatflow.training.reading import CheckpointReader
 from megatron_chatflow.training.saver import Saver
 
 
@@ -99,7 +99,7 @@ def load(
 
     Raises UsageError for a checkpoint that is damaged, or whose pickles hold what does not belong there. `verified`: `find_damage` was asked before.
     """
-    _check(folder, verified)
+    reader = _open(folder, verified)
     for part in getattr(optimizer, "chained_optimizers", []):
         # Without apex or Transformer Engine the distributed optimizer asserts that it has stepped; what the step leaves is overwritten below.
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
@@ -109,13 +109,13 @@ def load(
     state = {"optimizer": wanted.pop("optimizer")} if optimizer is not None else {}
     if optimizer is not None:
         (part,) = optimizer.chained_optimizers
-        saved_form = optimizer_form.form_in(dist_checkpointing.load_common_state_dict(str(folder))["optimizer"])
+        saved_form = optimizer_form.form_in(reader.common()["optimizer"])
         optimizer_form.ask_for(wanted, state, saved_form, optimizer_form.form_of(part))
-    loaded = dist_checkpointing.load(wanted, str(folder))
+    loaded = load_state(reader, wanted)
     _load_weights(model, loaded)
     if optimizer is not None:
         # By itself, for it may ask for the weights too: they are the float32 parameters of some checkpoints.
-        saved = dist_checkpointing.load(state, str(folder))["optimizer"]
+        saved = load_state(reader, state)["optimizer"]
         optimizer_form.hand_over(saved, part, saved_form)
         group = dict(saved.get("optimizer", saved)["param_groups"][0])
         with _own_settings(part):
@@ -131,15 +131,16 @@ def load_average(folder: Path, model: list[MegatronModule]) -> None:
 
     Raises UsageError where the checkpoint has none, or is damaged.
     """
-    _check(folder, verified=False)
+    reader = _open(folder, verified=False)
     check_running_mean(folder)
-    _load_weights(model, dist_checkpointing.load({name: mean_instead(entries) for name, entries in _weights(model).items()}, str(folder)))
+    wanted = {name: mean_instead(entries) for name, entries in _weights(model).items()}
+    _load_weights(model, load_state(reader, wanted))
 
 
-def _check(folder: Path, verified: bool) -> None:
+def _open(folder: Path, verified: bool) -> CheckpointReader:
     if not verified and (wrong := find_damage(folder)):
         raise UsageError(f"{folder} is damaged: {wrong}; load another checkpoint with --ckpt-step")
-    check_pickles(folder)
+    return CheckpointReader(folder)
 
 
 def _load_weights(model: list[MegatronModule], loaded: dict[str, Any]) -> None:

@@ -1,0 +1,104 @@
+"""Checkpoints that an attacker wrote, and small valid ones to make them of."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EVIL = "evil.distcp"
+
+
+class Evil:
+    """Touches a file where somebody unpickles it without restriction."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def write_small(folder: Path) -> Path:
+    """A checkpoint of a few tensors, an object and FP8 state; no process group is needed."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    from megatron_chatflow.precision import state
+
+    class Writer(dcp.FileSystemWriter):
+        def storage_meta(self) -> StorageMeta:
+            return StorageMeta()
+
+    folder.mkdir(parents=True)
+    scales = {name: torch.rand(3) for name in ("scale_fwd", "scale_bwd")}
+    histories = {name: torch.rand(2, 3) for name in ("amax_history_fwd", "amax_history_bwd")}
+    content = {
+        "a": torch.arange(12.0).reshape(3, 4),
+        "b": torch.ones(5, dtype=torch.bfloat16),
+        "c": torch.tensor(3),
+        "linear._extra_state/shard_0_1": [state.pack(scales | histories, hybrid=True)],
+        "object": [{"x": [1, 2.5, None, ("y", True)]}],
+    }
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    dcp.save(content, storage_writer=Writer(folder), planner=planner, no_dist=True)
+    common = {"param_groups": [{"lr": 0.1}], "step": torch.tensor(2.0)}
+    torch.save({"optimizer": common}, folder / "common.pt")
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    return folder
+
+
+def harmless_when_packed(marker: Path) -> bytes:
+    """A legacy file of torch that is plain data as it is, and runs code when unpacked by zstd.
+
+    The first bytes are a frame that zstd skips and, for pickle, a string of 42 bytes.
+    """
+    import torch
+    import zstandard
+
+    legacy = io.BytesIO()
+    torch.save([None], legacy, _use_new_zipfile_serialization=False)
+    evil = io.BytesIO()
+    torch.save(Evil(marker), evil)
+    skipped = b"-" * 36 + legacy.getvalue()[2:]
+    skipped += b"\0" * (-len(skipped) % 256)  # the size is a part of that string, which is UTF-8
+    frame = struct.pack("<II", 0x184D2A55, len(skipped)) + skipped
+    return frame + zstandard.compress(evil.getvalue())
+
+
+def edit_metadata(folder: Path, change: Callable[[Any], None]) -> None:
+    """Change the unpickled ``.metadata`` of a checkpoint of our own."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def exploit(folder: Path, marker: Path) -> None:
+    """Make an object of a checkpoint one that is checked packed and read unpacked."""
+    content = harmless_when_packed(marker)
+    (folder / EVIL).write_bytes(content)
+
+    def change(metadata: Any) -> None:
+        for index, place in metadata.storage_data.items():
+            if "_extra_state" in index.fqn:
+                place.relative_path, place.offset, place.length = EVIL, 0, len(content)
+                place.transform_descriptors = ["stream.zstd/1"]
+
+    edit_metadata(folder, change)
+
+
+def seal(folder: Path) -> None:
+    """Write the checksums anew, as an attacker does."""
+    from megatron_chatflow.training import manifest
+
+    (folder / manifest.NAME).unlink(missing_ok=True)
+    known = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({k: v for k, v in known.items() if k != "sealed"}))
+    manifest.write_manifest(folder, {})
