@@ -18,10 +18,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as mcore
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-from torch.distributed.checkpoint import CheckpointException, load_state_dict
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
@@ -81,7 +82,7 @@ class _Shards(mcore.TorchDistLoadShardedStrategy):
                 t.key: t for t in tensors if t.allow_shape_mismatch
             },
         )
-        load_state_dict(found, _Storage(self._reader), planner=planner)
+        _load_state_dict(found, _Storage(self._reader), planner=planner)
         found = {name: mcore._unwrap_pyt_sharded_tensor(value) for name, value in found.items()}
         loaded = mcore._replace_sharded_keys_with_state_dict_keys(found, flat, renamed)
         mcore._restore_dict_types(loaded, sharded_state_dict)

@@ -27,7 +27,6 @@ def write_small(folder: Path) -> Path:
     """A checkpoint of a few tensors, an object and FP8 state; no process group is needed."""
     import torch
     import torch.distributed.checkpoint as dcp
-
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.metadata import StorageMeta
 
