@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         where = _speaker(os.environ)
         if where is not None:
-            print(f"chatflow {words[0]}{where}: error: {error}", file=sys.stderr)
+            from megatron_chatflow.utils.user_files import visible
+
+            print(f"chatflow {visible(words[0])}{where}: error: {visible(str(error))}", file=sys.stderr)
         return EXIT_USAGE
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

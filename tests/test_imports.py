@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_chatflow"
 
 LAYERS = (
+    {"utils"},
     {"config", "curriculum", "report", "tokenizer"},
     {"data", "engine", "planner"},
     {"precision"},
@@ -26,7 +27,7 @@ LAYERS = (
 PARTNERS = ({"training", "evaluation"}, {"commands", "__main__"})
 """Rooms of one layer that may use each other: a run validates itself, and the evaluation of a checkpoint takes the run's steps."""
 
-WITHOUT_TORCH = {"config", "curriculum", "data", "planner", "report", "tokenizer"}
+WITHOUT_TORCH = {"config", "curriculum", "data", "planner", "report", "tokenizer", "utils"}
 WITH_MEGATRON = {"model", "engine", "precision", "training", "evaluation", "conversion"}
 LATE = {"commands", "__main__"}
 """The command line: starts at once, so what is heavy is imported inside functions."""

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_chatflow.utils.user_files import load_json  # noqa: E402
+
 EPILOG = """examples:
   python tools/compare_runs.py runs/a runs/b                      all records and the checkpoints that both have
   python tools/compare_runs.py runs/a runs/b --iteration 100      records up to iteration 100 and its checkpoint
@@ -57,7 +60,7 @@ def differences(a: Path, b: Path, last: int | None) -> Iterator[str]:
 def _records(run: Path, last: int | None) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without the times."""
     try:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [load_json(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         records = [{key: value for key, value in line.items() if key != "time"} for line in lines]
         return [record for record in records if last is None or record["iteration"] <= last]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -84,7 +87,7 @@ def _checkpoint_differences(a: Path, b: Path) -> Iterator[str]:
     from megatron_chatflow.training.reading import read_common, read_tensors, tensor_names
 
     try:
-        states = [json.loads((folder / "state.json").read_text(encoding="utf-8")) for folder in (a, b)]
+        states = [load_json((folder / "state.json").read_text(encoding="utf-8")) for folder in (a, b)]
         names = [tensor_names(folder) for folder in (a, b)]
         common = [read_common(folder) for folder in (a, b)]
     except (OSError, ValueError, UsageError) as error:

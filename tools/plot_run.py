@@ -2,7 +2,6 @@
 """Draws a run from its metrics.jsonl: the share of every domain, realized and scheduled, and its loss in training and on held-out text."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_chatflow.report.plots import plot_run  # noqa: E402
+from megatron_chatflow.utils.user_files import load_json
 
 EPILOG = """examples:
   python tools/plot_run.py runs/zh                       writes runs/zh/run.png
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     metrics, output = args.run / "metrics.jsonl", args.output or args.run / "run.png"
     try:
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        records = [json.loads(line) for line in lines if line.endswith("\n")]  # a run that goes on may be writing the last one
+        records = [load_json(line) for line in lines if line.endswith("\n")]  # a run that goes on may be writing the last one
         plot_run(output, records)
     except OSError as error:
         print(f"plot_run.py: error: {error.filename}: {error.strerror}; give the --save folder of a training", file=sys.stderr)

@@ -21,6 +21,7 @@ from megatron_chatflow.tokenizer.extend import EXTENDABLE, SENTENCEPIECE, Outcom
 from megatron_chatflow.tokenizer.fertility import Comparison, compare
 from megatron_chatflow.tokenizer.token_map import token_map
 from megatron_chatflow.tokenizer.vocabulary import Vocabulary
+from megatron_chatflow.utils.user_files import check_name
 
 _EXAMPLES = """
 examples:
@@ -107,6 +108,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for item in settings.held_out:
         if not all(item.partition("=")):
             raise ValueError(f"--held-out {item} has no name: write it as NAME=FILE, such as en=held_out_en.jsonl")
+        check_name("--held-out", item.partition("=")[0])
     settings.held_out = dict(item.split("=", 1) for item in settings.held_out)
     for paths in (settings.input, settings.base_input, *([path] for path in settings.held_out.values())):
         if STDIN in paths:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from megatron_chatflow.utils.user_files import check_line
 
 EXIT_PREEMPTED = 3
 """`megatron_chatflow.training.stop.EXIT_PREEMPTED`, which cannot be imported without torch."""
@@ -43,7 +46,11 @@ def render(job: Job) -> str:
 
     It resumes by itself: the processes leave with a checkpoint at the signal, the script puts the job back into the queue, and the next start finds
     the checkpoint. What it does at each exit code stands in docs/clusters.md.
+
+    Raises:
+        ValueError: a value holds a control character, or the run directory a backslash.
     """
+    _check(job)
     q = shlex.quote
     head = {
         "job-name": "chatflow",
@@ -53,9 +60,9 @@ def render(job: Job) -> str:
         **({"gpus-per-node": job.gpus_per_node} if job.gpus_per_node else {}),
         "cpus-per-task": job.cpus_per_task,
         "signal": f"USR1@{job.lead_seconds}",
-        "output": f"{job.save}/slurm-%j.log",
+        "output": f"{job.save.replace('%', '%%')}/slurm-%j.log",
     }
-    lines = [f"#SBATCH --{name}={q(str(value))}" for name, value in head.items()]
+    lines = [f"#SBATCH --{name}={_sbatch_quote(str(value))}" for name, value in head.items()]
     lines += ["#SBATCH --open-mode=append", "#SBATCH --requeue", *(f"#SBATCH {words}" for words in _flags(job.sbatch))]
     srun = ["srun", "--kill-on-bad-exit=0", "--wait=60", f"--cpus-per-task={job.cpus_per_task}"]
     if job.container:
@@ -71,13 +78,42 @@ def render(job: Job) -> str:
     )
 
 
+def _check(job: Job) -> None:
+    values = {
+        "save": [job.save],
+        "the current folder": [job.folder],
+        "container": [job.container or ""],
+        "mounts": [job.mounts or ""],
+        "the settings": job.words,
+        "what follows --": job.sbatch,
+    }
+    for key, texts in values.items():
+        for text in texts:
+            check_line(key, text)
+    if "\\" in job.save:
+        raise ValueError(
+            f"save: {job.save!r} holds a backslash, and SLURM then does not fill in the job's number "
+            "in the name of the log; give --save another folder"
+        )
+
+
+def _sbatch_quote(word: str) -> str:
+    """Quote a word of an #SBATCH line as sbatch reads it: there a backslash escapes in quotes of either kind.
+
+    Older releases of sbatch blank `packjob` and `hetjob` anywhere in such a line; a backslash inside hides them.
+    """
+    word = re.sub(r'(["\\])', r"\\\1", word)
+    word = re.sub("(?i)(pack|het)(?=job)", r"\1\\", word)
+    return word if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII) else f'"{word}"'
+
+
 def _flags(words: Sequence[str]) -> list[str]:
     """One line a flag: a word that does not begin with a dash is the value of the one before."""
     lines: list[list[str]] = []
     for word in words:
         if word.startswith("-") or not lines:
             lines.append([])
-        lines[-1].append(shlex.quote(word))
+        lines[-1].append(_sbatch_quote(word))
     return [" ".join(line) for line in lines]
 
 

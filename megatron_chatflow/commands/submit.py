@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     with usage_errors():
         config, args = parse(parser, words)
         job = _job(config, args, words, sbatch)
-    script = render(job)
+        script = render(job)
     if args.dry_run:
         print(script, end="")
         return 0

@@ -15,11 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_chatflow.config import settings
 from megatron_chatflow.config.refused import REFUSED
 from megatron_chatflow.config.settings import Config
+from megatron_chatflow.utils.user_files import check_line, dump_yaml, load_yaml
 
 
 class UsageError(ValueError):
@@ -104,6 +103,7 @@ def convert(name: str, value: Any, cls: type) -> Any:
     elif base is str:
         if not isinstance(value, str):
             raise wrong
+        _check_line(name, value)
         if "choices" in meta and value not in meta["choices"]:
             raise UsageError(f"{name}: {value!r} is not known; write one of {', '.join(meta['choices'])}{nearest(value, meta['choices'])}")
     else:
@@ -114,7 +114,16 @@ def convert(name: str, value: Any, cls: type) -> Any:
             value = [item(v) for v in value]
         except (TypeError, ValueError):
             raise wrong from None
+        for text in value if item is str else ():
+            _check_line(name, text)
     return value
+
+
+def _check_line(name: str, text: str) -> None:
+    try:
+        check_line(name, text)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _describe(base: Any) -> str:
@@ -131,12 +140,13 @@ def _describe(base: Any) -> str:
 def _yaml_values(path: Path) -> dict[str, Any]:
     """{field name: value} of a YAML file with sections; relative paths in it are relative to its folder."""
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        raise UsageError(f"--config {path}: not valid YAML{f' at line {where.line + 1}' if where else ''}; mend the file") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--config {path}: not UTF-8 text; give the path of a YAML file") from None
+    except ValueError as error:
+        raise UsageError(f"--config {path}: {error}") from None
     if document is None:
         return {}
     if not isinstance(document, dict):
@@ -263,4 +273,4 @@ def load_values(path: Path) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The configuration as the YAML text that `parse` reads back to the same values."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return dump_yaml(dataclasses.asdict(config))

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_chatflow.config import UsageError
+from megatron_chatflow.utils.user_files import load_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights by their name in safetensors."""
@@ -30,7 +31,7 @@ _LARGEST_FILE = 1024**3
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UsageError where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}); give a complete folder") from None
     except ValueError as error:

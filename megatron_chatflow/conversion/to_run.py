@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 
 from megatron_chatflow.config import to_yaml
 from megatron_chatflow.conversion.hf_config import config_json
@@ -25,6 +24,7 @@ from megatron_chatflow.data.unfinished import sync_folder
 from megatron_chatflow.training.durable import write_atomically
 from megatron_chatflow.training.manifest import write_manifest
 from megatron_chatflow.training.run_directory import POINTER, iteration_folder
+from megatron_chatflow.utils.user_files import dump_yaml, load_yaml
 
 FILES = "huggingface"
 """Folder of a run directory with the files that are carried along."""
@@ -87,7 +87,7 @@ def _carry_files(model: Opened, target: Path) -> None:
 
 def _yaml(model: Opened) -> str:
     """The sections that a conversion knows; all other settings are the command's that reads it. The tokenizer's path is relative to the file."""
-    sections = yaml.safe_load(to_yaml(model.config))
+    sections = load_yaml(to_yaml(model.config))
     sections["tokenizer"]["tokenizer_model"] = f"{FILES}/{model.vocabulary.tokenizer_file.name}"
     kept = {"model": sections["model"], "training": {"bf16": model.config.training.bf16}, "tokenizer": sections["tokenizer"]}
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    return dump_yaml(kept)

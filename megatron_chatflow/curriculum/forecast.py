@@ -16,6 +16,9 @@ from megatron_chatflow.curriculum.plan import BlendPlan
 MANY_EPOCHS = 4
 """Beyond this many epochs repeated text is worth much less than new text (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
+_MOST_SAMPLES = 1 << 53
+"""No run is this long: a domain that can give so many never runs out."""
+
 
 class DomainForecast(NamedTuple):
     """One domain over the whole run."""
@@ -87,10 +90,11 @@ def forecast(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> Forecast:
         cap = plan.domains[name].max_epochs
         domains.append(DomainForecast(name, samples, samples * plan.seq_length, _ratio(samples, epoch_samples[name]), cap, exhausted[name]))
     stages = []
-    firsts = [(name, first) for name, first in plan.stages if first < end]
-    for (stage, start), (_, stop) in itertools.pairwise([*firsts, ("", end)]):
-        drawn = (plan.counts(stop) - plan.counts(start)).tolist()
-        share = ((plan.integral(stop) - plan.integral(start)) / (stop - start)).tolist()
+    edges = [(name, first) for name, first in plan.stages if first < end] + [("", end)]
+    reached = [(name, n, plan.counts(n), plan.integral(n)) for name, n in edges]
+    for (stage, start, count, area), (_, stop, count_after, area_after) in itertools.pairwise(reached):
+        drawn = (count_after - count).tolist()
+        share = ((area_after - area) / (stop - start)).tolist()
         at_start, at_end = plan.shares(start).tolist(), plan.shares(stop - 1).tolist()
         for i, name in enumerate(plan.domain_names):
             tokens, epochs = drawn[i] * plan.seq_length, _ratio(drawn[i], epoch_samples[name])
@@ -156,7 +160,7 @@ def _limit(plan: BlendPlan, domain: Domain, epoch: int) -> int | None:
 
 
 def _epochs(times: float, epoch: int) -> int:
-    return int(Fraction(str(times)) * epoch)
+    return min(int(Fraction(str(times)) * epoch), _MOST_SAMPLES)
 
 
 def _exhausted_at(plan: BlendPlan, domain: int, limit: int | None) -> int | None:

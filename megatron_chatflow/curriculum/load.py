@@ -4,43 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from megatron_chatflow.curriculum.model import CLOCKS, KINDS, ON_EXHAUSTED, Curriculum, Domain, Stage
 from megatron_chatflow.curriculum.ramps import RAMPS, valid_ramp
+from megatron_chatflow.utils.user_files import control_character, load_yaml, valid_name
 
 _SUFFIXES = ("_text_document", "_document")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where YAML 1.1 surprises: `no` and `on` are names (of languages), 1e6 is a number; and a key that comes twice is an error."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "float", "timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if isinstance(name, str) and name in seen:
-                raise ValueError(f"key {name!r} comes twice, the second time in line {key.start_mark.line + 1}; keep one")
-            seen.add(name if isinstance(name, str) else None)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
 
 
 def load_curriculum(path: str | Path) -> Curriculum:
@@ -57,11 +29,7 @@ def load_curriculum(path: str | Path) -> Curriculum:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ValueError(f"{path}: cannot be read ({reason}); give the path of a curriculum file") from None
     try:
-        mapping = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}: not valid YAML{where} ({getattr(error, 'problem', None) or error}); mend the file") from None
+        mapping = load_yaml(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return parse_curriculum(mapping, source=str(path), folder=Path(path).parent)
@@ -97,9 +65,10 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
         problem = "no stage is given" if not written else f"a list is expected, found {_kind(written)}"
         fail("stages", problem, "write at least one as `- {name: start, at: 0, weights: {...}}`")
     stages: list[Stage] = []
+    order = _Order()
     for number, entry in enumerate(written, 1):
         stage = _stage(entry, f"stages[{number}]", domains, fail)
-        _in_order(stage, stages, f"stages[{number}]", fail)
+        order.check(stage, f"stages[{number}]", fail)
         stages.append(stage)
     return Curriculum(clock, domains, tuple(stages), on_exhausted, source, _validation(mapping.get("validation", {}), domains, Path(folder), fail))
 
@@ -173,7 +142,7 @@ def _entry_key(section: str, what: str, name: Any, entry: Any, keys: Sequence[st
     """The key of a named corpus, when its name and its keys are sound."""
     if not isinstance(name, str):
         fail(section, f"the name {name!r} is {_kind(name)}, not text", "put it in quotes")
-    if not name.strip() or name != name.strip() or "/" in name or not name.isprintable():
+    if not valid_name(name):
         fail(section, f"{name!r} is no name for {what}", "use letters, digits, - _ and . (it becomes part of metric names)")
     key = f"{section}.{name}"
     if not isinstance(entry, Mapping):
@@ -184,6 +153,8 @@ def _entry_key(section: str, what: str, name: Any, entry: Any, keys: Sequence[st
 
 def _prefix(path: Any, key: str, folder: Path, fail: Any) -> str:
     """The absolute prefix of a corpus."""
+    if isinstance(path, str):
+        _one_line(path, key, fail)
     if not isinstance(path, str) or not path:
         problem = "no path is given" if path in (None, "") else f"text is expected, found {_kind(path)}"
         fail(key, problem, "write the prefix of its .bin and .idx")
@@ -200,6 +171,7 @@ def _stage(entry: Any, key: str, domains: Mapping[str, Domain], fail: Any) -> St
     name = entry.get("name")
     if not isinstance(name, str) or not name.strip():
         fail(f"{key}.name", "no name is given" if name in (None, "") else f"{name!r} is no name", "give the stage a name (text)")
+    _one_line(name, f"{key}.name", fail)
     key = f"{key} ({name})"
     if "at" not in entry:
         fail(f"{key}.at", "it is missing", "write where the stage begins, in the clock's unit or as a percentage")
@@ -224,21 +196,30 @@ def _stage(entry: Any, key: str, domains: Mapping[str, Domain], fail: Any) -> St
     return Stage(name, at, checked, ramp, relative)
 
 
-def _in_order(stage: Stage, earlier: Sequence[Stage], key: str, fail: Any) -> None:
+class _Order:
     """Checks what can be said without the length of the run: a number and a percentage are compared when the plan is made."""
-    at = f"{key} ({stage.name}).at"
-    if any(stage.name == other.name for other in earlier):
-        fail(f"{key}.name", f"two stages are called {stage.name!r}", "give each its own name")
-    if not earlier:
-        if stage.at != 0:
-            fail(at, f"the first stage begins at {_shown(stage)}", "let the first stage begin at 0")
-        return
-    same = [other for other in earlier if other.relative == stage.relative or other.at == 0]
-    if same and same[-1].at == stage.at:
-        fail(at, f"stages {same[-1].name!r} and {stage.name!r} both begin at {_shown(stage)}", "move one of them, or drop it")
-    if same and same[-1].at > stage.at:
-        problem = f"{_shown(stage)} comes before the stage above it, {same[-1].name!r} at {_shown(same[-1])}"
-        fail(at, problem, "list the stages in the order in which they begin")
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._latest: dict[bool, Stage] = {}
+
+    def check(self, stage: Stage, key: str, fail: Any) -> None:
+        """Check a stage against those before it."""
+        at = f"{key} ({stage.name}).at"
+        if stage.name in self._names:
+            fail(f"{key}.name", f"two stages are called {stage.name!r}", "give each its own name")
+        if not self._names:
+            if stage.at != 0:
+                fail(at, f"the first stage begins at {_shown(stage)}", "let the first stage begin at 0")
+            self._latest = {True: stage, False: stage}
+        before = self._latest[stage.relative]
+        if self._names and before.at == stage.at:
+            fail(at, f"stages {before.name!r} and {stage.name!r} both begin at {_shown(stage)}", "move one of them, or drop it")
+        if before.at > stage.at:
+            problem = f"{_shown(stage)} comes before the stage above it, {before.name!r} at {_shown(before)}"
+            fail(at, problem, "list the stages in the order in which they begin")
+        self._names.add(stage.name)
+        self._latest[stage.relative] = stage
 
 
 def _position(value: Any, key: str, fail: Any) -> tuple[int | float, bool]:
@@ -263,6 +244,11 @@ def _number(value: Any, key: str, fail: Any) -> int | float:
     if not abs(value) <= 1e300:
         fail(key, f"{value:.3} is not a number to reckon with" if isinstance(value, float) else "the number is too large", "write a finite one")
     return value
+
+
+def _one_line(text: str, key: str, fail: Any) -> None:
+    if control_character(text) is not None:
+        fail(key, f"{text!r} holds a control character", "write it without")
 
 
 def _choice(value: Any, choices: Sequence[str], key: str, fail: Any) -> str:

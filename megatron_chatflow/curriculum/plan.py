@@ -16,6 +16,7 @@ from megatron_chatflow.curriculum.model import ON_EXHAUSTED, Curriculum, Domain,
 from megatron_chatflow.curriculum.pieces import Piece, Segment, build
 from megatron_chatflow.curriculum.ramps import valid_ramp
 from megatron_chatflow.curriculum.schedule import Knot, grid_shares, resolve
+from megatron_chatflow.utils.user_files import load_json
 
 PLAN_VERSION = 2
 """Raised by every change that moves the order of samples. Ledgers of `READ_VERSIONS` keep the order that they began with, amendments included."""
@@ -238,7 +239,7 @@ class BlendPlan:
             ValueError: the text is no plan, is damaged, or is of another version, which would order the samples differently.
         """
         try:
-            ledger = json.loads(text)
+            ledger = load_json(text)
         except ValueError:
             raise ValueError("the plan is not valid JSON; restore plan.json from the checkpoint") from None
         if not isinstance(ledger, dict) or ledger.get("format") != _FORMAT:

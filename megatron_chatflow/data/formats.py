@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from megatron_chatflow.data import parquet, unpack
+from megatron_chatflow.utils.user_files import check_line
 
 STDIN = "-"
 FORMATS = ("jsonl", "text", "parquet")
@@ -204,6 +205,7 @@ def open_sources(inputs: Sequence[str], format: str | None = None) -> list[Sourc
             raise ValueError(f"--input {item} matches no file: check the pattern")
         paths.extend(matches)
     for path, count in Counter(paths).items():
+        check_line("--input", path)
         if count > 1:
             raise ValueError(f"--input names {path} {count} times: name each file once")
     return [Source(path, format) for path in paths]

@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_chatflow.utils.user_files import load_json
+
 _TOKENIZER_TYPES = {"type": str, "name": str, "hash": str, "vocab_size": int, "eod": int | None}
 _TYPES = {
     "tokenizer": dict,
@@ -93,7 +95,7 @@ def read_manifest(prefix: str | os.PathLike) -> Manifest | None:
     path = manifest_path(prefix)
     try:
         with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+            content = load_json(file.read())
     except FileNotFoundError:
         return None
     except ValueError as error:

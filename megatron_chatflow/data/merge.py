@@ -7,6 +7,7 @@ from megatron_chatflow.data.builder import IndexedDatasetBuilder
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_chatflow.data.verify import manifest_fault
+from megatron_chatflow.utils.user_files import check_line
 
 _SUFFIXES = (".bin", ".idx")
 _ALIKE = ("type", "hash", "vocab_size", "eod")
@@ -54,6 +55,7 @@ def merge(
     """
     if not os.path.basename(output_prefix):
         raise ValueError(f"--output-prefix {output_prefix!r} is no prefix of a file name: give one such as out/all")
+    check_line("--output-prefix", output_prefix)
     for prefix in prefixes:
         if os.path.realpath(prefix) == os.path.realpath(output_prefix):
             raise ValueError(f"--output-prefix {output_prefix} is one of the corpora to merge: give another name, or take it out of the folder")

@@ -10,6 +10,7 @@ from megatron_chatflow.data.indexed import best_dtype
 from megatron_chatflow.data.sentences import Splitting, choose_splitting
 from megatron_chatflow.data.templates import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE, OWN_TEMPLATE, ParallelTemplate
 from megatron_chatflow.tokenizer import Tokenizer
+from megatron_chatflow.utils.user_files import check_line
 
 DEFAULT_SEED = 1234
 
@@ -114,6 +115,13 @@ def check(settings: PreprocessSettings) -> None:
         ValueError: one of them is wrong; one sentence.
     """
     kind, template = settings.kind, settings.template
+    for flag, words in (
+        ("--output-prefix", [settings.output_prefix]),
+        ("--json-keys", settings.json_keys),
+        ("--lang", [settings.lang or ""]),
+    ):
+        for word in words:
+            check_line(flag, word)
     if kind not in KINDS:
         raise ValueError(f"--kind {kind} is unknown: give one of {', '.join(KINDS)}")
     if settings.input_format not in (None, *FORMATS):
@@ -139,6 +147,9 @@ def check(settings: PreprocessSettings) -> None:
             raise ValueError("--template has no meaning with --kind text: add --kind parallel or --kind instruct")
         if not settings.json_keys or len(set(settings.json_keys)) != len(settings.json_keys):
             raise ValueError(f"--json-keys {' '.join(settings.json_keys)} must name at least one key, each once")
+        for key in settings.json_keys:
+            if "/" in key or os.sep in key:
+                raise ValueError(f"--json-keys: {key!r} is part of the output's file name and holds a /; rename the key in the input")
     elif kind == "parallel":
         if template is None:
             raise ValueError("--kind parallel needs --template, such as '{en}\\n{zh}' with the fields of a record")

@@ -22,6 +22,7 @@ from typing import Any
 from megatron_chatflow.data.manifest import manifest_path
 from megatron_chatflow.data.packing_cache import cache_pattern
 from megatron_chatflow.data.spool import Counts
+from megatron_chatflow.utils.user_files import load_json
 
 _STATE = "state.json"
 
@@ -124,7 +125,7 @@ def load_state(folder: str, run: dict[str, Any]) -> State:
     cure = f"or delete {folder} to start over"
     try:
         with open(os.path.join(folder, _STATE), encoding="utf-8") as file:
-            content = json.load(file)
+            content = load_json(file.read())
         content["place"] = Place(**content["place"])
         content["counts"] = {key: Counts(**counts) for key, counts in content["counts"].items()}
         state = State(**content)

@@ -14,6 +14,7 @@ from megatron_chatflow.data.texts import read_texts
 from megatron_chatflow.evaluation.subject import Subject
 from megatron_chatflow.tokenizer import Tokenizer
 from megatron_chatflow.training.inputs import open_inputs, open_tokenizer
+from megatron_chatflow.utils.user_files import check_line, check_name
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def read_named_texts(words: Sequence[str]) -> dict[str, list[str]]:
         name, equals, path = word.partition("=")
         if not (name and equals and path):
             raise UsageError(f"text {word!r} does not say what it is called; write --text NAME=FILE, e.g. --text zh=held_out.jsonl")
+        check_name("text", name)
+        check_line(f"text {name}", path)
         if name in texts:
             raise UsageError(f"text {name} is given twice; give each file a name of its own")
         try:

@@ -12,6 +12,7 @@ import tokenizers
 from megatron_chatflow.tokenizer.chunks import SymbolText
 from megatron_chatflow.tokenizer.companions import copy_companions, write_json
 from megatron_chatflow.tokenizer.vocabulary import NewToken, Vocabulary, last_merge
+from megatron_chatflow.utils.user_files import load_json
 
 _LONGEST = 16
 """Characters of a new token, as in SentencePiece's training."""
@@ -35,7 +36,7 @@ class ByteLevelVocabulary(Vocabulary):
         self.type = type
         self.content = content
         self._path = path
-        self._description = json.loads(content)
+        self._description = load_json(content)
         model = self._description["model"]
         _check(path, self._description)
         self._tokens: dict[str, int] = model["vocab"]

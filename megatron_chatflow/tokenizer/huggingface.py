@@ -1,6 +1,5 @@
 """Hugging Face's `tokenizer.json` and GPT-2's vocabulary files, by the `tokenizers` library."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 import tokenizers
 
 from megatron_chatflow.tokenizer.base import Tokenizer, digest, read_bytes
+from megatron_chatflow.utils.user_files import load_json
 
 _SPACE = "\u2581"
 _USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|end\u2581of\u2581sentence|>", "<eos>", "<eod>")
@@ -148,7 +148,7 @@ def _declared_tokens(type: str, folder: str) -> dict[str, str]:
         if not os.path.exists(path):
             continue
         try:
-            content = json.loads(read_bytes(type, "the file", path))
+            content = load_json(read_bytes(type, "the file", path))
         except ValueError as error:
             raise ValueError(f"{type}: {path} is not JSON ({error}): mend it or take it away") from error
         for key, value in content.items():
@@ -187,7 +187,7 @@ def _byte_alphabet() -> frozenset[str]:
 
 def _length_rule(tokenizer: HuggingFace) -> Any:
     """Returns the function that gives the bytes of a vocabulary entry, after how the tokenizer's decoder reads it."""
-    description = json.loads(tokenizer._backend.to_str())
+    description = load_json(tokenizer._backend.to_str())
     kinds = {step["type"] for step in _steps(description.get("decoder"))}
     replaced = {step["content"] for step in _steps(description.get("decoder")) if step["type"] == "Replace" and step["pattern"] == {"String": _SPACE}}
     if "ByteLevel" in kinds:

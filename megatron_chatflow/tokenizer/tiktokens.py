@@ -1,7 +1,6 @@
 """Byte-pair vocabularies for the `tiktoken` library, in the JSON form that Megatron reads."""
 
 import base64
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import tiktoken
 
 from megatron_chatflow.tokenizer.base import Tokenizer, digest, read_bytes
+from megatron_chatflow.utils.user_files import load_json
 
 # The settings that Megatron's TikTokenizer has unless told otherwise.
 _PATTERN = (
@@ -80,7 +80,7 @@ class TikToken(Tokenizer):
 def _parse(type: str, path: str, content: bytes) -> tuple[list[Any], dict[str, Any], dict[int, str]]:
     """Returns the text tokens, the file's own settings, and its special tokens by id."""
     try:
-        parsed = json.loads(content)
+        parsed = load_json(content)
     except ValueError as error:
         raise _not_a_vocabulary(type, path, "it is not JSON") from error
     if isinstance(parsed, list):

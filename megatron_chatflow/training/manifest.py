@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.training.durable import seal_file, write_atomically
+from megatron_chatflow.utils.user_files import load_json
 
 NAME = "manifest.json"
 Seals = Mapping[str, Mapping[str, Any]]
@@ -27,7 +28,7 @@ def read_manifest(folder: Path) -> Seals | None:
         text = (folder / NAME).read_bytes().decode("utf-8")
     except FileNotFoundError:
         return None
-    files = json.loads(text)["files"]
+    files = load_json(text)["files"]
     if text != _render(files):
         raise ValueError("its content is not what was written")
     return files
@@ -35,7 +36,7 @@ def read_manifest(folder: Path) -> Seals | None:
 
 def _was_sealed(folder: Path) -> bool:
     try:
-        return bool(json.loads((folder / "state.json").read_bytes()).get("sealed"))
+        return bool(load_json((folder / "state.json").read_bytes()).get("sealed"))
     except (OSError, ValueError, AttributeError):
         return True  # a state that cannot be read is damage enough
 

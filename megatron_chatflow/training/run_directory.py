@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from megatron_chatflow.config import UsageError
 from megatron_chatflow.training import manifest
+from megatron_chatflow.utils.user_files import load_json
 
 POINTER = "latest_checkpointed_iteration.txt"
 METRICS = "metrics.jsonl"
@@ -107,7 +107,7 @@ def outdated(iterations: Collection[int], most_recent_k: int | None, retain_inte
 def read_state(folder: Path) -> dict[str, Any]:
     """The plain part of a checkpoint: iteration, consumed samples, plan, schedule, identity of the data."""
     try:
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return load_json((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder / 'state.json'} cannot be read ({error}); load another checkpoint with --ckpt-step") from None
 
@@ -127,7 +127,7 @@ def trim_metrics(run: Path, iteration: int, *, validated: bool) -> None:
             file.seek(start)
             line = file.read(end - start)
             if line.endswith(b"\n"):
-                record = json.loads(line)
+                record = load_json(line)
                 if record["iteration"] < iteration or (record["iteration"] == iteration and (validated or "validation" not in record)):
                     break
             end = start

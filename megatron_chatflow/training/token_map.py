@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from megatron_chatflow.config import Config, UsageError
+from megatron_chatflow.utils.user_files import load_json
 
 NAME = "token_map.json"
 
@@ -29,7 +29,7 @@ def new_row_ids(config: Config, vocab_size: int) -> np.ndarray:
         raise UsageError(f"train_new_rows_samples needs the {NAME} beside the tokenizer; give --tokenizer-model the folder of an extended tokenizer")
     path = (Path(model) if Path(model).is_dir() else Path(model).parent) / NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path.read_text(encoding="utf-8"))
         ids = np.array(sorted({int(entry["id"]) for entry in content["new"]}), np.int64)
     except FileNotFoundError:
         raise UsageError(

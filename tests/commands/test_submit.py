@@ -55,7 +55,7 @@ def test_a_dry_run_prints_the_script_with_the_flags_as_written_and_leaves_nothin
     assert "chatflow train --config run.yaml --lr 4e-3 --data-path 1 'a b' 2 c \"${resume[@]}\"" in out
     head = re.findall(r"^#SBATCH (.*)$", out, re.MULTILINE)
     assert {f"--chdir={folder}", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--signal=USR1@300", "--requeue"} <= set(head)
-    assert head[-3:] == ["--partition gpu", """'--comment=it'"'"'s'""", "--exclusive"]
+    assert head[-3:] == ["--partition gpu", '"--comment=it\'s"', "--exclusive"]
     assert [path.name for path in folder.iterdir()] == ["run.yaml"]
 
 

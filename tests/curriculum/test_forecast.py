@@ -1,5 +1,7 @@
 """What a domain gives, when it runs out, and who takes over."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -166,3 +168,16 @@ def test_a_forecast_of_a_hundred_billion_samples_is_exact():
     end = forecast(plan, {"a": 10**10, "b": 10**11}).end
     domain, ordinal = (int(part[0]) for part in plan.locate(end, end + 1))
     assert (plan.domain_names[domain], ordinal) == ("a", 10**10)
+
+
+def test_a_cap_beyond_any_run_never_ends_a_domain():
+    stages = [{"at": 0, "weights": {"a": 1, "b": 1}}]
+    curriculum = make_curriculum(stages, on_exhausted="redistribute")
+    for cap in (1e30, 1e300):
+        domains = {name: dataclasses.replace(domain, max_epochs=cap) for name, domain in curriculum.domains.items()}
+        capped = dataclasses.replace(curriculum, domains=domains)
+        epochs = {"a": 10, "b": 10**9}
+        plan = BlendPlan(capped, num_samples=N, global_batch_size=8, seq_length=16, capacities=capacities(capped, epochs))
+        assert plan.counts(N).tolist() == [N // 2, N // 2]
+        assert [domain.exhausted_at for domain in forecast(plan, epochs).domains] == [None, None]
+        check_exhaustion(plan, epochs)

@@ -1,6 +1,7 @@
 """The curriculum file: what it means, and one sentence for everything that is wrong in it."""
 
 import os
+import time
 
 import pytest
 import yaml
@@ -179,3 +180,26 @@ def test_a_wrong_data_path_is_refused(pairs, sentence):
     with pytest.raises(ValueError) as caught:
         constant_curriculum(pairs)
     assert sentence in str(caught.value)
+
+
+def test_ten_thousand_stages_are_read_in_time_linear_in_their_number(tmp_path):
+    weights = "weights: {en: 0.7, zh: 0.3}"
+    path = tmp_path / "many.yaml"
+    for at in (lambda i: i * 100, lambda i: f"{i / 100}%"):
+        stages = "".join(f"  - {{name: s{i}, at: {at(i)}, {weights}}}\n" for i in range(10_000))
+        path.write_text(f"domains: {{en: {{path: a}}, zh: {{path: b}}}}\nstages:\n{stages}")
+        begin = time.process_time()
+        assert len(load_curriculum(path).stages) == 10_000
+        assert time.process_time() - begin < 4
+
+
+def test_numbers_and_percentages_are_each_in_order():
+    def stages(*places):
+        entries = [{"name": f"s{i}", "at": at, "weights": {"en": 1}} for i, at in enumerate(places)]
+        return parse_curriculum({"domains": {"en": {"path": "a"}}, "stages": entries}, source="f", folder="/")
+
+    assert len(stages(0, "10%", 500, "20%", 600).stages) == 5
+    assert len(stages("0%", 5, "1%").stages) == 3
+    for places in ((0, "20%", 500, "10%"), (0, 500, "20%", 400), (0, 500, "20%", 500), (0, "0%"), ("0%", 0)):
+        with pytest.raises(ValueError, match="before the stage above it|both begin at"):
+            stages(*places)

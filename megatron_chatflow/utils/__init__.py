@@ -1,0 +1,1 @@
+"""Helpers without an idea of training: what every other package may import."""
