@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     from megatron_chatflow.config import UsageError, nearest
+    from megatron_chatflow.utils.errors import DataError
+    from megatron_chatflow.utils.user_files import visible
 
     try:
         if words[0] not in COMMANDS:
@@ -53,10 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         where = _speaker(os.environ)
         if where is not None:
-            from megatron_chatflow.utils.user_files import visible
-
             print(f"chatflow {visible(words[0])}{where}: error: {visible(str(error))}", file=sys.stderr)
         return EXIT_USAGE
+    except DataError as error:
+        print(f"chatflow {words[0]}: error: {visible(str(error))}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

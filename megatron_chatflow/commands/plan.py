@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         config = resolve_data(config)
         from megatron_chatflow.curriculum import check_exhaustion, forecast, share_curve
         from megatron_chatflow.report.plan_table import plan_table
-        from megatron_chatflow.training.inputs import make_plan, open_inputs
+        from megatron_chatflow.training.inputs import check_tokens, make_plan, open_inputs
         from megatron_chatflow.training.setup import find_start
 
         inputs = open_inputs(config)
@@ -34,10 +34,12 @@ def main(argv: Sequence[str]) -> int:
             plan = find_start(config, inputs, plan_only=True).blend.plan
         else:
             plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
+        checked = check_tokens(inputs)
+        plan = find_start(config, inputs).blend.plan if config.checkpoint.load else make_plan(config, inputs.curriculum, inputs.epoch_samples)
         outlook = forecast(plan, inputs.epoch_samples)
     sizes = {"num_samples": plan.num_samples, "seq_length": plan.seq_length, "end": outlook.end}
     console.say(plan_table(outlook.stages, outlook.domains, **sizes, warnings=outlook.warnings))
-    for note in inputs.notes:
+    for note in (*inputs.notes, checked):
         console.say(note)
     with usage_errors():
         check_exhaustion(plan, inputs.epoch_samples)

@@ -147,7 +147,7 @@ def _describe_run(config: Config, vocab_size: int, result: dict[str, Any]) -> No
 def _read_data(config: Config, result: dict[str, Any]) -> tuple[int | None, list[str]]:
     """(size of the vocabulary where it is known, why the corpora cannot be trained on); fills in `data`."""
     from megatron_chatflow.curriculum import check_exhaustion, forecast
-    from megatron_chatflow.training.inputs import make_plan, open_inputs
+    from megatron_chatflow.training.inputs import check_tokens, make_plan, open_inputs
 
     if not (config.data.curriculum or config.data.data_path):
         result["notes"].append("no corpus was looked at: neither --curriculum nor --data-path is given")
@@ -159,6 +159,7 @@ def _read_data(config: Config, result: dict[str, Any]) -> tuple[int | None, list
     result["notes"] += inputs.notes
     result["notes"].append(_files_note(len(inputs.domains)))
     try:
+        result["notes"].append(check_tokens(inputs))
         plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
         outlook = forecast(plan, inputs.epoch_samples)
         result["notes"] += outlook.warnings

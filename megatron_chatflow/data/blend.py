@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_chatflow.data.domain import Batch, WindowDomain, empty_batch
+from megatron_chatflow.data.domain import Batch, WindowDomain, empty_batch, first_outside
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.instruct import InstructDomain
 from megatron_chatflow.data.manifest import read_manifest
@@ -113,6 +113,9 @@ class Blend:
         for k, stop, count in zip(present.tolist(), np.cumsum(counts), counts, strict=True):
             rows = order[stop - count : stop]
             self._members[k].fill(batch, rows, windows[rows])
+        row = first_outside(batch, self._members[0].vocab_size)
+        if row is not None:
+            raise self._members[domains[row]].outside(batch, row, windows[row], f"sample {ordinals[row]} of the domain")
         batch["domain"] = domains
         batch["ordinal"] = ordinals
         return batch

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.merge import find_corpora, merge
 from megatron_chatflow.data.verify import verify
+from megatron_chatflow.tokenizer import TOKENIZER_TYPES, load_tokenizer
 
 
 def merge_main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +51,19 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("prefix", nargs="+", metavar="PREFIX", help="a corpus, without .bin and .idx")
-    prefixes = parser.parse_args(argv).prefix
+    given = parser.add_argument_group("vocabulary", "what token ids are compared with; by default what the manifest says")
+    given.add_argument("--vocab-size", type=int, metavar="N", help="tokens of the vocabulary, before padding")
+    given.add_argument("--tokenizer-type", metavar="TYPE", help=f"take the size from a tokenizer: {', '.join(TOKENIZER_TYPES)}")
+    given.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece model, tokenizer.json or its folder, or tiktoken JSON")
+    given.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT2BPETokenizer")
+    given.add_argument("--merge-file", metavar="FILE", help="merges.txt of GPT2BPETokenizer")
+    arguments = parser.parse_args(argv)
+    prefixes = arguments.prefix
+    try:
+        vocab_size = _vocab_size(arguments)
+    except ValueError as error:
+        print(f"verify_dataset.py: {error}", file=sys.stderr)
+        return 2
     for prefix in prefixes:
         if not any(os.path.exists(prefix + suffix) for suffix in (".bin", ".idx")):
             cure = f"write {prefix[:-4]}" if prefix.endswith((".bin", ".idx")) else "correct the path"
@@ -59,7 +72,7 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
     sound = True
     for prefix in prefixes:
         try:
-            faults = verify(prefix, _progress(prefix))
+            faults = verify(prefix, _progress(prefix), vocab_size)
         except ValueError as error:
             faults = [str(error)]
         for fault in faults:
@@ -69,6 +82,19 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
             print(f"corpus {prefix}: sound, {dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens")
         sound = sound and not faults
     return 0 if sound else 1
+
+
+def _vocab_size(arguments: argparse.Namespace) -> int | None:
+    """Returns the size of the vocabulary that the flags name, or None. Raises ValueError where they do not fit."""
+    given = arguments.vocab_size
+    if given is not None and given < 1:
+        raise ValueError(f"--vocab-size {given} is too few: give at least 1")
+    files = {name: getattr(arguments, name) for name in ("tokenizer_model", "vocab_file", "merge_file")}
+    if arguments.tokenizer_type is None:
+        if any(files.values()):
+            raise ValueError("--tokenizer-type is missing: give it, or --vocab-size alone")
+        return given
+    return load_tokenizer(arguments.tokenizer_type, vocab_size=given, **files).vocab_size
 
 
 def _progress(prefix: str) -> Callable[[int, int], None]:

@@ -7,6 +7,7 @@ import numpy as np
 from megatron_chatflow.data.buffers import BufferPool
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.permute import shuffled_windows
+from megatron_chatflow.utils.errors import DataError
 
 Batch = dict[str, np.ndarray]
 _POOL = BufferPool()
@@ -31,6 +32,16 @@ def empty_batch(num_samples: int, seq_length: int) -> Batch:
     batch["loss_mask"].fill(1)
     batch["segment_ids"].fill(0)
     return batch
+
+
+def first_outside(batch: Batch, vocab_size: int | None) -> int | None:
+    """Returns the first row of a batch with an id outside of the vocabulary; None where there is none, or no vocabulary."""
+    if vocab_size is None or not batch["tokens"].size:
+        return None
+    unsigned = [batch[key].view(np.uint64) for key in ("tokens", "labels")]  # a negative id is a large one
+    if all(ids.max() < vocab_size for ids in unsigned):
+        return None
+    return int(np.argmax(np.logical_or(*((ids >= vocab_size).any(1) for ids in unsigned))))
 
 
 def segments(starts: np.ndarray, num_samples: int, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +80,10 @@ class WindowDomain(ABC):
         seed: seed of the run.
         documents: the documents [begin, end) of the corpus that belong to the domain's subset.
         num_samples: windows an epoch; 0 when there is nothing to read.
+        vocab_size: tokens of the vocabulary, before padding: what reads whole batches checks that all ids are below it; None: nothing is checked.
     """
+
+    vocab_size: int | None = None
 
     def __init__(self, name: str, dataset: IndexedDataset, *, seq_length: int, seed: int, documents: tuple[int, int]) -> None:
         self.name = name
@@ -109,7 +123,30 @@ class WindowDomain(ABC):
         if len(windows) and (windows.min() < 0 or windows.max() >= self.num_samples):
             raise IndexError(f"domain {self.name}: windows {windows.min()} to {windows.max()} of {self.num_samples}")
         self.fill(batch, np.arange(len(windows)), windows)
+        row = first_outside(batch, self.vocab_size)
+        if row is not None:
+            raise self.outside(batch, row, windows[row], f"window {windows[row]}")
         return batch
+
+    def outside(self, batch: Batch, row: int, window: int, which: str) -> DataError:
+        """Returns the error for a row of a batch that holds ids outside of the vocabulary.
+
+        Args:
+            batch: what was read.
+            row: the row.
+            window: the window that it holds.
+            which: what the message calls it.
+        """
+        ids = np.unique(np.concatenate([batch["tokens"][row], batch["labels"][row]]))
+        ids = ids[(ids < 0) | (ids >= self.vocab_size)]
+        shown = ", ".join(map(str, ids[:5].tolist())) + ", ..." * (len(ids) > 5)
+        numbers = [document for document, _, _ in self.window_documents(int(window))]
+        documents = f"document {numbers[0]}" if len(numbers) == 1 else f"documents {numbers[0]} to {numbers[-1]}"
+        return DataError(
+            f"domain {self.name}: {which} ({documents} of {self.dataset.prefix}) holds token ids outside of the vocabulary of {self.vocab_size}: "
+            f"{shown}; give the tokenizer that made the corpus, or preprocess it again "
+            f"(tools/verify_dataset.py {self.dataset.prefix} --vocab-size {self.vocab_size} checks all of it)"
+        )
 
     def provenance(self, ordinal: int) -> dict:
         """Returns where a sample comes from: `epoch`, and `documents` as `window_documents`."""

@@ -12,12 +12,15 @@ from megatron_chatflow.data.manifest import Manifest, file_crc32, manifest_path,
 _CHUNK = 1 << 20
 
 
-def verify(prefix: str | os.PathLike, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
+def verify(
+    prefix: str | os.PathLike, progress: Callable[[int, int], None] = lambda done, total: None, vocab_size: int | None = None
+) -> list[str]:
     """Checks lengths, pointers, documents, modes, and the tokens, against each other and against the manifest; memory is bounded.
 
     Args:
         prefix: path of the corpus without `.bin` and `.idx`.
         progress: called now and then with how many of how many bytes of the `.bin` were read.
+        vocab_size: tokens of the vocabulary that the corpus is to be read with; None: as the manifest says.
 
     Returns:
         A sentence for each fault; empty when the corpus is sound.
@@ -30,7 +33,7 @@ def verify(prefix: str | os.PathLike, progress: Callable[[int, int], None] = lam
     faults = [
         *index_faults(dataset),
         None if manifest is None else manifest_fault(dataset.header, manifest, dataset.prefix),
-        *_tokens(dataset, manifest, progress),
+        *_tokens(dataset, manifest, progress, vocab_size),
     ]
     if manifest is not None and manifest.crc32 and file_crc32(dataset.prefix + ".idx") != manifest.crc32["idx"]:
         faults.append(f"the .idx is not the one that {os.path.basename(manifest_path(prefix))} was written with (its checksum differs)")
@@ -90,22 +93,30 @@ def _chunks(count: int) -> Iterator[tuple[int, int]]:
     return ((at, min(at + _CHUNK, count)) for at in range(0, count, _CHUNK))
 
 
-def _tokens(dataset: IndexedDataset, manifest: Manifest | None, progress: Callable[[int, int], None]) -> list[str]:
-    """Reads the `.bin` once: the first token outside the vocabulary, and the checksum."""
+def _tokens(dataset: IndexedDataset, manifest: Manifest | None, progress: Callable[[int, int], None], vocab_size: int | None) -> list[str]:
+    """Reads the `.bin` once: the tokens outside the vocabulary, and the checksum."""
     faults: list[str] = []
-    vocab_size = None if manifest is None else manifest.tokenizer["vocab_size"]
+    first, count, smallest, largest = None, 0, 0, 0
+    if vocab_size is None and manifest is not None:
+        vocab_size = manifest.tokenizer["vocab_size"]
     limit = np.iinfo(np.int64).max if vocab_size is None else vocab_size
     total = dataset.num_tokens * dataset.dtype.itemsize
     at, crc = 0, 0
     with open(dataset.prefix + ".bin", "rb", buffering=0) as file:
         while len(tokens := np.fromfile(file, dataset.dtype.newbyteorder("<"), _CHUNK)):
-            if not faults and (tokens.min() < 0 or tokens.max() >= limit):
-                wrong = int(np.argmax((tokens < 0) | (tokens >= limit)))
-                bound = "" if vocab_size is None else f", outside the vocabulary of {vocab_size}"
-                faults.append(f"token {at + wrong} is {tokens[wrong]}{bound}")
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= limit:
+                wrong = np.flatnonzero((tokens < 0) | (tokens >= limit))
+                first = first or (at + int(wrong[0]), int(tokens[wrong[0]]))
+                count, smallest, largest = count + len(wrong), min(smallest, low), max(largest, high)
             crc = zlib.crc32(tokens.data, crc)
             at += len(tokens)
             progress(at * dataset.dtype.itemsize, total)
+    if first is not None:
+        bound = "" if vocab_size is None else f", outside the vocabulary of {vocab_size}"
+        document = int(dataset.documents_at(np.array([first[0]]))[0])
+        others = f"; {count:,} such tokens in all, from {smallest} to {largest}" if count > 1 else ""
+        faults.append(f"token {first[0]} is {first[1]}{bound} (document {document}){others}")
     if manifest is not None and manifest.crc32 and f"{crc:08x}" != manifest.crc32["bin"]:
         faults.append(f"the .bin is not the one that {os.path.basename(manifest_path(dataset.prefix))} was written with (its checksum differs)")
     return faults

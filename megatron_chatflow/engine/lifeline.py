@@ -16,6 +16,8 @@ import traceback
 
 import torch.distributed as dist
 
+from megatron_chatflow.utils.errors import DataError
+
 BEAT = 1.0
 """Seconds between signs of life."""
 SILENT = 30.0
@@ -44,14 +46,14 @@ class Lifeline:
     def fail(self, error: BaseException) -> None:
         """Say why the job ends, if nobody has said so yet, and end this process with exit code 1. Does not return."""
         reason = f"{type(error).__name__}: {error}".strip()
-        detail = "".join(traceback.format_exception(error))
+        detail = "" if isinstance(error, DataError) else "\n" + "".join(traceback.format_exception(error))
         try:
             if isinstance(error, dist.DistError | RuntimeError | OSError) and _BROKEN.search(reason):
                 sentence = self._look_around(reason)
             else:
                 sentence = f"rank {self._rank} on {self._host(self._rank)} failed: {reason}"
             if self._claim(sentence):
-                _say(f"{sentence}\n{detail}")
+                _say(f"{sentence}{detail}")
             self._linger()
         except Exception:  # the store is gone with the rank that held it
             _say(f"rank {self._rank} on {socket.gethostname()} lost the rank that holds the job's store, and failed: {reason}")

@@ -16,6 +16,9 @@ from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 MUCH_LOST = 0.01
 """Share of conversations, or of tokens to train on, above which their loss at seq_length is a warning."""
+_CHECKED_WINDOWS = 32
+_CHECKED_TOKENS = 1 << 17
+"""How much of each corpus `check_tokens` reads at most."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def open_inputs(config: Config, *, held_out: bool = False) -> Inputs:
     vocab_size = _vocab_size(config, tokenizer, manifests, flags)
     _check_manifests(prefixes, manifests, tokenizer, vocab_size)
     notes = _held_out_notes(config, curriculum, validated, held_out) + _cut_notes(domains)
+    for domain in (*domains.values(), *validated.values()):
+        domain.vocab_size = vocab_size
     token_bytes = np.zeros(vocab_size, np.int64)
     if tokenizer is None:
         notes.append(f"bits per byte are not reported: no tokenizer is given ({flags})")
@@ -68,6 +73,27 @@ def open_inputs(config: Config, *, held_out: bool = False) -> Inputs:
     if config.data.reset_position_ids and config.model.position_embedding_type == "rope":
         notes.append("reset_position_ids has no effect with rope: rotary positions are relative, --reset-attention-mask alone keeps documents apart")
     return Inputs(curriculum, tokenizer, vocab_size, token_bytes, domains, validated, flags, tuple(notes))
+
+
+def check_tokens(inputs: Inputs) -> str:
+    """Read a few windows of every corpus, evenly spaced, and look for token ids outside of the vocabulary.
+
+    Returns:
+        What was checked, as a note.
+
+    Raises:
+        DataError: such an id was found.
+    """
+    checked = total = 0
+    for domain in (*inputs.domains.values(), *inputs.held_out.values()):
+        most = max(1, min(_CHECKED_WINDOWS, _CHECKED_TOKENS // domain.seq_length))
+        windows = np.unique(np.linspace(0, domain.num_samples - 1, most).astype(np.int64)) if domain.num_samples else np.empty(0, np.int64)
+        domain.read_window(windows)
+        checked, total = checked + len(windows), total + domain.num_samples
+    return (
+        f"token ids are below {inputs.vocab_size} in the {checked:,} windows of {total:,} that were looked at; a run checks every batch, "
+        f"tools/verify_dataset.py --vocab-size {inputs.vocab_size} checks a corpus from end to end"
+    )
 
 
 def open_tokenizer(config: Config) -> tuple[Tokenizer, int]:
