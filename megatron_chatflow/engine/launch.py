@@ -30,7 +30,8 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
 
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; srun sets SLURM_PROCID, SLURM_NTASKS and
     SLURM_LOCALID for each task (MASTER_ADDR, MASTER_PORT may be set by the job script; otherwise the first host of the
-    step's node list and a port made from the job's number). Raises UsageError where a part is missing.
+    step's node list and a port made from the job's number). Raises UsageError where a part is missing. A step has its own number of tasks:
+    the shell that `salloc -n 8` opens on a node is a step of one.
     """
     env = os.environ if environ is None else environ
     if "RANK" in env or "WORLD_SIZE" in env:
@@ -42,10 +43,11 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
                 "start with torchrun or srun, or unset it"
             )
         return Launch("torchrun", int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), env["MASTER_ADDR"], int(env["MASTER_PORT"]))
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and tasks > 1:
         address = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
         port = int(env.get("MASTER_PORT") or 20000 + int(env["SLURM_JOB_ID"]) % 20000)
-        return Launch("slurm", int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), address, port)
+        return Launch("slurm", int(env["SLURM_PROCID"]), tasks, int(env["SLURM_LOCALID"]), address, port)
     return Launch("single", 0, 1, 0, None, None)
 
 

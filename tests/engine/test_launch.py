@@ -40,6 +40,13 @@ def test_inside_a_batch_script_without_srun_there_is_one_process() -> None:
     assert read_launch({"SLURM_JOB_ID": "45", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).launcher == "single"
 
 
+def test_the_tasks_of_the_step_count_and_not_those_of_the_job() -> None:
+    shell = SLURM | {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    assert read_launch(shell) == Launch("single", 0, 1, 0, None, None)
+    assert read_launch(SLURM | {"SLURM_STEP_NUM_TASKS": "8"}) == Launch("slurm", 5, 8, 1, "n1", 20045)
+    assert read_launch(SLURM | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "16"}).world_size == 8
+
+
 def test_a_node_list_with_brackets_is_expanded_by_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "scontrol"
     tool.write_text('#!/bin/sh\n[ "$1 $2 $3" = "show hostnames gpu[03-05]" ] && printf "gpu03\\ngpu04\\ngpu05\\n"\n')
