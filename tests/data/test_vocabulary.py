@@ -44,7 +44,7 @@ def read_all(blend) -> None:
 @pytest.mark.parametrize("token", [VOCABULARY, 70_000, 2**31 - 1, -1, -(2**31)])
 @pytest.mark.parametrize("kind", ["text", "instruct"])
 def test_a_batch_with_such_an_id_names_domain_documents_and_ids(write_corpus, kind, token):
-    modes = [[1, 0]] * DOCUMENTS if kind == "instruct" else None
+    modes = [[0, 1]] * DOCUMENTS if kind == "instruct" else None
     prefix = write_corpus(documents({(17, 4): token, (17, 5): token}), modes)
     blend = opened(prefix, kind)
     domain = blend.domains["en"]
