@@ -170,7 +170,7 @@ def _chat_template(type: str, folder: str, declared: Mapping[str, str]) -> str |
     path = os.path.join(folder, "tokenizer_config.json")
     if "chat_template" in declared or not os.path.exists(path):
         return declared.get("chat_template")
-    named = json.loads(read_bytes(type, "the file", path)).get("chat_template")
+    named = load_json(read_bytes(type, "the file", path)).get("chat_template")
     if named is None:
         return None
     entries = named if isinstance(named, list) else [named]
