@@ -35,7 +35,6 @@ def main(argv: Sequence[str]) -> int:
         else:
             plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
         checked = check_tokens(inputs)
-        plan = find_start(config, inputs).blend.plan if config.checkpoint.load else make_plan(config, inputs.curriculum, inputs.epoch_samples)
         outlook = forecast(plan, inputs.epoch_samples)
     sizes = {"num_samples": plan.num_samples, "seq_length": plan.seq_length, "end": outlook.end}
     console.say(plan_table(outlook.stages, outlook.domains, **sizes, warnings=outlook.warnings))
