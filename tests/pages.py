@@ -1,0 +1,78 @@
+"""The commands of README.md and docs/*.md: read from the pages, and run on small files.
+
+A command is a line of an indented block that begins with a program of `PROGRAMS`, with the lines
+that a backslash or an open quote continues. To run it, the words of `SMALLER` are replaced, and
+`/shared` is a folder of the walk. What cannot run is in `NOT_RUN`, with the reason; the flags of
+these commands are checked like those of all others.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PROGRAMS = ("bash", "chatflow", "docker", "pip", "printf", "python", "srun", "torchrun")
+SMALLER = {
+    "--nproc-per-node 8": "--nproc-per-node 2",
+    "--new-tokens 8000": "--new-tokens 300",
+    "--workers 8": "--workers 1",
+    "--world-size 512": "--world-size 8",
+    "--iteration 57": "--iteration 3",
+    "--nodes 16": "--nodes 1",
+    "/shared/": "shared/",
+}
+NOT_RUN = {
+    r"pip install -e \.": "the tests run in an environment that has it",
+    r"bash tests/run\.sh": "it runs the tests",
+    r"bash examples/quickstart/run\.sh": "tests/test_quickstart.py runs it",
+    r"docker build .*": "needs docker",
+    r"srun .*": "needs SLURM",
+    r"python examples/gpu_smoke/smoke\.py": "needs a GPU",
+    r".* \.\.\.( .*)?": "flags are left out on the page",
+}
+
+
+def command_lines(page: str) -> list[str]:
+    """The commands of a page in order, without comments, each on one line."""
+    lines = iter((ROOT / page).read_text(encoding="utf-8").splitlines())
+    found = []
+    for line in lines:
+        if not line.startswith("    ") or line.split()[:1] == [] or line.split()[0] not in PROGRAMS:
+            continue
+        text = line
+        while text.endswith("\\"):
+            text = text[:-1].rstrip() + " " + next(lines).strip()
+        found.append(re.sub(r"\s+# .*$", "", text).strip())
+    return found
+
+
+def why_not_run(command: str) -> str | None:
+    """The reason for which a command is not run; None where it is."""
+    return next((reason for rule, reason in NOT_RUN.items() if re.fullmatch(rule, command)), None)
+
+
+def smaller(command: str) -> str:
+    """The command on small files."""
+    for words, fewer in SMALLER.items():
+        command = command.replace(words, fewer)
+    return command
+
+
+def program_and_flags(command: str) -> tuple[list[str], list[str]] | None:
+    """The words that start a program of this project, and the flags given to it; else None."""
+    words = shlex.split(command)
+    if "--" in words:
+        words = words[: words.index("--")]
+    if "train" in words and "-m" in words:
+        words = ["chatflow", *words[words.index("megatron_chatflow") + 1 :]]
+    if "chatflow" in words:
+        at = words.index("chatflow")
+        start, rest = words[at : at + 2], words[at + 2 :]
+    elif words[0] == "python" and words[1].startswith("tools/"):
+        start, rest = words[:2], words[2:]
+    else:
+        return None
+    return start, [word.split("=")[0] for word in rest if re.match(r"--\w", word)]
