@@ -60,20 +60,13 @@ def run(pool: Pool, sample: Path, name: str, world: int, flags: list[str]) -> Pa
 
 def largest_distance(a: Path, b: Path) -> float:
     """Between the weights of two checkpoints, relative to the largest element of each tensor."""
-    from megatron_chatflow.config.settings import ParallelSettings
-    from megatron_chatflow.conversion.torch_dist import Reader
-    from megatron_chatflow.engine import distributed
-    from megatron_chatflow.engine.launch import Launch
+    from megatron_chatflow.training.reading import CheckpointReader
 
-    distributed.initialize(Launch("single", 0, 1, 0, None, None), ParallelSettings(), 4)
-    try:
-        ours, theirs = Reader(a), Reader(b)
-        weights = [key for key in theirs.shapes if not key.startswith("optimizer.")]
-        assert len(weights) > 8 and set(weights) <= set(ours.shapes)
-        pairs = [(ours.read(key, None), theirs.read(key, None)) for key in weights]
-        return max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
-    finally:
-        distributed.shut_down()
+    ours, theirs = CheckpointReader(a), CheckpointReader(b)
+    weights = [key for key in theirs.tensors if not key.startswith("optimizer.")]
+    assert len(weights) > 8 and set(weights) <= set(ours.tensors)
+    pairs = [(ours.tensor(key), theirs.tensor(key)) for key in weights]
+    return max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
 
 
 @pytest.mark.slow
