@@ -10,6 +10,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class _Shards(mcore.TorchDistLoadShardedStrategy):
         wanted, flat, renamed = mcore._replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         found: dict[str, Any] = mcore.mcore_to_pyt_state_dict(wanted, True)
         planner = _Planner(
+            self._reader.folder,
             shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
             allow_shape_mismatch_sharded_tensors={
                 t.key: t for t in tensors if t.allow_shape_mismatch
@@ -90,7 +92,31 @@ class _Shards(mcore.TorchDistLoadShardedStrategy):
 
 
 class _Planner(mcore.MCoreLoadPlanner):
-    """Takes objects, where its base takes bytes and unpickles them."""
+    """Takes objects, where its base takes bytes and unpickles them, and names all tensors that
+    differ, where its base names the first."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(**options)
+        self._folder = folder
+
+    def _validate_global_shapes(
+        self, metadata: Metadata, sharded_tensors: list[ShardedTensor]
+    ) -> None:
+        found = metadata.state_dict_metadata
+        differ: dict[str, str] = {}
+        for tensor in sharded_tensors:
+            here, saved = list(tensor.global_shape), getattr(found.get(tensor.key), "size", None)
+            if saved is None:
+                differ[tensor.key] = f"{tensor.key} is {here} here and not in the checkpoint"
+            elif list(saved) != here:
+                differ[tensor.key] = (
+                    f"{tensor.key} is {here} here and {list(saved)} in the checkpoint"
+                )
+        if differ:
+            raise UsageError(
+                f"{self._folder} does not fit this model: {', '.join(differ.values())}; give the "
+                "settings of the model that it was saved with"
+            )
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
         name = read_item.dest_index.fqn

@@ -199,3 +199,27 @@ def test_weights_alone_can_be_finetuned_and_not_gone_on_with(pool: Pool, sample:
     assert records[0]["samples"] == [0, 8] and records[0]["learning-rate"] == 0.0 and len(records) == 2
     ok(pool.run(1, train, sample, "--save", str(run), "--load", str(run), "--exit-interval", "3"))
     assert metrics(run)[-1]["iteration"] == 3
+
+
+def test_weights_of_another_shape_are_refused_by_name(
+    pool: Pool, sample: Path, reference: Path, tmp_path: Path
+) -> None:
+    """A checkpoint that does not record its settings, on two stages of a pipeline."""
+    folder = tmp_path / "weights" / "iter_0000020"
+    shutil.copytree(reference / folder.name, folder)
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("20\n")
+    (folder / "state.json").write_text(
+        json.dumps({"iteration": 0, "consumed_train_samples": 0, "optimizer": False})
+    )
+    (folder / "manifest.json").unlink()
+    words = ["--load", str(folder.parent), "--finetune", "--num-layers", "2", "--add-qkv-bias"]
+    words += ["--ffn-hidden-size", "128", "--pipeline-model-parallel-size", "2"]
+    (first, _, err), (second, *_) = pool.run(2, train, sample, *words)
+    assert (first, second) == (2, 2), err
+    for part in (
+        f"{folder} does not fit this model: ",
+        "decoder.layers.mlp.linear_fc2.weight is [2, 48, 128] here and [4, 48, 96] in the ",
+        "decoder.layers.self_attention.linear_qkv.bias is [2, 96] here and not in the ",
+        "; give the settings of the model that it was saved with",
+    ):
+        assert part in err, err
