@@ -79,33 +79,27 @@ class Apportionment:
 
     def _around(self, n: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Two neighboring points around sample n, `width` (a power of two) apart at most, and the counts there: int64 [2] and [2, K]."""
-        self._extend(n)
+        # The points on the way to n: those of 1, 2, 4, 8, ... that are not known yet, then the middles of ever smaller intervals around n.
+        new = [1 << k for k in range(len(self._points) - 1, n.bit_length() + 1)]
         i = n.bit_length()
-        first, last = self._points[i : i + 2]
-        low, high = self._counts[i : i + 2]
+        first, last = (1 << i) >> 1, 1 << i
         halves = (1 << k for k in range((last - first).bit_length() - 2, width.bit_length() - 2, -1))
-        middles = np.array([n - n % (2 * half) + half for half in halves], np.int64)
-        target = self._target(middles)
+        middles = [n - n % (2 * half) + half for half in halves]
+        target = self._target(np.array([*new, *middles], np.int64))
         nearest = _nearest(target)
-        for j, middle in enumerate(middles.tolist()):
+        if new:
+            no_limit = np.full(self.size, _NO_LIMIT)
+            for j, point in enumerate(new):
+                self._counts.append(_apportion_one(target[j], nearest[j], self._counts[-1], no_limit, point))
+                self._points.append(point)
+        low, high = self._counts[i : i + 2]
+        for j, middle in enumerate(middles, len(new)):
             between = _apportion_one(target[j], nearest[j], low, high, middle)
             if n < middle:
                 last, high = middle, between
             else:
                 first, low = middle, between
-        return np.array([first, last]), np.stack([low, high])
-
-    def _extend(self, n: int) -> None:
-        """Makes sure that the counts at the points 0, 1, 2, 4, 8, ... are known until beyond sample n."""
-        if self._points[-1] > n:
-            return
-        points = [1 << k for k in range(len(self._points) - 1, n.bit_length() + 1)]
-        no_limit = np.full(self.size, _NO_LIMIT)
-        target = self._target(np.array(points))
-        nearest = _nearest(target)
-        for j, point in enumerate(points):
-            self._counts.append(_apportion_one(target[j], nearest[j], self._counts[-1], no_limit, point))
-            self._points.append(point)
+        return np.array([first, last]), np.array([low, high])
 
 
 def _refine(

@@ -51,12 +51,12 @@ class Pacing:
         """The integral of the pacing from 0 to x; outside of the knots it goes on with slope 1/2 (see `Tree`)."""
         if len(self.knots) == 1:
             return x / 2
-        inner = np.clip(x, 0.0, self.knots[-1])
+        inner = np.minimum(np.maximum(x, 0.0), self.knots[-1])
         cell, u, slope = self._cell(inner)
         return self.integral[cell] + (self.values[cell] + slope * u / 2) * u + (x - inner) / 2
 
     def _cell(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        cell = np.minimum(np.searchsorted(self.knots, x, side="right") - 1, len(self.knots) - 2)
+        cell = np.minimum(self.knots.searchsorted(x, side="right") - 1, len(self.knots) - 2)
         return cell, x - self.knots[cell], (self.values[cell + 1] - self.values[cell]) / (self.knots[cell + 1] - self.knots[cell])
 
 
