@@ -102,7 +102,7 @@ def _mask_padding(vocab_size: int, padded: int, layer: torch.nn.Module, inputs: 
     """Give the columns of `output`'s logits that are padding of the vocabulary a probability of exactly 0, so that no loss, gradient or sample
     depends on them: the lowest finite number, as a rank may have no other column.
     """
-    logits = output[0].detach()  # in place, and not seen by autograd: the gradient of these columns is 0 anyway
+    logits = output[0].data  # in place, also in a view, and not seen by autograd: the gradient of these columns is 0 anyway
     first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1] if logits.shape[-1] < padded else 0
     logits[..., max(0, vocab_size - first) :] = torch.finfo(logits.dtype).min
 
