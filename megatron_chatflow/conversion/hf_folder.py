@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_chatflow.config import UsageError
-from megatron_chatflow.utils.user_files import load_json
+from megatron_chatflow.utils.user_files import load_json, open_inside
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights by their name in safetensors."""
@@ -88,13 +88,34 @@ class Weights:
             return file.get_tensor(name)
 
 
+def _is_in(folder: Path, name: str) -> bool:
+    """Whether a file that the index names exists. Raises UsageError for a name that leads elsewhere."""
+    path = folder / name
+    try:
+        if "/" not in name and path.is_symlink() and _is_cached(path):
+            return path.is_file()
+        open_inside(folder, name).close()
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{folder / _INDEX}: {reason}; give a folder with all files in it") from None
+    return True
+
+
+def _is_cached(path: Path) -> bool:
+    """Whether a link is one of the Hugging Face cache: snapshots/REVISION/NAME to blobs/HASH."""
+    snapshots = path.parent.resolve().parent
+    return snapshots.name == "snapshots" and path.resolve().parent == snapshots.parent / "blobs"
+
+
 def _locate(folder: Path) -> dict[str, Path]:
     """{tensor: file}."""
     if (folder / _INDEX).is_file():
         files = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(files, dict) or not files:
             raise UsageError(f"{folder / _INDEX} has no weight_map; copy the file again")
-        missing = sorted({name for name in files.values() if not (folder / name).is_file()})
+        missing = [name for name in sorted(set(map(str, files.values()))) if not _is_in(folder, name)]
         if missing:
             raise UsageError(f"{folder} is not complete: {_INDEX} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not there")
         return {tensor: folder / name for tensor, name in files.items()}

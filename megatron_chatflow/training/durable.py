@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from pathlib import Path
 
@@ -24,9 +25,14 @@ def write_atomically(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def seal_file(path: Path, *, durable: bool = True) -> dict[str, int | str]:
-    """A file's size and SHA-256, read back from what the system holds now; with `durable` it is on the disk afterwards."""
-    with open(path, "rb") as file:
-        if durable:
-            os.fsync(file.fileno())
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def seal_file(path: Path) -> dict[str, int | str]:
+    """Flush a file to disk and return its size and SHA-256, read back from what the system has."""
+    with open(path, "rb", buffering=0) as file:
+        os.fsync(file.fileno())
+        return seal(file)
+
+
+def seal(file: io.FileIO) -> dict[str, int | str]:
+    """Return the size and the SHA-256 of an open file."""
+    size = os.fstat(file.fileno()).st_size
+    return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

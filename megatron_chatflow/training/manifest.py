@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.training.durable import seal_file, write_atomically
-from megatron_chatflow.utils.user_files import load_json
+from megatron_chatflow.training.durable import seal, seal_file, write_atomically
+from megatron_chatflow.utils.user_files import load_json, open_inside
 
 NAME = "manifest.json"
 Seals = Mapping[str, Mapping[str, Any]]
@@ -25,12 +26,16 @@ def write_manifest(folder: Path, known: Seals) -> None:
 def read_manifest(folder: Path) -> Seals | None:
     """The seals of a checkpoint; None where it has no manifest, as those of version 0.1.0. Raises ValueError for a damaged manifest."""
     try:
-        text = (folder / NAME).read_bytes().decode("utf-8")
+        with open_inside(folder, NAME) as file:
+            text = file.read().decode("utf-8")
     except FileNotFoundError:
         return None
     files = load_json(text)["files"]
     if text != _render(files):
         raise ValueError("its content is not what was written")
+    for name, entry in files.items():
+        if type(entry) is not dict or type(entry.get("bytes")) is not int:
+            raise ValueError(f"{name!r:.100} has no size")
     return files
 
 
@@ -64,16 +69,18 @@ def damage(folder: Path, read: Any) -> str | None:
         return f"{NAME} is damaged ({error})"
     if seals is None:
         return f"{NAME} is missing" if _was_sealed(folder) else None
-    for name, seal in seals.items():
-        path = folder / name
+    for name, wanted in seals.items():
         try:
-            size = path.stat().st_size
-            if size != seal["bytes"]:
-                return f"{name} has {size} bytes instead of {seal['bytes']}"
-            if read(name, size) and seal_file(path, durable=False) != seal:
-                return f"{name} is not what was written (SHA-256 differs)"
+            with open_inside(folder, name) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != wanted["bytes"]:
+                    return f"{name} has {size} bytes instead of {wanted['bytes']}"
+                if read(name, size) and seal(file) != wanted:
+                    return f"{name} is not what was written (SHA-256 differs)"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
+        except ValueError as error:
+            return f"{NAME} is damaged ({error})"
     return None

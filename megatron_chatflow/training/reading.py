@@ -21,12 +21,12 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_chatflow.engine.torch_file import read_torch_file
 from megatron_chatflow.precision import state
 from megatron_chatflow.training.safe_reading import (
-    open_inside,
     read_metadata,
     read_range,
     read_small_file,
     refusing,
 )
+from megatron_chatflow.utils.user_files import open_inside
 
 
 class CheckpointReader:

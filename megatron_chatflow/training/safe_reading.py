@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_chatflow.config import UsageError
 from megatron_chatflow.engine.strict_pickle import Known, Maker, StrictUnpickler
 from megatron_chatflow.engine.torch_file import DTYPES, TENSORS
+from megatron_chatflow.utils.user_files import open_inside
 
 LARGEST_SMALL_FILE = 1 << 30
 """Bytes of ``.metadata`` and ``common.pt``; those of a run on thousands of GPUs have 100 MB."""
@@ -51,23 +51,6 @@ def refusing(folder: Path) -> Iterator[None]:
             f"{folder} is not read: something pickled in it is not what a checkpoint holds "
             f"({reason}); load a checkpoint from a source that you trust"
         ) from None
-
-
-def open_inside(folder: Path, name: str) -> Any:
-    """A file of a checkpoint, open for reading: a regular file in the folder itself."""
-    if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise UnpicklingError(f"it refers to the file {name!r:.100}, outside of its folder")
-    try:
-        number = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if (folder / name).is_symlink():
-            raise UnpicklingError(f"{name} is a symbolic link; copy with cp -rL") from None
-        raise UnpicklingError(f"{name!r:.100}: {error.strerror}") from None
-    file = os.fdopen(number, "rb", buffering=0)
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        file.close()
-        raise UnpicklingError(f"{name} is not a regular file")
-    return file
 
 
 def read_range(file: Any, offset: int, length: int) -> torch.Tensor:

@@ -6,10 +6,14 @@ start a new line of a log or of a script.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import stat
 import unicodedata
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -224,3 +228,25 @@ def check_name(key: str, name: str) -> None:
 def visible(text: str) -> str:
     """Return text with each control character spelled out, so that it stays on its line."""
     return "".join(repr(c)[1:-1] if control_character(c) else c for c in text)
+
+
+def open_inside(folder: Path, name: str) -> io.FileIO:
+    """Open a file that another file of its folder names, for reading.
+
+    Raises:
+        ValueError: the name leads out of the folder, is a link, or is not that of a regular file.
+        OSError: there is no such file, or it cannot be opened.
+    """
+    if name in ("", ".", "..") or "/" in name or control_character(name):
+        raise ValueError(f"it refers to the file {name!r:.100}, outside of its folder")
+    try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        number = os.open(folder / name, flags)
+    except OSError:
+        if (folder / name).is_symlink():
+            raise ValueError(f"{name} is a symbolic link; copy the folder with cp -rL") from None
+        raise
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise ValueError(f"{name} is not a regular file")
+    return io.FileIO(number)

@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +101,29 @@ def seal(folder: Path) -> None:
     known = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({k: v for k, v in known.items() if k != "sealed"}))
     manifest.write_manifest(folder, {})
+
+
+def read_all(folder: Path) -> dict[str, Any]:
+    """{name: value} of everything in a checkpoint."""
+    from megatron_chatflow.training.reading import CheckpointReader
+
+    reader = CheckpointReader(folder)
+    found: dict[str, Any] = {name: reader.tensor(name) for name in reader.tensors}
+    others = [i for i in reader.metadata.storage_data if i.fqn not in found]
+    return found | {i.fqn: value for i, value in reader.pieces(others)} | reader.common()
+
+
+def bombs() -> Iterator[tuple[str, bytes]]:
+    """Pickles that Python's own reader answers with memory, recursion or time."""
+    yield "bytes", b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"."
+    yield "text", b"\x80\x04\x8d" + struct.pack("<Q", 1 << 62) + b"."
+    yield "bytearray", b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"."
+    yield "memo", b"\x80\x02Nr" + struct.pack("<I", (1 << 32) - 1) + b"."
+    yield "frame", b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + b"."
+    yield "integer", b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b"."
+    yield "tuples", b"\x80\x02)" + b"\x85" * 20_000 + b"."
+    yield "key", b"\x80\x02})" + b"\x85" * 3_000 + b"Ns."
+    yield "lists", b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b"."
+    yield "marks", b"\x80\x02" + b"(" * 20_000 + b"t" * 19_999 + b"."
+    yield "sizes", b"\x80\x02(" + b"K\x01" * 9_000 + b"tq\x000ctorch\nSize\nh\x00\x85R."
+    yield "laughs", b"\x80\x02]q\x00" + b"".join(b"]h%ch%caq%c" % (i, i, i + 1) for i in range(90)) + b"."
