@@ -12,6 +12,8 @@ from megatron_chatflow.config.precision import check_precision
 from megatron_chatflow.config.recompute import check_recompute
 from megatron_chatflow.config.settings import Config, OptimizerSettings
 
+_MOST_SAMPLES = 1 << 53
+
 
 def resolve(config: Config, world_size: int) -> Config:
     """A copy with every dependent default filled in, checked against `world_size` processes.
@@ -258,9 +260,13 @@ def _check_optimizer(config: Config) -> None:
 
 
 def total_samples(config: Config) -> int:
-    """Length of the run in samples: whole iterations."""
+    """Length of the run in samples: whole iterations. Raises UsageError for one that sample numbers in float64 cannot count."""
     t = config.training
-    return t.train_samples if t.train_samples is not None else t.train_iters * t.global_batch_size
+    samples = t.train_samples if t.train_samples is not None else t.train_iters * t.global_batch_size
+    if samples > _MOST_SAMPLES:
+        name = "train_iters" if t.train_samples is None else "train_samples"
+        raise UsageError(f"{name}: a run of {samples:.4g} samples is longer than 2^53; give --{name.replace('_', '-')} a smaller number")
+    return samples
 
 
 def padded_vocab_size(config: Config, vocab_size: int) -> int:

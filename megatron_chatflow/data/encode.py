@@ -86,12 +86,14 @@ class Encoded:
 
     Attributes:
         corpora: documents by key; none of text when only checked.
+        records: how many records there are, malformed ones included.
         malformed: how many records are malformed.
         shown: number and reason of the first `SHOWN` of them.
         ignored: how many records have each key that nothing reads.
     """
 
     corpora: dict[str, Corpus]
+    records: int
     malformed: int
     shown: list[tuple[int, str]]
     ignored: dict[str, int] = field(default_factory=dict)
@@ -128,7 +130,7 @@ class Encoder:
         if columns is None:
             columns, malformed = self._each_text(data, first, format)
         corpora = {} if check_only else {key: self._encode_documents(texts) for key, texts in zip(self._task.keys, columns, strict=True)}
-        return Encoded(corpora, len(malformed), malformed[:SHOWN])
+        return Encoded(corpora, len(columns[0]) + len(malformed), len(malformed), malformed[:SHOWN])
 
     def _all_texts(self, data: bytes, format: str) -> list[list[Document]] | None:
         """Returns the documents of each key; None when a record needs a closer look."""
@@ -222,7 +224,8 @@ class Encoder:
                 raise ValueError(f"record {number}: {error}") from error
         corpus, refused = self.encode_conversations(conversations)
         malformed.extend((numbers[index], reason) for index, reason in refused)
-        return Encoded({self._task.keys[0]: corpus}, len(malformed), sorted(malformed)[:SHOWN], dict(ignored))
+        records = len(numbers) + len(malformed) - len(refused)
+        return Encoded({self._task.keys[0]: corpus}, records, len(malformed), sorted(malformed)[:SHOWN], dict(ignored))
 
     def _conversation(self, record: Mapping[str, Any] | MalformedRecord, ignored: Counter[str]) -> list[Passage]:
         """Returns a record's passages, none when no answer is trained on; counts the keys that nothing reads."""

@@ -8,9 +8,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import BinaryIO
 
-from megatron_chatflow.data import parquet, unpack
+from megatron_chatflow.data import json_array, parquet, unpack
 from megatron_chatflow.utils.user_files import check_line
 
 STDIN = "-"
@@ -76,6 +77,7 @@ class Source:
         self.format = format or {".txt": "text", ".parquet": "parquet"}.get(os.path.splitext(plain_name)[1], "jsonl")
         self._hash = hashlib.sha256()
         self._read = 0
+        self._is_array = False
         if path == STDIN:
             if self.format == "parquet":
                 raise ValueError("--input - cannot be parquet, which is not read from start to end: name the file")
@@ -98,8 +100,8 @@ class Source:
 
     @property
     def record(self) -> str:
-        """What a record is called in a message: `line` or `row`."""
-        return "row" if self.format == "parquet" else "line"
+        """What a record is called in a message: `line`, `row`, or `record` (of an array)."""
+        return "row" if self.format == "parquet" else "record" if self._is_array else "line"
 
     @property
     def stored_bytes(self) -> int:
@@ -136,7 +138,7 @@ class Source:
         checksum = 0
         held: list[bytes] = []
         held_bytes = 0
-        for block in self._blocks(max(size, len(_BOM))):
+        for block in self._line_blocks(max(size, len(_BOM))):
             end = block.rfind(b"\n") + 1
             if end == 0 or held_bytes + end < size:
                 held.append(block)
@@ -152,6 +154,24 @@ class Source:
         if data:
             following = first + data.count(b"\n") + (not data.endswith(b"\n"))
             yield Chunk(first, following, data, self.format, self._read, f"{zlib.crc32(data, checksum):08x}")
+
+    def _line_blocks(self, size: int) -> Iterator[bytes]:
+        """Blocks of lines; those of a JSON array are its elements."""
+        blocks = self._blocks(size)
+        begin = b""
+        for block in blocks:
+            begin += block
+            if begin.strip():
+                break
+        blocks = chain([begin] if begin else [], blocks)
+        self._is_array = self.format == "jsonl" and json_array.is_array(begin)
+        if not self._is_array:
+            yield from blocks
+            return
+        try:
+            yield from json_array.lines(blocks)
+        except json_array.BrokenArray as error:
+            raise ValueError(f"--input {self.path}: {error}") from None
 
     def _blocks(self, size: int) -> Iterator[bytes]:
         try:

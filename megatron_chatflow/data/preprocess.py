@@ -33,6 +33,8 @@ _MOST_IGNORED = 1000
 _CHECKPOINT_SECONDS = 1.0
 _CHECKPOINT_SHARE = 0.02
 """How often the state is saved: about every second, and less often where that would take more than this share of the time."""
+_EARLIEST = 1 << 24
+"""Bytes of the stored input before which too many malformed records do not end a run: how much of it is done is not known more exactly."""
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Progress:
 
 
 class MalformedInput(ValueError):
-    """The input has malformed records and nothing was written; the message names the first few."""
+    """Nothing was written because of what the input holds: malformed records, of which the message names the first few, or no document at all."""
 
 
 class InputChanged(ValueError):
@@ -98,9 +100,9 @@ def preprocess(
         note: told what the user should know, a sentence at a time.
 
     Raises:
-        ValueError: a setting, an input file or the tokenizer is wrong, no document is left to write, or there is an unfinished run that `resume`
-            does not fit.
-        MalformedInput: a record is malformed and `skip_malformed` is off; all input was looked through for the count.
+        ValueError: a setting, an input file or the tokenizer is wrong, or there is an unfinished run that `resume` does not fit.
+        MalformedInput: a record is malformed and `skip_malformed` is off (all input was looked through for the count), more than the share
+            `max_malformed` of them is, or no document is left to write.
         WorkerDied: a worker was killed.
         OSError: the output cannot be written.
     """
@@ -146,7 +148,8 @@ def _begin(settings: PreprocessSettings, decides: dict[str, Any], sources: int, 
         return state
     if settings.resume:
         note("--resume: there is no unfinished run of this output, so this one starts at the beginning")
-    return State(decides, malformed=[0] * sources, empty=[0] * sources, ignored=[{} for _ in range(sources)])
+    zeros = [0] * sources
+    return State(decides, records=zeros, malformed=zeros.copy(), empty=zeros.copy(), ignored=[{} for _ in range(sources)])
 
 
 def _decides(settings: PreprocessSettings, task: Task, tokenizer: Tokenizer, sources: list[Source]) -> dict[str, Any]:
@@ -160,6 +163,7 @@ def _decides(settings: PreprocessSettings, task: Task, tokenizer: Tokenizer, sou
         "--split-sentences": dataclasses.asdict(task.splitting) if task.splitting else None,
         "--seed": settings.chosen_seed(),
         "--skip-malformed": settings.skip_malformed,
+        "--max-malformed": settings.most_malformed(),
         "--lang": settings.lang,
         "--input-format": [source.format for source in sources],
         "tokenizer": tokenizer.identity(),
@@ -230,7 +234,10 @@ class _Run:
                     self._save(spools, Place(done.source, done.next, done.checksum))
                     now = time.perf_counter()
                     self.due = now + max(_CHECKPOINT_SECONDS, (now - began) / _CHECKPOINT_SHARE)
-                self._report((sum(sizes[: done.source]) + done.position) / total if total else None)
+                share = (sum(sizes[: done.source]) + done.position) / total if total else None
+                if share and share * total >= _EARLIEST:
+                    self._check_malformed(2 / share)
+                self._report(share)
 
     def _chunks(self) -> Iterator[Numbered]:
         """Gives the chunks that are not in the state yet."""
@@ -247,6 +254,7 @@ class _Run:
         named = self.sources[source]
         shown = self.state.shown
         shown.extend(f"{named.name}, {named.record} {number}: {reason}" for number, reason in encoded.shown[: SHOWN - len(shown)])
+        self.state.records[source] += encoded.records
         self.state.malformed[source] += encoded.malformed
         self.failed = self.failed or (encoded.malformed > 0 and not self.settings.skip_malformed)
         if self.failed:
@@ -289,10 +297,20 @@ class _Run:
                 "\n".join(self.state.shown) + f"\n{malformed:,} malformed record{'s' * (malformed > 1)}, so nothing was written: "
                 "mend the input, or leave them out with --skip-malformed"
             )
+        self._check_malformed(1)
         for key, counts in self.state.counts.items():
             if counts.documents == 0:
                 skipped = f"{malformed:,} malformed records and {empty:,} empty documents were left out"
-                raise ValueError(f"no document is left for {self.settings.prefixes()[key]} ({skipped}), so nothing was written: check --input")
+                raise MalformedInput(f"no document is left for {self.settings.prefixes()[key]} ({skipped}), so nothing was written: check --input")
+
+    def _check_malformed(self, scale: float) -> None:
+        """Refuses a run of which too many records are malformed, where all of its records are at most `scale` times those so far."""
+        records, malformed, most = sum(self.state.records), sum(self.state.malformed), self.settings.most_malformed()
+        if malformed > most * records * scale:
+            raise MalformedInput(
+                "\n".join(self.state.shown) + f"\n{malformed:,} of {records:,} records{' so far' * (scale > 1)} are malformed, more than the "
+                f"share of {most:g} that --max-malformed allows, so nothing was written: correct the input, or give a larger --max-malformed"
+            )
 
     def _manifest(self, spool: Spool) -> Manifest:
         return Manifest(

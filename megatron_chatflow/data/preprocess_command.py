@@ -13,7 +13,7 @@ from typing import TextIO
 from megatron_chatflow.data.encode import KINDS
 from megatron_chatflow.data.formats import FORMATS
 from megatron_chatflow.data.preprocess import MalformedInput, Progress, Summary, preprocess
-from megatron_chatflow.data.preprocess_settings import DEFAULT_SEED, PreprocessSettings
+from megatron_chatflow.data.preprocess_settings import DEFAULT_MAX_MALFORMED, DEFAULT_SEED, PreprocessSettings
 from megatron_chatflow.data.unfinished import has_state
 from megatron_chatflow.data.workers import WorkerDied
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
@@ -85,12 +85,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="preprocess_data.py", description=description, epilog=_EXAMPLES, formatter_class=_Help, allow_abbrev=False)
     data = parser.add_argument_group("input")
     data.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, patterns in quotes, - for standard input; .gz, .zst unpacked")
-    data.add_argument("--input-format", choices=FORMATS, help="JSON lines, a document a line, or a table; by default .txt is text, .parquet a table")
+    formats = "JSON lines or one JSON array, a document a line, or a table; by default .txt is text, .parquet a table"
+    data.add_argument("--input-format", choices=FORMATS, help=formats)
     data.add_argument("--kind", choices=KINDS, default="text", help="text under --json-keys, parallel text, or conversations")
     data.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that become a corpus each (--kind text; default: text)")
     templates = "chatflow, alpaca, chatml, or tokenizer for the tokenizer's own (--kind instruct, by default chatflow)"
     data.add_argument("--template", help=f"'{{en}}\\n{{zh}}' (--kind parallel); {templates}")
     data.add_argument("--skip-malformed", action="store_true", help="leave malformed records out and count them; without it they stop the run")
+    share = f"with --skip-malformed: the share of malformed records beyond which nothing is written (default: {DEFAULT_MAX_MALFORMED:g})"
+    data.add_argument("--max-malformed", type=float, metavar="FRACTION", help=share)
     data.add_argument("--lang", help="language of the text, noted in the manifest; of --split-sentences, by default english")
     data.add_argument("--split-sentences", action="store_true", help="make each sentence a sequence: by NLTK where its data is, else by a rule")
     data.add_argument("--keep-newlines", action="store_true", help="with --split-sentences: a sentence keeps the white space that follows it")

@@ -13,6 +13,7 @@ from megatron_chatflow.tokenizer import Tokenizer
 from megatron_chatflow.utils.user_files import check_line
 
 DEFAULT_SEED = 1234
+DEFAULT_MAX_MALFORMED = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class PreprocessSettings:
         seed: of that order; 1234 when None.
         workers: processes that encode; 1 encodes in this one.
         skip_malformed: leave malformed records out, rather than write nothing.
+        max_malformed: with `skip_malformed`, the share of malformed records beyond which nothing is written; 0.05 when None.
         input_format: `jsonl`, `text` or `parquet`; by the file's name when None.
         lang: language of the text, for the manifest and for `split_sentences` (default there `english`).
         log_interval: documents between two reports of progress.
@@ -57,6 +59,7 @@ class PreprocessSettings:
     seed: int | None = None
     workers: int = 1
     skip_malformed: bool = False
+    max_malformed: float | None = None
     input_format: str | None = None
     lang: str | None = None
     log_interval: int = 1000
@@ -81,6 +84,10 @@ class PreprocessSettings:
     def chosen_seed(self) -> int | None:
         """Returns the seed of the order; None: the order of the input."""
         return (DEFAULT_SEED if self.seed is None else self.seed) if self.shuffle else None
+
+    def most_malformed(self) -> float:
+        """Returns the share of malformed records beyond which nothing is written."""
+        return DEFAULT_MAX_MALFORMED if self.max_malformed is None else self.max_malformed
 
     def chosen_template(self) -> str | None:
         """Returns the template, by default that of the kind."""
@@ -134,6 +141,11 @@ def check(settings: PreprocessSettings) -> None:
         raise ValueError(f"--output-prefix {settings.output_prefix!r} is no prefix of a file name: give one such as out/en")
     if settings.vocab_size is not None and settings.tokenizer_type not in ("NullTokenizer", "TikTokenizer"):
         raise ValueError(f"--vocab-size has no meaning for {settings.tokenizer_type}, whose files say it: drop the flag")
+    if settings.max_malformed is not None:
+        if not settings.skip_malformed:
+            raise ValueError("--max-malformed has no meaning without --skip-malformed: add it, or drop the flag")
+        if not 0 <= settings.max_malformed <= 1:
+            raise ValueError(f"--max-malformed {settings.max_malformed:g} is not a share: give a number from 0 to 1")
     if settings.seed is not None and not settings.shuffle:
         raise ValueError("--seed has no meaning without --shuffle: add it, or drop the flag")
     if settings.keep_newlines and not settings.split_sentences:

@@ -50,6 +50,7 @@ class State:
         run: what decides the output; by flag.
         place: how far the input was read.
         read: of each source that was read to its end its size, its sha256 and when it was last modified.
+        records: records of each source, malformed ones included.
         malformed: malformed records of each source.
         empty: documents that encode to nothing, of each source.
         ignored: of each source, how many records have each key that nothing reads.
@@ -61,6 +62,7 @@ class State:
     run: dict[str, Any]
     place: Place = Place()
     read: list[dict[str, Any]] = field(default_factory=list)
+    records: list[int] = field(default_factory=list)
     malformed: list[int] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     ignored: list[dict[str, int]] = field(default_factory=list)

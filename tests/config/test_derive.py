@@ -92,3 +92,12 @@ def test_the_schedule_counts_samples_as_megatron_does() -> None:
     config = read("--lr-decay-style WSD --lr-wsd-decay-iters 3 --lr-warmup-fraction 0.25 --lr-decay-iters 8")
     assert Schedule.of(config) == Schedule(warmup=32, decay=128, wsd=48, total=160)
     assert total_samples(config) == 160
+
+
+@pytest.mark.parametrize(("name", "value"), [("train_samples", 10**30), ("train_iters", 10**16)])
+def test_a_run_that_is_too_long_to_count_is_refused(name: str, value: int):
+    config = Config()
+    config.training.global_batch_size = 8
+    setattr(config.training, name, value)
+    with pytest.raises(UsageError, match=f"{name}: a run of "):
+        total_samples(config)

@@ -1,0 +1,96 @@
+"""A JSON array as JSON lines: each element on a line, whatever white space the array has between and within its elements."""
+
+import re
+from collections.abc import Iterator
+
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_TOKEN = re.compile(_STRING + rb'|["{}\[\],]', re.DOTALL)
+_BREAK = re.compile(_STRING + rb"|[\r\n]+", re.DOTALL)
+_UNMATCHED = "brackets do not match in record {} of its array, so those after it cannot be told apart: correct the file"
+_CLOSES = {ord("{"): ord("}"), ord("["): ord("]")}
+
+
+class BrokenArray(ValueError):
+    """The elements of an array cannot be told apart."""
+
+
+def is_array(block: bytes) -> bool:
+    """Returns whether text that begins so is a JSON array."""
+    return block.lstrip()[:1] == b"["
+
+
+def lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Gives the elements of an array, one on each line; memory is bounded by the largest element.
+
+    Args:
+        blocks: the text of the array, cut anywhere.
+
+    Yields:
+        Some lines, newline characters included. They are not checked: what is wrong within an element is for its reader to find.
+
+    Raises:
+        BrokenArray: the brackets do not match, the array does not end, or something follows it.
+    """
+    held = next(blocks)
+    begin = at = held.index(b"[") + 1
+    number = 1
+    brackets = bytearray()
+    while True:
+        found, ended = [], False
+        for token in _TOKEN.finditer(held, at):
+            kind = held[token.start()]
+            if kind == 0x22 and token.end() - token.start() == 1:  # the string goes on in the next block
+                at = token.start()
+                break
+            at = token.end()
+            if kind in _CLOSES:
+                brackets.append(_CLOSES[kind])
+            elif brackets and kind in b"]}":
+                if brackets.pop() != kind:
+                    raise BrokenArray(_UNMATCHED.format(number))
+            elif kind == 0x7D:
+                raise BrokenArray(_UNMATCHED.format(number))
+            elif not brackets and kind in b",]":
+                element = held[begin : token.start()]
+                ended = kind == 0x5D
+                if element.strip() or not ended:
+                    found.append(_on_one_line(element))
+                    number += 1
+                begin = at
+                if ended:
+                    break
+        else:
+            at = len(held)
+        if found:
+            yield b"\n".join([*found, b""])
+        if ended:
+            _check_end(held[begin:], blocks)
+            return
+        held, at = held[begin:], at - begin
+        begin = 0
+        wanted = 2 * len(held) if at < len(held) else 0  # a long string is looked at again only when it has doubled
+        more, size = [], len(held)
+        for block in blocks:
+            more.append(block)
+            size += len(block)
+            if size >= wanted:
+                break
+        if not more:
+            raise BrokenArray(f"its array does not end, and record {number} is the last: the file was cut off")
+        held = b"".join([held, *more])
+
+
+def _on_one_line(element: bytes) -> bytes:
+    """Returns an element without line breaks; one within a string, which JSON does not allow, stays an error."""
+    element = element.strip()
+    if b"\n" in element or b"\r" in element:
+        element = _BREAK.sub(lambda match: re.sub(rb"[\r\n]", b"\x01", match[0]) if match[0][:1] == b'"' else b" ", element)
+    return element or b","
+
+
+def _check_end(rest: bytes, blocks: Iterator[bytes]) -> None:
+    while not rest.strip():
+        rest = next(blocks, None)
+        if rest is None:
+            return
+    raise BrokenArray("something follows the array that it begins with: write one array, or one JSON object on each line")
