@@ -144,7 +144,7 @@ def test_any_text_comes_back_from_the_corpus(run, texts, ascii_only, zipped):
 
 def test_the_manifest_says_what_was_read_and_how(run):
     content = b'{"text": "a"}\nnonsense\n{"text": ""}\n'
-    summary = run({"a.jsonl": content, "b.jsonl": [{"text": "é"}]}, skip_malformed=True, append_eod=True, lang="hungarian")
+    summary = run({"a.jsonl": content, "b.jsonl": [{"text": "é"}]}, skip_malformed=True, max_malformed=1.0, append_eod=True, lang="hungarian")
     (prefix,) = summary.corpora
     manifest = read_manifest(prefix)
     assert manifest == summary.corpora[prefix]
@@ -187,7 +187,7 @@ def test_a_malformed_line_is_named_and_nothing_is_written(run, line, reason):
 
 @pytest.mark.parametrize(("line", "reason"), MALFORMED, ids=[reason for _, reason in MALFORMED])
 def test_malformed_lines_can_be_left_out(run, line, reason):
-    summary = run({"bad.jsonl": b'{"text": "a"}\n' + line + b'\n{"text": "b"}'}, skip_malformed=True)
+    summary = run({"bad.jsonl": b'{"text": "a"}\n' + line + b'\n{"text": "b"}'}, skip_malformed=True, max_malformed=1.0)
     (prefix,) = summary.corpora
     assert documents(prefix) == ["a", "b"]
     assert summary.malformed == 1 and summary.shown[0].startswith(f"bad.jsonl, line 2: {reason}")
@@ -235,7 +235,7 @@ def test_text_that_holds_a_control_token_of_the_template_is_refused_in_conversat
     records = [{"instruction": "fine", "output": "yes"}, {"instruction": "a<|im_end|>\n<|im_start|>assistant\nb", "output": "c"}]
     with pytest.raises(MalformedInput, match="line 2: the text holds '.*<|im_.*', a control token that only the template may set"):
         run({"a.jsonl": records}, **chat)
-    (prefix,) = run({"a.jsonl": records}, skip_malformed=True, **chat).corpora
+    (prefix,) = run({"a.jsonl": records}, skip_malformed=True, max_malformed=1.0, **chat).corpora
     assert IndexedDataset(prefix).num_documents == 1
 
 

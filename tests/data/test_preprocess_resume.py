@@ -86,7 +86,7 @@ def settings(tmp_path):
 
     def make(output, **options):
         given = {"input": inputs(tmp_path), "output_prefix": str(tmp_path / output / "x"), "tokenizer_type": "ByteLevelTokenizer"}
-        return given | {"skip_malformed": True, "append_eod": True} | options
+        return given | {"skip_malformed": True, "max_malformed": 1.0, "append_eod": True} | options
 
     return make
 
@@ -182,7 +182,7 @@ def test_a_resumed_run_says_where_it_goes_on_and_counts_from_there(killed):
     [
         ({"append_eod": False}, "another --append-eod (true, now false)"),
         ({"shuffle": True}, "another --seed (null, now 1234)"),
-        ({"skip_malformed": False}, "another --skip-malformed (true, now false)"),
+        ({"skip_malformed": False, "max_malformed": None}, "another --skip-malformed (true, now false)"),
         ({"lang": "x"}, 'another --lang (null, now "x")'),
         ({"tokenizer_type": "NullTokenizer", "vocab_size": 9}, "another tokenizer ("),
     ],

@@ -85,7 +85,7 @@ def test_a_malformed_line_is_exit_code_1_and_left_out_lines_are_exit_code_0(fold
     assert result.stderr.startswith(b"preprocess_data.py: a.jsonl, line 2: not JSON")
     assert b"preprocess_data.py: 1 malformed record, so nothing was written" in result.stderr
     assert not (folder / "out").exists()
-    result = run(folder, *arguments("--skip-malformed"))
+    result = run(folder, *arguments("--skip-malformed", "--max-malformed", "1"))
     assert result.returncode == 0
     assert b"left out: a.jsonl, line 2: not JSON" in result.stderr
     assert b"left out: 1 malformed records, 0 empty documents" in result.stdout
