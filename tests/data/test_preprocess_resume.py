@@ -108,6 +108,17 @@ def test_a_run_killed_anywhere_and_resumed_writes_what_an_uninterrupted_one_writ
         assert written(tmp_path / f"out{turn}") == expected
 
 
+def test_a_run_over_an_array_that_was_killed_and_resumed_writes_what_an_uninterrupted_one_writes(tmp_path, small_chunks):
+    (tmp_path / "a.json").write_text(json.dumps(records(300), indent=1, ensure_ascii=False))
+    given = {"input": [str(tmp_path / "a.json")], "tokenizer_type": "ByteLevelTokenizer"}
+    drive(100, given | {"output_prefix": str(tmp_path / "out" / "x")})
+    state = json.loads((tmp_path / "out" / "x_text_document.unfinished" / "state.json").read_text())
+    assert 1 < state["place"]["next"] < 300 and state["records"][0] == state["place"]["next"] - 1
+    for output in ("out", "whole"):
+        preprocess(PreprocessSettings(**given, output_prefix=str(tmp_path / output / "x"), resume=output == "out"))
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_a_run_killed_at_every_step_writes_what_an_uninterrupted_one_writes(tmp_path, settings, small_chunks, options):
