@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_chatflow.data import parquet
 from megatron_chatflow.data.formats import Source, open_sources
+from megatron_chatflow.data.json_array import is_array
 from megatron_chatflow.data.records import all_records, each_record
 from megatron_chatflow.data.templates import MalformedRecord
 
@@ -29,7 +30,7 @@ NOISE = bytes(i * i * 7 % 251 for i in range(5000))
 )
 def test_chunks_are_whole_lines_with_their_numbers_in_order(tmp_path, lines, size, suffix):
     content = b"\n".join(lines)
-    if content[:2] == b"\x1f\x8b":
+    if content[:2] == b"\x1f\x8b" or is_array(content.removeprefix(b"\xef\xbb\xbf")):
         return
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(COMPRESSIONS[suffix](content))
