@@ -260,12 +260,17 @@ def _check_optimizer(config: Config) -> None:
 
 
 def total_samples(config: Config) -> int:
-    """Length of the run in samples: whole iterations. Raises UsageError for one that sample numbers in float64 cannot count."""
+    """Length of the run in samples: whole iterations. Raises UsageError beyond 2^53 samples."""
     t = config.training
-    samples = t.train_samples if t.train_samples is not None else t.train_iters * t.global_batch_size
+    samples = t.train_samples
+    if samples is None:
+        samples = t.train_iters * t.global_batch_size
     if samples > _MOST_SAMPLES:
         name = "train_iters" if t.train_samples is None else "train_samples"
-        raise UsageError(f"{name}: a run of {samples:.4g} samples is longer than 2^53; give --{name.replace('_', '-')} a smaller number")
+        raise UsageError(
+            f"{name}: a run of {samples:.4g} samples is longer than 2^53; "
+            f"give --{name.replace('_', '-')} a smaller number"
+        )
     return samples
 
 

@@ -1,4 +1,4 @@
-"""A JSON array as JSON lines: each element on a line, whatever white space the array has between and within its elements."""
+"""A JSON array as JSON lines: each element on one line, whatever its white space."""
 
 import re
 from collections.abc import Iterator
@@ -6,12 +6,15 @@ from collections.abc import Iterator
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _TOKEN = re.compile(_STRING + rb'|["{}\[\],]', re.DOTALL)
 _BREAK = re.compile(_STRING + rb"|[\r\n]+", re.DOTALL)
-_UNMATCHED = "brackets do not match in record {} of its array, so those after it cannot be told apart: correct the file"
+_UNMATCHED = (
+    "brackets do not match in record {} of its array, so the records after it cannot be separated: "
+    "correct the file"
+)
 _CLOSES = {ord("{"): ord("}"), ord("["): ord("]")}
 
 
 class BrokenArray(ValueError):
-    """The elements of an array cannot be told apart."""
+    """The elements of an array cannot be separated."""
 
 
 def is_array(block: bytes) -> bool:
@@ -20,13 +23,13 @@ def is_array(block: bytes) -> bool:
 
 
 def lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Gives the elements of an array, one on each line; memory is bounded by the largest element.
+    """Yield the elements of an array, one per line; memory is bounded by the largest element.
 
     Args:
         blocks: the text of the array, cut anywhere.
 
     Yields:
-        Some lines, newline characters included. They are not checked: what is wrong within an element is for its reader to find.
+        Some lines, newline characters included. Errors within an element are left to its reader.
 
     Raises:
         BrokenArray: the brackets do not match, the array does not end, or something follows it.
@@ -39,7 +42,7 @@ def lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
         found, ended = [], False
         for token in _TOKEN.finditer(held, at):
             kind = held[token.start()]
-            if kind == 0x22 and token.end() - token.start() == 1:  # the string goes on in the next block
+            if kind == 0x22 and token.end() - token.start() == 1:  # continues in the next block
                 at = token.start()
                 break
             at = token.end()
@@ -68,7 +71,8 @@ def lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
             return
         held, at = held[begin:], at - begin
         begin = 0
-        wanted = 2 * len(held) if at < len(held) else 0  # a long string is looked at again only when it has doubled
+        # a long string is scanned again only when it has doubled
+        wanted = 2 * len(held) if at < len(held) else 0
         more, size = [], len(held)
         for block in blocks:
             more.append(block)
@@ -76,15 +80,19 @@ def lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
             if size >= wanted:
                 break
         if not more:
-            raise BrokenArray(f"its array does not end, and record {number} is the last: the file was cut off")
+            raise BrokenArray(
+                f"its array does not end, and record {number} is the last: the file was cut off"
+            )
         held = b"".join([held, *more])
 
 
 def _on_one_line(element: bytes) -> bytes:
-    """Returns an element without line breaks; one within a string, which JSON does not allow, stays an error."""
+    """Return an element without line breaks; one within a string stays an error, as in JSON."""
     element = element.strip()
     if b"\n" in element or b"\r" in element:
-        element = _BREAK.sub(lambda match: re.sub(rb"[\r\n]", b"\x01", match[0]) if match[0][:1] == b'"' else b" ", element)
+        element = _BREAK.sub(
+            lambda m: re.sub(rb"[\r\n]", b"\x01", m[0]) if m[0][:1] == b'"' else b" ", element
+        )
     return element or b","
 
 
@@ -93,4 +101,7 @@ def _check_end(rest: bytes, blocks: Iterator[bytes]) -> None:
         rest = next(blocks, None)
         if rest is None:
             return
-    raise BrokenArray("something follows the array that it begins with: write one array, or one JSON object on each line")
+    raise BrokenArray(
+        "something follows the array that it begins with: write one array, "
+        "or one JSON object on each line"
+    )

@@ -63,8 +63,8 @@ def _record(line: bytes, format: str) -> Mapping[str, Any]:
         raise MalformedRecord("JSON nested too deeply") from error
     except ValueError as error:
         cut = isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip())
-        fix = ": it goes on in the next line; write each record on one line, or all of them as one JSON array" if cut else ""
-        raise MalformedRecord(f"not JSON ({error}){fix}") from error
+        fix = ": it continues on the next line; write each record on one line, or one JSON array"
+        raise MalformedRecord(f"not JSON ({error}){fix if cut else ''}") from error
     if not isinstance(record, dict):
         raise MalformedRecord(f"JSON, but {json_kind(record)} and not an object")
     return record

@@ -128,7 +128,7 @@ def test_messages_name_the_record(tmp_path):
 
 
 def test_a_record_over_several_lines_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(MalformedInput, match="it goes on in the next line; write each record on one line, or all of them as one JSON array"):
+    with pytest.raises(MalformedInput, match="it continues on the next line; write each record on one line, or one JSON array"):
         preprocessed(tmp_path, "a.json", json.dumps(RECORDS[0], indent=2).encode())
 
 
