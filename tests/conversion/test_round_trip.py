@@ -153,7 +153,8 @@ def test_one_key_head_over_three_tensor_ranks_goes_both_ways(pool: Pool, sample:
     assert code == 0, err
     ids = tokenizer.encode("文件")
     assert out == tokenizer.decode(ids + greedy(folder, ids, 8)) + "\n"
-    words += ["--finetune", "--save", str(tuned), "--train-iters", "3", "--lr", "1e-3", "--min-lr", "0"]
+    words += ["--finetune", "--save", str(tuned), "--train-iters", "3"]
+    words += ["--lr", "1e-3", "--min-lr", "0", "--lr-warmup-iters", "0"]
     for code, _, err in pool.run(3, train, tmp_path, *words[2:], *layout):
         assert code == 0, err
     ((code, _, err),) = pool.run(1, tool, "--load-dir", tuned, "--save-dir", back)
