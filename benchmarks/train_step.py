@@ -6,7 +6,8 @@
 Both train the same LLaMA-style model (hidden 512, 8 layers, 8 heads, 4 groups, feed-forward 1408, vocabulary 8192, sequence 512, batch 4) in
 bfloat16 over float32 main weights on two threads: this project's own step, as `chatflow train --bf16` runs it, and Hugging Face's
 LlamaForCausalLM under bf16 autocast with fused AdamW and clipping, which is what its Trainer does; the same again under torch.compile. Then this
-project's step with each FP8 recipe of the reference, whose time over bf16's is `fp8_<recipe>_over_bf16`: what a rehearsal in FP8 costs.
+project's step in float32 (`bf16_over_float32` compares tokens per second: above 1, bf16 is faster), and with each FP8 recipe of the reference, whose
+time over bf16's is `fp8_<recipe>_over_bf16`: what a rehearsal in FP8 costs.
 The steps take turns, round after round; medians are compared, so a slow moment of the machine meets all of them alike.
 """
 
@@ -34,12 +35,14 @@ WORDS = (
 )
 FP8 = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
 WAYS = ("ours", "huggingface", "compiled")
+OWN = ("float32", *FP8)
 
 
-def ours(recipe: str | None = None) -> Callable[[], float]:
-    """One step of this project, in bf16 or in FP8 with a `recipe`; returns the loss."""
-    fp8 = f" --fp8-format {FP8[recipe]} --fp8-recipe {recipe}" if recipe else ""
-    return Trainer(WORDS + fp8, VOCAB).step
+def ours(way: str) -> Callable[[], float]:
+    """One step of this project, in bf16, in float32 or in FP8 with a recipe; returns the loss."""
+    if way == "float32":
+        return Trainer(WORDS.replace(" --bf16", ""), VOCAB).step
+    return Trainer(WORDS + (f" --fp8-format {FP8[way]} --fp8-recipe {way}" if way in FP8 else ""), VOCAB).step
 
 
 def huggingface(compiled: bool) -> Callable[[], float]:
@@ -75,7 +78,7 @@ def serve(way: str) -> None:
     import torch
 
     torch.set_num_threads(THREADS)
-    step = huggingface(way == "compiled") if way in WAYS[1:] else ours(way if way in FP8 else None)
+    step = huggingface(way == "compiled") if way in WAYS[1:] else ours(way)
     for _ in range(2):
         step()
     print("ready", flush=True)
@@ -89,15 +92,18 @@ def serve(way: str) -> None:
 
 
 def matmul_peak() -> float:
-    """GFLOP/s of a 2048 x 512 x 1408 bf16 product on the same threads, best of many: what the step's products could reach."""
+    """GFLOP/s of a 2048 x 512 x 1408 bf16 product as the step makes it on the same threads, best of many: what the step's products could reach."""
     import torch
 
+    from megatron_chatflow.engine.matmul import mm_in_float32, uses_float32
+
     torch.set_num_threads(THREADS)
+    product = mm_in_float32 if uses_float32() else torch.mm
     a, b = torch.randn(BATCH * SEQ, HIDDEN, dtype=torch.bfloat16), torch.randn(HIDDEN, FFN, dtype=torch.bfloat16)
     best = float("inf")
     for _ in range(100):
         begin = time.perf_counter()
-        a @ b
+        product(a, b)
         best = min(best, time.perf_counter() - begin)
     return 2 * BATCH * SEQ * HIDDEN * FFN / best / 1e9
 
@@ -133,18 +139,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8, help="turns of each way. Default: 8.")
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn. Default: 4.")
-    parser.add_argument("--serve", choices=(*WAYS, *FP8), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=(*WAYS, *OWN), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve(args.serve)
         return
-    results = measure(WAYS, args.rounds, args.steps) | measure(tuple(FP8), max(1, args.rounds // 4), args.steps)
+    from megatron_chatflow.engine.kernels import describe_cpu
+    from megatron_chatflow.engine.matmul import is_float32_faster
+
+    print(f"CPU: {describe_cpu(is_float32_faster())}")
+    results = measure(WAYS, args.rounds, args.steps) | measure(OWN, max(1, args.rounds // 4), args.steps)
     median = {way: statistics.median(r["seconds"]) for way, r in results.items()}
     memory = {way: max(r["megabytes"]) for way, r in results.items()}
     products = 6 * BATCH * SEQ * (LAYERS * HIDDEN * (2 * HIDDEN + 2 * HIDDEN * GROUPS // HEADS + 3 * FFN) + HIDDEN * VOCAB)
     peak = matmul_peak()
     print(f"{'':<15} {'ms a step':>10} {'tokens/s':>10} {'peak MB':>9} {'of peak':>8}")
-    for way in (*WAYS, *FP8):
+    for way in (*WAYS, *OWN):
         rate, share = BATCH * SEQ / median[way], products / median[way] / 1e9 / peak
         print(f"{'FP8 ' + way if way in FP8 else way:<15} {median[way] * 1e3:>10.0f} {rate:>10.0f} {memory[way]:>9.0f} {share:>8.0%}")
     print(f"peak: {peak:.0f} GFLOP/s in a bf16 product on {THREADS} threads; the products of a step are {products / 1e9:.0f} GFLOP")
@@ -153,6 +163,7 @@ def main() -> None:
         "compiled_ratio": median["compiled"] / median["ours"],
         "memory_ratio": memory["huggingface"] / memory["ours"],
         "peak_share": products / median["ours"] / 1e9 / peak,
+        "bf16_over_float32": median["float32"] / median["ours"],
     } | {f"fp8_{recipe}_over_bf16": median[recipe] / median["ours"] for recipe in FP8}
     print(json.dumps({name: round(value, 4) for name, value in ratios.items()}))
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_chatflow.config.pipeline import virtual_pipeline_size
 from megatron_chatflow.config.settings import ParallelSettings
-from megatron_chatflow.engine import cpu
+from megatron_chatflow.engine import cpu, matmul
 from megatron_chatflow.engine.launch import Launch
 from megatron_chatflow.engine.lifeline import Lifeline
 
@@ -44,6 +44,8 @@ def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> N
         dist.init_process_group(backend, init_method=f"tcp://{launch.master_addr}:{launch.master_port}", **sizes)
     else:
         dist.init_process_group(backend, init_method="env://", **sizes)
+    if where.type == "cpu":
+        matmul.agree()
     initialize_model_parallel(parallel, num_layers)
 
 

@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_chatflow.engine.matmul import uses_float32
 from megatron_chatflow.model.blocked_attention import attention
 
 
@@ -48,6 +49,8 @@ class PortableAttention(MegatronModule):
             return attention(query, key, value, attention_mask, self.softmax_scale).reshape(*query.shape[:2], -1)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask = None if attention_mask is None else ~attention_mask
+        if uses_float32(q, k, v):
+            q, k, v = q.float(), k.float(), v.float()
         fork = get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else contextlib.nullcontext()
         with fork:
             out = torch.nn.functional.scaled_dot_product_attention(
@@ -60,4 +63,4 @@ class PortableAttention(MegatronModule):
                 scale=self.softmax_scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
-        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        return out.to(query.dtype).permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

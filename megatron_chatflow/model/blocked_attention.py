@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_chatflow.engine.matmul import bmm
+
 ROWS = 128
 """Queries of a block, over all heads of a group."""
 SCORES = 300_000
@@ -44,7 +46,7 @@ def _from_groups(t: torch.Tensor, batch: int) -> torch.Tensor:
 def _probabilities(q: torch.Tensor, k: torch.Tensor, queries: slice, forbidden: torch.Tensor | None) -> torch.Tensor:
     """Softmax of a block's scores, [groups, heads x queries, keys], of scaled queries [groups, heads, queries, d] and keys [groups, keys, d]."""
     groups, heads, count, d = q.shape
-    scores = torch.bmm(q.reshape(groups, heads * count, d), k.transpose(1, 2))
+    scores = bmm(q.reshape(groups, heads * count, d), k.transpose(1, 2))
     by_query = scores.view(groups, heads, count, -1)
     if forbidden is None:
         by_query[..., queries].masked_fill_(torch.ones(count, count, dtype=torch.bool, device=q.device).triu_(1), -torch.inf)
@@ -64,7 +66,7 @@ class _Attention(torch.autograd.Function):
         for group, block in _blocks(len(queries), len(q), queries.shape[1]):
             until = block.stop
             p = _probabilities(queries[group, :, block], keys[group, :until], block, _of(mask, group, groups))
-            out[group, :, block] = torch.bmm(p, values[group, :until]).view_as(out[group, :, block])
+            out[group, :, block] = bmm(p, values[group, :until]).view_as(out[group, :, block])
         return _from_groups(out, batch)
 
     @staticmethod
@@ -80,10 +82,10 @@ class _Attention(torch.autograd.Function):
             some, key, value = queries[group, :, block], keys[group, :until], values[group, :until]
             g = grads[group, :, block].reshape(len(some), -1, q.shape[-1])
             p = _probabilities(some, key, block, _of(mask, group, groups))
-            grad_v[group, :until] += torch.bmm(p.transpose(1, 2), g)
-            grad_scores = torch.ops.aten._softmax_backward_data(torch.bmm(g, value.transpose(1, 2)), p, -1, p.dtype)
-            grad_q[group, :, block] = torch.bmm(grad_scores, key).view_as(some)
-            grad_k[group, :until] += torch.bmm(grad_scores.transpose(1, 2), some.reshape_as(g))
+            grad_v[group, :until] += bmm(p.transpose(1, 2), g)
+            grad_scores = torch.ops.aten._softmax_backward_data(bmm(g, value.transpose(1, 2)), p, -1, p.dtype)
+            grad_q[group, :, block] = bmm(grad_scores, key).view_as(some)
+            grad_k[group, :until] += bmm(grad_scores.transpose(1, 2), some.reshape_as(g))
         grad_k, grad_v = (_from_groups(t[:, None].to(q.dtype), batch) for t in (grad_k, grad_v))
         return _from_groups(grad_q.mul_(ctx.scale), batch), grad_k, grad_v, None, None
 

@@ -16,6 +16,8 @@ from megatron.core.models.common.language_module import language_module
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_chatflow.model import float32_linear
+
 BLOCK = 1 << 19
 """Elements of a block: a few of them in float32 fit the second-level cache."""
 
@@ -182,6 +184,7 @@ def settings(*, swiglu: bool, rope: bool) -> dict[str, Any]:
     """
     rope_utils.fused_apply_rotary_pos_emb = rotary
     language_module.te_parallel_cross_entropy = cross_entropy
+    float32_linear.install()
     return {
         "use_te_activation_func": swiglu,
         "apply_rope_fusion": rope,

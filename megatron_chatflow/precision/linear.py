@@ -18,7 +18,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: _ReferenceLinear, training: bool, collective: _Collective
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: _ReferenceLinear, training: bool, collective: Collective
     ) -> torch.Tensor:
         assert x.dtype == weight.dtype == torch.bfloat16, "FP8 stands beside bfloat16"
         total = collective.gather(x)
@@ -41,7 +41,7 @@ class _Linear(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
-class _Collective:
+class Collective:
     """What column parallelism asks of the other tensor-parallel ranks: nothing, a sum of dx, or a gathered x and a scattered sum of dx."""
 
     def __init__(self, group: ProcessGroup | None, gathers: bool, sums: bool) -> None:
@@ -93,7 +93,7 @@ class _ReferenceLinear:
         tp_group: ProcessGroup | None,
         **of_other_backends: Any,
     ) -> torch.Tensor:
-        collective = _Collective(tp_group, sequence_parallel, allreduce_dgrad)
+        collective = Collective(tp_group, sequence_parallel, allreduce_dgrad)
         return _Linear.apply(input, weight, bias, self, torch.is_grad_enabled(), collective)
 
     def get_extra_state(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from megatron_chatflow.engine import matmul
 from megatron_chatflow.precision.delayed import BACKWARD_SLOTS, BACKWARD_WIDTH, FORWARD_SLOTS, FORWARD_WIDTH, DelayedScaling
 from megatron_chatflow.precision.formats import Format
 from megatron_chatflow.precision.quantizers import BLOCK, Scaled, by_blocks, by_micro_blocks, with_current_scale
@@ -32,6 +33,8 @@ class Products(Protocol):
 
 def product(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None) -> torch.Tensor:
     """scale x a b + bias in bfloat16: scaled and added to in float32, then rounded once."""
+    if matmul.uses_float32(a, b):
+        return matmul.mm_in_float32(a, b, scale, bias)
     if bias is None:
         return torch.addmm(a.new_zeros(b.shape[1]), a, b, beta=0, alpha=scale)
     return torch.addmm(bias, a, b, alpha=scale)

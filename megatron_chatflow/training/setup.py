@@ -242,6 +242,8 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from megatron_chatflow.engine import distributed
+    from megatron_chatflow.engine.kernels import describe_cpu
+    from megatron_chatflow.engine.matmul import uses_float32
     from megatron_chatflow.model.forward import make_forward_step, schedule_shape
     from megatron_chatflow.model.gpt import build_model, count_parameters
     from megatron_chatflow.model.spec import choose_transformer_impl
@@ -267,8 +269,9 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, start.schedule, optimizer)
     processes = f"{launch.world_size} process{'es' if launch.world_size > 1 else ''} ({launch.launcher})"
+    cpu_note = f" ({describe_cpu(uses_float32())})" if device.type == "cpu" else ""
     layout = f"TP {config.parallel.tensor_model_parallel_size}, PP {config.parallel.pipeline_model_parallel_size}, DP {dp}"
-    say(f"{count_parameters(config, inputs.vocab_size):,} parameters; {processes}, {layout}; {impl} layers on {device.type}")
+    say(f"{count_parameters(config, inputs.vocab_size):,} parameters; {processes}, {layout}; {impl} layers on {device.type}{cpu_note}")
     if note := late_stage_note(config, start.blend.plan, outlook.total):
         say(note)
     average = WeightAverage(model, config.training.ema_decay) if config.training.ema_decay else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.commands.checkup import Row
-from megatron_chatflow.engine.kernels import gradient_accumulation_reason
+from megatron_chatflow.engine.kernels import describe_cpu, gradient_accumulation_reason, has_bf16_units
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
@@ -37,6 +37,7 @@ def devices(*, full: bool) -> list[Row]:
         return _asked_of_torch()
     return [
         Row("device", "cpu", reason),
+        _cpu(has_bf16_units()),
         Row("collectives", "gloo", "nccl needs CUDA"),
         Row("layers", "portable", f"{reason}; FP8 is the reference in plain torch, for rehearsal"),
         _fused_weight_gradients(),
@@ -55,6 +56,10 @@ def _asked_of_torch() -> list[Row]:
     for i in range(torch.cuda.device_count() if there else 0):
         of = torch.cuda.get_device_properties(i)
         rows.append(Row(f"  GPU {i}", of.name, f"{of.total_memory / 2**30:.1f} GiB, compute capability {of.major}.{of.minor}"))
+    if not there:
+        from megatron_chatflow.engine.matmul import is_float32_faster
+
+        rows.append(_cpu(not is_float32_faster()))
     backends = {"nccl": torch.distributed.is_nccl_available(), "gloo": torch.distributed.is_gloo_available()}
     used, names = "nccl" if there else "gloo", ", ".join(name for name, ok in backends.items() if ok)
     rows.append(Row("collectives", names, f"{used} is used on this device", wrong=not backends[used]))
@@ -82,6 +87,12 @@ def _layers(torch: Any, there: bool) -> list[Row]:
         why = device_reason(recipe, capability, cuda)
         rows.append(Row(f"  {recipe}", "no" if why else "yes", why or ""))
     return rows
+
+
+def _cpu(units: bool | None) -> Row:
+    """What the CPU can do, and which way bfloat16 products take on it."""
+    found, _, way = describe_cpu(None if units is None else not units).partition("; ")
+    return Row("  features", found, way)
 
 
 def _fused_weight_gradients() -> Row:
