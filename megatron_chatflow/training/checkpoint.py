@@ -109,15 +109,17 @@ def load(
     state = {"optimizer": wanted.pop("optimizer")} if optimizer is not None else {}
     if optimizer is not None:
         (part,) = optimizer.chained_optimizers
+        own_form = optimizer_form.form_of(part)
         saved_form = optimizer_form.form_in(reader.common()["optimizer"])
-        optimizer_form.ask_for(wanted, state, saved_form, optimizer_form.form_of(part))
+        optimizer_form.ask_for(wanted, state, saved_form, own_form)
     loaded = load_state(reader, wanted)
     _load_weights(model, loaded)
     if optimizer is not None:
         # By itself, for it may ask for the weights too: they are the float32 parameters of some checkpoints.
         saved = load_state(reader, state)["optimizer"]
         optimizer_form.hand_over(saved, part, saved_form)
-        group = dict(saved.get("optimizer", saved)["param_groups"][0])
+        inner = saved if own_form == optimizer_form.Form.FP32 else saved["optimizer"]
+        group = dict(inner["param_groups"][0])
         with _own_settings(part):
             _load_optimizer(part, saved)
     if average is not None:

@@ -41,6 +41,12 @@ def test_a_run_goes_on_with_another_form(pool: Pool, sample: Path, tmp_path: Pat
         assert largest_difference(records, whole) < (1e-7 if same_precision else 2e-3)
 
 
+def test_a_run_in_bf16_goes_on_in_float32(pool: Pool, sample: Path, tmp_path: Path) -> None:
+    run = go(pool, sample, tmp_path / "run", "bf16", "--exit-interval", "1")
+    go(pool, sample, run, "fp32", "--load", str(run), "--exit-interval", "2")
+    assert [record["iteration"] for record in metrics(run)] == [1, 2]
+
+
 def tensors(*keys: str) -> dict[str, ShardedTensor]:
     import torch
 
