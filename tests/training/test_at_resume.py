@@ -303,6 +303,12 @@ def test_lengthening_a_run_at_a_constant_rate_needs_no_flag(save: Any) -> None:
     )
 
 
+def test_lengthening_a_run_at_a_decaying_rate_is_refused(save: Any) -> None:
+    told = save().refused("--train-iters 30")
+    assert "lr_decay_samples is 240 here and 160 in the checkpoint; add" in told
+    assert OVERRIDE in told and USE_CHECKPOINT in told
+
+
 def test_the_length_of_a_growing_weight_decay_is_the_checkpoints_where_that_was_asked_for(
     save: Any,
 ) -> None:
