@@ -156,6 +156,9 @@ def _run(settings: argparse.Namespace) -> None:
     _say(f"measuring on {', '.join(measured)}")
     languages = {name: compare(before, after, texts) for name, texts in measured.items()}
     report = _report(settings, base, before, after, outcome, languages)
+    if outcome.joined:
+        tokens = {name: len(outcome.before.encode(texts)[0]) for name, texts in measured.items()}
+        report["marks_joined"] = {"scripts": outcome.joined, "tokens_without_new_ones": tokens}
     write_json(os.path.join(settings.output, "report.json"), report)
     kind = "replace" if settings.replace else "extend"
     write_json(os.path.join(settings.output, _OWN), token_map(kind, base, outcome.vocabulary.size, outcome.new))
@@ -245,6 +248,12 @@ def _conclusion(settings: argparse.Namespace, report: dict[str, Any]) -> Iterato
     yield f"{done}: {size:,} tokens, padded to {padded['size']:,} for --tensor-model-parallel-size {padded['tensor_model_parallel_size']}"
     dead, dead_before = report["unreachable_tokens_after"], report["unreachable_tokens_before"]
     yield f"unreachable: {report['unreachable_new_tokens']} new tokens; {dead:,} of all, {dead_before:,} before"
+    if joined := report.get("marks_joined"):
+        scripts = ", ".join(name.capitalize() for name in joined["scripts"])
+        yield f"combining marks of {scripts} count as letters now, in the pattern of tokenizer.json; text with them may have other tokens:"
+        for name, tokens in joined["tokens_without_new_ones"].items():
+            old = report["languages"][name]["before"]["tokens"]
+            yield f"  {name}: {old:,} tokens before, {tokens:,} with the old tokens and the new pattern"
     if report["new_tokens_are_of_another_script_than_latin"] and not settings.replace:
         yield "text in Latin letters keeps its tokens: every new token has, or begins, a letter of another script or East Asian punctuation"
 

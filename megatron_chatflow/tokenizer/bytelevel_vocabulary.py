@@ -11,6 +11,7 @@ import tokenizers
 
 from megatron_chatflow.tokenizer.chunks import SymbolText
 from megatron_chatflow.tokenizer.companions import copy_companions, write_json
+from megatron_chatflow.tokenizer.pre_tokenizer import cut_scripts, join_marks, steps
 from megatron_chatflow.tokenizer.vocabulary import NewToken, Vocabulary, last_merge
 from megatron_chatflow.utils.user_files import load_json
 
@@ -27,13 +28,15 @@ class ByteLevelVocabulary(Vocabulary):
         type: Megatron's name.
         path: the file, for messages.
         content: the `tokenizer.json`.
+        own_pattern: whether the pre-tokenizer is no longer the one that the file at `path` has.
 
     Raises:
         ValueError: it is no byte-level BPE.
     """
 
-    def __init__(self, type: str, path: str, content: bytes) -> None:
+    def __init__(self, type: str, path: str, content: bytes, own_pattern: bool = False) -> None:
         self.type = type
+        self._own_pattern = own_pattern
         self.content = content
         self._path = path
         self._description = load_json(content)
@@ -73,6 +76,28 @@ class ByteLevelVocabulary(Vocabulary):
     def split(self, texts: Sequence[bytes]) -> list[list[int]]:
         return [[token.id for token in self._merging.tokenize(self._spelled(text))] for text in texts]
 
+    def tokens_of(self, texts: Sequence[bytes]) -> list[list[int]]:
+        return [self._tokens_of(text) for text in texts]
+
+    def _tokens_of(self, text: bytes) -> list[int]:
+        whole = text.decode(errors="ignore")
+        if whole.encode() != text:
+            return self.split([text])[0]
+        words = self._backend.pre_tokenizer.pre_tokenize_str(whole)
+        # Spelled bytes of all words, but for a space that the pre-tokenizer puts before the first one.
+        spelled = [word for word, _ in words]
+        spelled[0] = spelled[0][sum(map(len, spelled)) - len(text) :]
+        return [token.id for word in spelled for token in self._merging.tokenize(word)]
+
+    def cut_scripts(self, scripts: Sequence[str]) -> list[str]:
+        return cut_scripts(self._description["pre_tokenizer"], scripts)
+
+    def with_joined_marks(self, scripts: Sequence[str]) -> "ByteLevelVocabulary":
+        if not scripts:
+            return self
+        step = join_marks(self._path, self._description["pre_tokenizer"], scripts)
+        return self._with(self._description | {"pre_tokenizer": step}, own_pattern=True)
+
     def parts(self) -> list[tuple[int, ...]]:
         order = {merge: i for i, merge in reversed(list(enumerate(self._merges)))}
 
@@ -109,7 +134,11 @@ class ByteLevelVocabulary(Vocabulary):
         as_text = bool(model["merges"]) and isinstance(model["merges"][0], str)
         model["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
         model["merges"] = [" ".join(merge) for merge in merges] if as_text else [list(merge) for merge in merges]
-        return ByteLevelVocabulary(self.type, self._path, json.dumps(description, ensure_ascii=False, indent=2).encode())
+        return self._with(description, self._own_pattern)
+
+    def _with(self, description: dict[str, Any], own_pattern: bool) -> "ByteLevelVocabulary":
+        content = json.dumps(description, ensure_ascii=False, indent=2).encode()
+        return ByteLevelVocabulary(self.type, self._path, content, own_pattern)
 
     def lost(self, texts: Sequence[str], symbols: np.ndarray) -> set[str]:
         return {char for char in set().union(*texts) if not self._missing.isdisjoint(char.encode())} if self._missing else set()
@@ -118,10 +147,15 @@ class ByteLevelVocabulary(Vocabulary):
         with open(os.path.join(folder, "tokenizer.json"), "wb") as file:
             file.write(self.content)
         copied = copy_companions(source, folder)
-        if "tokenizer_config.json" in copied:
-            return ["tokenizer.json", *copied]
-        write_json(os.path.join(folder, "tokenizer_config.json"), {"tokenizer_class": "PreTrainedTokenizerFast"})
-        return ["tokenizer.json", "tokenizer_config.json", *copied]
+        config_file = os.path.join(folder, "tokenizer_config.json")
+        config: dict[str, Any] = {}
+        if has_config := "tokenizer_config.json" in copied:
+            with open(config_file, encoding="utf-8") as file:
+                config = json.load(file)
+        if not has_config or self._own_pattern:
+            # Classes named after a model (GPT2Tokenizer, Qwen2Tokenizer) split by that model's pattern, whatever tokenizer.json has.
+            write_json(config_file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        return ["tokenizer.json", *(() if has_config else ("tokenizer_config.json",)), *copied]
 
     def _bytes(self, token: str) -> bytes:
         """The bytes that a token spells; an added token of the vocabulary is its own text."""
@@ -166,17 +200,10 @@ def _check(path: str, description: dict[str, Any]) -> None:
         raise ValueError(
             f"{path} is of type {model.get('type')}, which has no merges that could be continued: give a byte-level BPE or a SentencePiece BPE model"
         )
-    steps = _steps(description.get("pre_tokenizer"), "pretokenizers")
-    if not any(step["type"] == "ByteLevel" for step in steps):
+    if not any(step["type"] == "ByteLevel" for step in steps(description.get("pre_tokenizer"))):
         raise ValueError(f"{path} is a BPE of characters, not of bytes: give the tokenizer.model (SentencePiece) of this model instead")
     for setting in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(setting):
             raise ValueError(
                 f"{path} has {setting} {model[setting]!r}, with which merges cannot be continued: give a byte-level BPE as GPT-2's or LLaMA-3's"
             )
-
-
-def _steps(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    if step is None:
-        return []
-    return [inner for each in step[name] for inner in _steps(each, name)] if step["type"] == "Sequence" else [step]

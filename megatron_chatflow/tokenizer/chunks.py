@@ -1,11 +1,12 @@
 """Encoded text to the runs of tokens in which new tokens are looked for."""
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_chatflow.tokenizer.scripts import WIDE, Characters, joins, target_kinds
+from megatron_chatflow.tokenizer.scripts import WIDE, ZERO_WIDTH, Characters, joins, letters_of, target_kinds
 
 UNKNOWN_CHARACTER = 1 << 24
 """Symbols from here on are characters that the vocabulary has no piece for: this number and the code point. Smaller ones are ids."""
@@ -23,19 +24,53 @@ class SymbolText(dict[int, bytes]):
         return text
 
 
-@dataclass
-class Chunks:
-    """Runs of symbols between which no new token may reach, and how often each occurs; by the kind of their characters.
+@dataclass(frozen=True)
+class Target:
+    """What new tokens are made of.
 
     Attributes:
-        counts: of each kind the runs, as the bytes of int32 symbols.
-        letters: how often each kind of character occurs.
-        characters: the kinds.
+        characters: numbers of the kinds of characters.
+        kinds: the kinds that new tokens have; empty where a corpus has no letters.
+        other_script: whether these are of other scripts than Latin.
+        marked: scripts among them that the corpus has combining marks or zero-width joiners of.
     """
 
-    counts: dict[int, Counter[bytes]] = field(default_factory=dict)
-    letters: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    characters: Characters = field(default_factory=Characters)
+    characters: Characters
+    kinds: frozenset[int]
+    other_script: bool
+    marked: list[str]
+
+
+def find_target(batches: Iterable[Sequence[str]]) -> Target:
+    """Chooses the kinds of characters for the new tokens of a corpus."""
+    characters = Characters()
+    letters = np.zeros(0, np.int64)
+    seen: set[int] = set()
+    for batch in batches:
+        codepoints = np.frombuffer("".join(batch).encode("utf-32-le", "surrogatepass"), np.uint32)
+        kinds = characters.kinds(codepoints)
+        found = np.bincount(kinds, minlength=len(characters.names))
+        found[: len(letters)] += letters
+        letters = found
+        seen.update(np.unique(codepoints).tolist())
+    kinds, other_script = target_kinds(letters, characters.names)
+    scripts = [characters.names[kind] for kind in sorted(kinds) if kind > WIDE]
+    marks = {script: letters_of(script).marks for script in scripts}
+    marked = [script for script in scripts if marks[script] and not seen.isdisjoint(map(ord, marks[script] + ZERO_WIDTH))]
+    return Target(characters, kinds, other_script, marked)
+
+
+@dataclass
+class Chunks:
+    """Runs of symbols between which no new token may reach, and how often each occurs.
+
+    Attributes:
+        target: kinds of characters of the runs.
+        counts: the runs, as the bytes of int32 symbols.
+    """
+
+    target: Target
+    counts: Counter[bytes] = field(default_factory=Counter)
 
     def add(self, symbols: np.ndarray, ends: np.ndarray, text: SymbolText, within_characters: bool = False) -> None:
         """Counts the runs of encoded documents.
@@ -51,11 +86,7 @@ class Chunks:
         parts = [text[symbol] for symbol in symbols.tolist()]
         joined = b"".join(parts)
         codepoints = np.frombuffer(joined.decode().encode("utf-32-le"), np.uint32)
-        kinds = self.characters.kinds(codepoints)
-        found = np.bincount(kinds, minlength=len(self.characters.names))
-        found[: len(self.letters)] += self.letters
-        self.letters = found
-
+        kinds = self.target.characters.kinds(codepoints)
         widths = 1 + (codepoints >= 0x80) + (codepoints >= 0x800) + (codepoints >= 0x10000)
         kind_at = np.repeat(kinds, widths)
         opens = np.zeros(len(joined), bool)
@@ -70,18 +101,10 @@ class Chunks:
         starts = np.flatnonzero(np.concatenate([[True], ~together]))
         stops = np.append(starts[1:], len(symbols))
         kind = np.maximum.reduceat(kind_at, first[starts])
-        useful = (kind >= WIDE) & ((stops - starts > 1) | (symbols[starts] >= UNKNOWN_CHARACTER))
+        useful = np.isin(kind, [*self.target.kinds]) & ((stops - starts > 1) | (symbols[starts] >= UNKNOWN_CHARACTER))
         data = symbols.astype(np.int32).tobytes()
-        for number, start, stop in zip(kind[useful].tolist(), (starts[useful] * 4).tolist(), (stops[useful] * 4).tolist(), strict=True):
-            self.counts.setdefault(number, Counter())[data[start:stop]] += 1
-
-    def target(self) -> tuple[Counter[bytes], bool]:
-        """Returns the runs of the kinds that new tokens are made of, and whether these are of another script than Latin."""
-        kinds, distinct = target_kinds(self.letters, self.characters.names)
-        result: Counter[bytes] = Counter()
-        for kind in sorted(kinds):
-            result.update(self.counts.get(kind, {}))
-        return result, distinct
+        for start, stop in zip((starts[useful] * 4).tolist(), (stops[useful] * 4).tolist(), strict=True):
+            self.counts[data[start:stop]] += 1
 
 
 def _parts_of_one_character(opens: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:

@@ -11,7 +11,14 @@ import numpy as np
 
 from megatron_chatflow.tokenizer.base import read_bytes
 from megatron_chatflow.tokenizer.bytelevel_vocabulary import ByteLevelVocabulary
-from megatron_chatflow.tokenizer.chunks import NEW_SYMBOL, UNKNOWN_CHARACTER, Chunks, SymbolText
+from megatron_chatflow.tokenizer.chunks import (
+    NEW_SYMBOL,
+    UNKNOWN_CHARACTER,
+    Chunks,
+    SymbolText,
+    Target,
+    find_target,
+)
 from megatron_chatflow.tokenizer.continued_bpe import Learned, continue_merges
 from megatron_chatflow.tokenizer.prune import least_used
 from megatron_chatflow.tokenizer.spm_vocabulary import SentencePieceVocabulary
@@ -33,12 +40,16 @@ class Outcome:
         new: the new tokens, in the order in which they were learned.
         removed: ids whose old tokens are gone.
         other_script: whether the new tokens are of other scripts than Latin, so that Latin text keeps its tokens.
+        joined: scripts whose marks count as letters now and did not before.
+        before: the old tokens with the marks of these scripts joined; the base where there are none.
     """
 
     vocabulary: Vocabulary
     new: list[NewToken]
     removed: list[int]
     other_script: bool
+    joined: list[str]
+    before: Vocabulary
 
 
 def open_vocabulary(tokenizer_type: str, path: str) -> Vocabulary:
@@ -73,11 +84,14 @@ def extend(base: Vocabulary, corpus: Texts, count: int, characters: bool = False
     Raises:
         ValueError: the corpus has fewer candidates, or characters of it would still be lost.
     """
-    learned, text, other_script, lost = _learn(base, corpus, count, characters, progress)
+    target = _find_target(corpus)
+    joined = [] if characters else base.cut_scripts(target.marked)
+    before = base.with_joined_marks(joined)
+    learned, text, lost = _learn(before, target, corpus, count, characters, progress)
     _check_enough(len(learned), count)
     _check_nothing_lost(lost)
     new = _tokens(learned, text, range(base.size, base.size + count))
-    return Outcome(_checked(base.changed((), new), new), new, [], other_script)
+    return Outcome(_checked(before.changed((), new), new), new, [], target.other_script, joined, before)
 
 
 def replace(base: Vocabulary, corpus: Texts, base_corpus: Texts, count: int, progress: Callable[[int], None] = lambda done: None) -> Outcome:
@@ -96,37 +110,51 @@ def replace(base: Vocabulary, corpus: Texts, base_corpus: Texts, count: int, pro
     Raises:
         ValueError: fewer tokens can be taken out, or the corpus has fewer candidates, or characters of a corpus would be lost.
     """
-    usage = _shares(base, base_corpus) + _shares(base, corpus)
-    removed = least_used(base, usage, count)
+    target = _find_target(corpus)
+    joined = base.cut_scripts(target.marked)
+    before = base.with_joined_marks(joined)
+    usage = _shares(before, base_corpus) + _shares(before, corpus)
+    removed = least_used(before, usage, count)
     if len(removed) < count:
         raise ValueError(
             f"--new-tokens {count} is more than can be replaced: {len(removed)} tokens are neither control tokens nor bytes; give at most that"
         )
-    pruned = base.changed(removed, ())
-    learned, text, other_script, lost = _learn(pruned, corpus, count, False, progress)
+    pruned = before.changed(removed, ())
+    learned, text, lost = _learn(pruned, target, corpus, count, False, progress)
     _check_enough(len(learned), count)
     _check_nothing_lost(lost)
     new = _tokens(learned, text, removed)
-    return Outcome(_checked(base.changed(removed, new), new), new, removed, other_script)
+    vocabulary = _checked(before.changed(removed, new), new)
+    return Outcome(vocabulary, new, removed, target.other_script, joined, before)
+
+
+def _find_target(corpus: Texts) -> Target:
+    target = find_target(corpus())
+    if not target.kinds:
+        raise ValueError("the corpus has no letters, so there is nothing to learn: check --input and --json-keys")
+    return target
 
 
 def _learn(
-    vocabulary: Vocabulary, corpus: Texts, count: int, characters: bool, progress: Callable[[int], None]
-) -> tuple[list[Learned], SymbolText, bool, list[str]]:
-    """Returns the new tokens, the text of each symbol, whether they are of another script, and the characters that would still be lost."""
+    vocabulary: Vocabulary,
+    target: Target,
+    corpus: Texts,
+    count: int,
+    characters: bool,
+    progress: Callable[[int], None],
+) -> tuple[list[Learned], SymbolText, list[str]]:
+    """Returns the new tokens, the text of each symbol, and the characters that would still be lost."""
     text = SymbolText(vocabulary.text)
-    chunks = Chunks()
+    chunks = Chunks(target)
     lost: set[str] = set()
     for batch in corpus():
         symbols, ends = vocabulary.encode(batch)
         chunks.add(symbols, ends, text, within_characters=characters)
         lost |= vocabulary.lost(batch, symbols)
-    runs, other_script = chunks.target()
-    if not runs and not chunks.letters[4:].any():
-        raise ValueError("the corpus has no letters, so there is nothing to learn: check --input and --json-keys")
-    learned = continue_merges(runs, text, count, vocabulary.may_be_added(), by_count=characters, progress=progress)
+    allowed = vocabulary.may_be_added()
+    learned = continue_merges(chunks.counts, text, count, allowed, by_count=characters, progress=progress)
     lost -= {chr(token.left - UNKNOWN_CHARACTER) for token in learned if token.right is None}
-    return learned, text, other_script, sorted(lost)
+    return learned, text, sorted(lost)
 
 
 def _check_enough(found: int, count: int) -> None:

@@ -1,6 +1,8 @@
 """Kinds of characters: a new token never joins two, so it is a run of letters of one script, perhaps with the space before it."""
 
 import unicodedata
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -10,10 +12,46 @@ SPACE = "\u2581"
 OTHER, BLANK, JOINER, WIDE = range(4)
 """Digits, symbols, Western punctuation and controls; the space; marks that join whatever letter they stand behind; East Asian punctuation."""
 
+ZERO_WIDTH = "\u200c\u200d"
+"""The zero-width non-joiner and joiner, which stand inside words of Indic scripts and of Arabic."""
+
 _FIRST_SCRIPT = WIDE + 1
 _HAN = frozenset(["CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HALFWIDTH", "IDEOGRAPHIC", "BOPOMOFO"])
 _JOINERS = frozenset(["COMBINING", "VARIATION"])
 _UNSEEN = np.iinfo(np.uint16).max
+_WITHOUT_MARKS = frozenset(["LATIN", "GREEK", "CYRILLIC", "CJK", "HANGUL"])
+_SIGNS = "\u0f0b\u0f0c"
+"""Punctuation inside words: the Tibetan mark between syllables."""
+_LAST_LETTER = 0x20000
+"""Letters from here on are Chinese."""
+
+
+@dataclass(frozen=True)
+class Letters:
+    """The characters that words of a script are made of.
+
+    Attributes:
+        letter: one of its letters.
+        marks: combining marks of its own; none of scripts that are read without them, such as Latin and Chinese.
+        signs: punctuation inside words.
+        all: letters, marks and signs.
+    """
+
+    letter: str
+    marks: str
+    signs: str
+    all: str
+
+
+@cache
+def letters_of(script: str) -> Letters:
+    """Returns the characters of words of a script, named as in `Characters`."""
+    kinds = _all_characters()
+    chars = [chr(point) for point in np.flatnonzero(kinds.kinds(np.arange(_LAST_LETTER)) == kinds.names.index(script))]
+    marks = "" if script in _WITHOUT_MARKS else "".join(char for char in chars if unicodedata.category(char)[0] == "M")
+    signs = "".join(char for char in chars if char in _SIGNS)
+    letter = min(chars, key=lambda char: (unicodedata.category(char) not in ("Lo", "Ll"), char))
+    return Letters(letter, marks, signs, "".join(chars))
 
 
 class Characters:
@@ -43,14 +81,21 @@ class Characters:
         script = unicodedata.name(char, "UNNAMED").split(" ")[0]
         if char in (" ", SPACE):
             return BLANK
-        if char in "\u200c\u200d" or (category[0] in "LM" and script in _JOINERS):
+        if char in ZERO_WIDTH or (category[0] in "LM" and script in _JOINERS):
             return JOINER
-        if category[0] in "LM" or char == "〇":
+        if category[0] in "LM" or char == "〇" or char in _SIGNS:
             script = "CJK" if script in _HAN else script
             if script not in self.names:
                 self.names.append(script)
             return self.names.index(script)
         return WIDE if category[0] == "P" and unicodedata.east_asian_width(char) in "WF" else OTHER
+
+
+@cache
+def _all_characters() -> Characters:
+    characters = Characters()
+    characters.kinds(np.arange(_LAST_LETTER))
+    return characters
 
 
 def joins(left: np.ndarray, right: np.ndarray) -> np.ndarray:

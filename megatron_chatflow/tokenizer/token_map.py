@@ -21,7 +21,7 @@ def token_map(kind: str, base: Vocabulary, vocab_size: int, new: Sequence[NewTok
         vocab_size: number of ids after.
         new: the new tokens.
     """
-    splits = base.split([token.text for token in new])
+    splits = base.tokens_of([token.text for token in new])
     entries = [
         {"id": token.id, "pieces": pieces, "chars": _shares(token.text, [base.text[i] for i in pieces])}
         for token, pieces in zip(new, splits, strict=True)

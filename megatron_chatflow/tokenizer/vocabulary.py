@@ -77,6 +77,19 @@ class Vocabulary(abc.ABC):
     def save(self, folder: str, source: str) -> list[str]:
         """Writes the tokenizer's files; those beside the `source` that go with it are taken along. Returns the names of the files."""
 
+    def tokens_of(self, texts: Sequence[bytes]) -> list[list[int]]:
+        """Returns the ids of texts as the tokenizer encodes them inside a document."""
+        return self.split(texts)
+
+    def cut_scripts(self, scripts: Sequence[str]) -> list[str]:
+        """Returns those of the scripts whose words the tokenizer cuts at combining marks before it merges."""
+        return []
+
+    def with_joined_marks(self, scripts: Sequence[str]) -> "Vocabulary":
+        """Returns the vocabulary with the marks of the scripts as letters, so that words are not cut at them."""
+        assert not scripts, scripts
+        return self
+
     def unreachable(self, ids: Sequence[int]) -> list[int]:
         """Returns those ids whose own text is not encoded to them."""
         found = self.split([self.text[i] for i in ids])

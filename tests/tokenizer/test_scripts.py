@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.tokenizer.chunks import Chunks, SymbolText
+from megatron_chatflow.tokenizer.chunks import Chunks, SymbolText, Target
 from megatron_chatflow.tokenizer.scripts import BLANK, OTHER, WIDE, Characters, joins, target_kinds
 
 CHARACTERS = Characters()
@@ -17,10 +17,11 @@ def kinds(text: str) -> list[int]:
 def runs(text: str, **options) -> set[str]:
     """The runs of a text whose tokens are its bytes."""
     data = text.encode()
-    chunks = Chunks()
+    kinds = frozenset(CHARACTERS.kinds(np.array([ord(char) for char in text], np.uint32)).tolist()) - {OTHER, BLANK}
+    chunks = Chunks(Target(CHARACTERS, kinds | {WIDE}, False, []))
     table = SymbolText({byte: bytes([byte]) for byte in range(256)})
     chunks.add(np.frombuffer(data, np.uint8).astype(np.int32), np.zeros(len(data), bool), table, **options)
-    return {np.frombuffer(run, np.int32).astype(np.uint8).tobytes().decode() for counter in chunks.counts.values() for run in counter}
+    return {np.frombuffer(run, np.int32).astype(np.uint8).tobytes().decode() for run in chunks.counts}
 
 
 def test_letters_are_of_their_script_and_the_rest_is_not():

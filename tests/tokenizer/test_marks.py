@@ -1,0 +1,292 @@
+"""Words of scripts with combining marks: byte-level tokenizers are extended across the marks."""
+
+import json
+import unicodedata
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_chatflow.commands.extend_tokenizer import main
+from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.extend import Outcome, extend, open_vocabulary, replace
+from megatron_chatflow.tokenizer.pre_tokenizer import cut_scripts, join_marks
+from megatron_chatflow.tokenizer.scripts import ZERO_WIDTH, letters_of
+from megatron_chatflow.tokenizer.token_map import token_map
+from tests.tokenizer import bases, samples
+
+ROOT = Path(__file__).resolve().parents[2]
+LINES = {
+    "THAI": "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ",
+    "LAO": "ມະນຸດທຸກຄົນເກີດມາມີກຽດສັກສິດ ສິດທິ ເສລີພາບ ແລະ ຄວາມສະເໝີພາບເທົ່າທຽມກັນ",
+    "DEVANAGARI": "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है",
+    "BENGALI": "সমস্ত মানুষ স্বাধীনভাবে সমান মর্যাদা এবং অধিকার নিয়ে জন্মগ্রহণ করে",
+    "TAMIL": "மனிதப் பிறிவியினர் சகலரும் சுதந்திரமாகவே பிறக்கின்றனர்",
+    "TELUGU": "ప్రతిపత్తిస్వత్వముల విషయమున మానవులెల్లరును జన్మతః స్వతంత్రులును సమానులును నగుదురు",
+    "MALAYALAM": "മനുഷ്യരെല്ലാവരും തുല്യാവകാശങ്ങളോടും അന്തസ്സോടും സ്വാതന്ത്ര്യത്തോടുംകൂടി ജനിച്ചവരാണ്",
+    "SINHALA": "සියලු මනුෂ්\u200dයයෝ නිදහස්ව උපත ලබා ඇත ශ්\u200dරී",
+    "KHMER": "មនុស្សទាំងអស់កើតមកមានសេរីភាពនិងភាពស្មើៗគ្នាក្នុងសិទ្ធិនិងសេចក្ដីថ្លៃថ្នូរ",
+    "MYANMAR": "လူတိုင်းသည် တူညီလွတ်လပ်သော ဂုဏ်သိက္ခာဖြင့် လည်းကောင်း",
+    "TIBETAN": "འགྲོ་བ་མིའི་རིགས་རྒྱུད་ཡོངས་ལ་སྐྱེས་ཙམ་ཉིད་ནས་ཆེ་མཐོངས་དང་",
+    "HEBREW": "בְּרֵאשִׁית בָּרָא אֱלֹהִים אֵת הַשָּׁמַיִם וְאֵת הָאָרֶץ",
+    "ARABIC": "بِسْمِ ٱللَّهِ ٱلرَّحْمَٰنِ ٱلرَّحِيمِ می\u200cخواهم خانه\u200cها",
+}
+QWEN2 = bases.LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(**changes) -> dict:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True} | changes
+
+
+def split_by(pattern: str, **changes) -> dict:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split | changes, byte_level(use_regex=False)]}
+
+
+PRE_TOKENIZERS = {
+    "gpt2": byte_level(),
+    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level()]},
+    "llama3": split_by(bases.LLAMA3),
+    "cl100k": split_by(bases.LLAMA3, behavior="Removed", invert=True),
+    "qwen2": split_by(QWEN2),
+    "o200k": split_by(O200K),
+}
+
+
+@cache
+def splitter(name: str, joined: tuple[str, ...] = ()):
+    """The words of a text, before and after the marks of scripts are joined."""
+    step = PRE_TOKENIZERS[name]
+    step = join_marks(name, step, joined) if joined else step
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    backend = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", "pre_tokenizer": step, "model": model}))
+    return lambda text: backend.pre_tokenizer.pre_tokenize_str(text)
+
+
+FRENCH = unicodedata.normalize("NFD", "L'été où Zoé a garçonné près de la forêt, l'œuvre naïve coûte 1 234,50 €\u202f: déjà vu\u200d!")
+LATIN = [
+    FRENCH,
+    *bases.documents("en")[150:170],
+    unicodedata.normalize("NFD", "Tiếng Việt, Ελλάδα, ёлка й, はじめまして が 한국어, 中文。"),
+    "👩\u200d👩\u200d👧 a\u200cb x\ufe0f \u0301 \u20dd",
+    (ROOT / "megatron_chatflow" / "tokenizer" / "extend.py").read_text(encoding="utf-8"),
+]
+others = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+texts = st.lists(st.sampled_from(LATIN[:1] + LATIN[-3:-1]) | others | st.sampled_from(list("e\u0301 \u200d\u200cก'1ä")), max_size=8).map("".join)
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+@pytest.mark.parametrize("text", [LATIN[0], LATIN[1], *LATIN[-3:]], ids=["french", "english", "other", "emoji", "code"])
+def test_text_of_scripts_without_marks_is_split_as_before(name, text):
+    assert splitter(name, tuple(LINES))(text) == splitter(name)(text)
+
+
+@settings(max_examples=300)
+@given(name=st.sampled_from([*PRE_TOKENIZERS]), text=texts)
+def test_only_marks_and_joiners_behind_letters_of_the_scripts_change_where_text_is_split(name, text):
+    scripts = ("THAI", "DEVANAGARI")
+    joined = {char for script in scripts for char in letters_of(script).marks}
+    for a, b in zip(" " + text, text, strict=False):
+        if b in ZERO_WIDTH and any(a in letters_of(script).all for script in scripts):
+            return
+    text = "".join(char for char in text if char not in joined)
+    assert splitter(name, scripts)(text) == splitter(name)(text)
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+@pytest.mark.parametrize("script", LINES)
+def test_words_are_no_longer_cut(name, script):
+    assert script in cut_scripts(PRE_TOKENIZERS[name], [script])
+    words = splitter(name, (script,))(LINES[script])
+    starts = {start for _, (start, _) in words}
+    assert starts == {0} | {i for i, char in enumerate(LINES[script]) if char == " "}
+    assert cut_scripts(join_marks(name, PRE_TOKENIZERS[name], [script]), LINES) == [other for other in LINES if other != script]
+
+
+def test_scripts_are_joined_one_after_the_other_as_at_once():
+    step = join_marks("x", join_marks("x", PRE_TOKENIZERS["llama3"], ["THAI"]), ["SINHALA"])
+    assert cut_scripts(step, ["THAI", "SINHALA", "KHMER"]) == ["KHMER"]
+
+
+KINDS = ("gpt2", "llama3")
+NEW = 50
+
+
+@pytest.fixture(scope="module")
+def bases_of_all_kinds(tmp_path_factory):
+    """Files of tokenizers, with a tokenizer_config.json that names the class of GPT-2's."""
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in KINDS:
+        bases.write_base(folder / kind, kind)
+        config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "model_max_length": 77}
+        (folder / kind / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def open_kind(folder: Path, kind: str):
+    return open_vocabulary("HuggingFaceTokenizer", str(folder / kind / "tokenizer.json"))
+
+
+def three_tokenizers(folder: Path, outcome: Outcome, source: Path):
+    """Ours, that of `tokenizers` and that of `transformers`, next to the configuration of a model."""
+    import transformers
+
+    folder.mkdir(exist_ok=True)
+    outcome.vocabulary.save(str(folder), str(source))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    ours = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=folder)
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return ours, library, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+MIXED = st.lists(st.sampled_from([*LINES.values(), *samples.ODD, FRENCH]) | st.text(max_size=10), max_size=4).map("".join)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def extended(request, bases_of_all_kinds, tmp_path_factory):
+    """A vocabulary that was extended for all the scripts, and three readers of it."""
+    base = open_kind(bases_of_all_kinds, request.param)
+    outcome = extend(base, bases.corpus(*([line] * 20 for line in LINES.values())), 600)
+    source = bases_of_all_kinds / request.param / "tokenizer.json"
+    return base, outcome, three_tokenizers(tmp_path_factory.mktemp("new") / request.param, outcome, source)
+
+
+@settings(max_examples=60)
+@given(text=MIXED.filter(lambda text: "<|endoftext|>" not in text))
+def test_all_libraries_agree_and_text_comes_back(extended, text):
+    _, _, (ours, library, theirs) = extended
+    ids = ours.encode(text)
+    assert ids == library.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False)
+    assert ours.decode(ids) == text
+
+
+def test_latin_text_keeps_its_tokens(extended):
+    base, _, (ours, _, _) = extended
+    for text in (*LATIN[:1], *LATIN[1:21], *LATIN[-3:]):
+        assert ours.encode(text) == base.encode([text])[0].tolist()
+
+
+def test_other_settings_of_the_tokenizer_stay(extended, bases_of_all_kinds):
+    _, _, (ours, _, theirs) = extended
+    assert theirs.model_max_length == 77 and theirs.eos_token_id == ours.eod
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("script", LINES)
+def test_new_tokens_cross_marks(script, kind, bases_of_all_kinds):
+    base = open_kind(bases_of_all_kinds, kind)
+    outcome = extend(base, bases.corpus([LINES[script]] * 50), NEW)
+    assert outcome.joined == [script]
+    marks = letters_of(script).marks + letters_of(script).signs + ZERO_WIDTH
+    behind = [token.text.decode(errors="ignore").strip()[1:] for token in outcome.new]
+    assert sum(any(char in marks for char in text) for text in behind) >= 3
+    old, before, after = (len(v.encode([LINES[script]])[0]) for v in (base, outcome.before, outcome.vocabulary))
+    assert after < 0.75 * min(old, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_tokens_across_marks_come_from_what_the_old_tokenizer_makes(kind, bases_of_all_kinds):
+    base = open_kind(bases_of_all_kinds, kind)
+    outcome = extend(base, bases.corpus([LINES["KHMER"]] * 50), NEW)
+    content = token_map("extend", base, outcome.vocabulary.size, outcome.new)
+    old = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=bases_of_all_kinds / kind)
+    whole = 0
+    for entry, token in zip(content["new"], outcome.new, strict=True):
+        assert b"".join(base.text[i] for i in entry["pieces"]) == token.text and max(entry["pieces"]) < base.size
+        text = token.text.decode(errors="ignore")
+        if text.encode() == token.text:
+            whole += 1
+            assert entry["pieces"] == old.encode(text)
+            assert sum(entry["chars"]) == pytest.approx(len(text), abs=1e-4)
+    assert whole > NEW / 2
+
+
+def test_old_merges_do_not_decide_the_rows_of_tokens_across_marks(bases_of_all_kinds, tmp_path):
+    """An old token that the old pattern never let arise is no part of a new one."""
+    content = json.loads((bases_of_all_kinds / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
+    base = open_kind(bases_of_all_kinds, "gpt2")
+    with_dead = base.changed((), extend(base, bases.corpus(["กิ"] * 50), 4).new)
+    content["model"] = json.loads(with_dead.content)["model"]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    old = open_vocabulary("HuggingFaceTokenizer", str(path))
+    [merged] = old.split(["กิ".encode()])
+    assert len(merged) == 1 and len(old.encode(["กิ"])[0]) == 2
+    outcome = extend(old, bases.corpus(["กิน กินดี กินดี"] * 50), 6)
+    assert len(outcome.before.encode(["กิ"])[0]) == 1
+    for entry in token_map("extend", old, outcome.vocabulary.size, outcome.new)["new"]:
+        assert merged[0] not in entry["pieces"]
+
+
+def test_replaced_tokens_cross_marks_and_the_size_stays(bases_of_all_kinds):
+    base = open_kind(bases_of_all_kinds, "gpt2")
+    outcome = replace(base, bases.corpus([LINES["THAI"]] * 50), bases.corpus(bases.documents("en")[:60]), NEW)
+    assert outcome.joined == ["THAI"] and outcome.vocabulary.size == base.size
+    assert len(outcome.vocabulary.encode([LINES["THAI"]])[0]) < 0.75 * len(base.encode([LINES["THAI"]])[0])
+
+
+def test_a_tokenizer_is_extended_for_one_script_after_another(bases_of_all_kinds, tmp_path):
+    thai = extend(open_kind(bases_of_all_kinds, "llama3"), bases.corpus([LINES["THAI"]] * 50), NEW)
+    hindi = extend(thai.vocabulary, bases.corpus([LINES["DEVANAGARI"]] * 50), NEW)
+    assert (thai.joined, hindi.joined) == (["THAI"], ["DEVANAGARI"])
+    assert extend(hindi.vocabulary, bases.corpus(["กินดี อยู่ดี"] * 50), 3).joined == []
+    assert hindi.vocabulary.encode([LINES["THAI"]])[0].tolist() == thai.vocabulary.encode([LINES["THAI"]])[0].tolist()
+
+
+@pytest.mark.parametrize("text", ["人人生而自由", "Minden emberi lény", "Все люди рождаются", unicodedata.normalize("NFD", "がぎぐ é")])
+def test_the_pattern_stays_for_languages_without_marks_of_their_own(text, bases_of_all_kinds):
+    base = open_kind(bases_of_all_kinds, "gpt2")
+    outcome = extend(base, bases.corpus([text] * 50), 3)
+    assert outcome.joined == [] and outcome.before is base
+    assert json.loads(outcome.vocabulary.content)["pre_tokenizer"] == json.loads(base.content)["pre_tokenizer"]
+
+
+def test_the_pattern_stays_where_single_characters_are_added(bases_of_all_kinds):
+    assert extend(open_kind(bases_of_all_kinds, "gpt2"), bases.corpus([LINES["THAI"]] * 50), 20, characters=True).joined == []
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (byte_level(add_prefix_space=True), "add_prefix_space true, with which the pattern .* marks of THAI"),
+        (split_by(r"[\p{Lu}\p{Ll}]+|\P{M}+|\p{M}+"), r"cuts THAI words at combining marks, and no pattern of it has letters as"),
+    ],
+)
+def test_patterns_that_cannot_take_marks_are_refused(step, message, bases_of_all_kinds, tmp_path):
+    content = json.loads((bases_of_all_kinds / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": step}), encoding="utf-8")
+    base = open_vocabulary("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=message):
+        extend(base, bases.corpus([LINES["THAI"]] * 50), NEW)
+
+
+@pytest.mark.parametrize("script", LINES)
+def test_sentencepiece_models_do_not_cut_at_marks(script, tmp_path):
+    base = bases.open_base(tmp_path, "sentencepiece")
+    line = LINES[script]
+    outcome = extend(base, bases.corpus([line] * 50), NEW)
+    crossing = [token.text.decode() for token in outcome.new if token.right is not None]
+    marks = letters_of(script).marks + ZERO_WIDTH
+    assert any(char in marks for text in crossing for char in text[1:])
+
+
+def test_the_report_says_what_the_pattern_alone_changes(bases_of_all_kinds, tmp_path, capsys):
+    (tmp_path / "hi.jsonl").write_text("".join(json.dumps({"text": LINES["DEVANAGARI"]}) + "\n" for _ in range(50)), encoding="utf-8")
+    (tmp_path / "en.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in LATIN[1:9]), encoding="utf-8")
+    words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", bases_of_all_kinds / "gpt2", "--input", tmp_path / "hi.jsonl"]
+    words += ["--held-out", f"hi={tmp_path / 'hi.jsonl'}", f"en={tmp_path / 'en.jsonl'}", "--new-tokens", NEW, "--output", tmp_path / "new"]
+    assert main([str(word) for word in words]) == 0
+    report = json.loads((tmp_path / "new" / "report.json").read_text(encoding="utf-8"))
+    tokens = report["marks_joined"]["tokens_without_new_ones"]
+    assert report["marks_joined"]["scripts"] == ["DEVANAGARI"]
+    assert tokens["en"] == report["languages"]["en"]["before"]["tokens"] and tokens["hi"] > report["languages"]["hi"]["after"]["tokens"]
+    assert report["languages"]["en"]["unchanged_documents"] == 8
+    assert "combining marks of Devanagari count as letters now" in capsys.readouterr().out
