@@ -179,22 +179,23 @@ def _is_whole_or_begins_one(text: bytes) -> bool:
     """Whether a text is whole characters, or the first bytes of one; with or without a space before it.
 
     Bytes from within characters are in characters of many scripts, and a token of them would change text that has nothing
-    to do with the corpus. So would one that begins with a zero-width joiner, which emoji have too, or with its first
-    bytes, which Western punctuation has; these join the letter before them byte by byte.
+    to do with the corpus. So would a token that begins with `_SHARED`; these bytes join the letter before them one by one.
     """
     body = text.removeprefix(b" ")
-    if not body or _continues(body[0]) or body.startswith(_JOINER_BYTES):
+    if not body or _continues(body[0]) or any(body.startswith(shared) or shared.startswith(body) for shared in _SHARED):
         return False
     whole = body.decode(errors="ignore").encode()
-    return whole == body or all(map(_continues, body[1:])) or body[len(whole) :] in (b"\xe2", _JOINER_BYTES)
+    rest = body[len(whole) :]
+    return not rest or all(map(_continues, body[1:])) or any(shared.startswith(rest) for shared in _SHARED)
 
 
 def _continues(byte: int) -> bool:
     return byte & 0xC0 == 0x80
 
 
-_JOINER_BYTES = b"\xe2\x80"
-"""What U+200C and U+200D begin with; no letter does."""
+_SHARED = (b"\xe2\x80", b"\xef\xac", b"\xef\xb8", b"\xef\xbb")
+"""What zero-width joiners and Hebrew, vertical and Arabic presentation forms begin with, but in text of any script also
+quotes, dashes, emoji sequences, the ligatures fi and fl, variation selectors and the byte order mark."""
 
 _BYTES_OF_TEXT = [*range(0xC0), *range(0xC2, 0xF5)]
 """The bytes that UTF-8 is made of."""

@@ -175,6 +175,22 @@ def test_latin_text_keeps_its_tokens(extended):
         assert ours.encode(text) == base.encode([text])[0].tolist()
 
 
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("\ufb2a\ufb4bם \ufb31\ufb4a \ufb2a\ufb4bם שלום טוב שלום", "\ufb01ne \ufb02ow"),
+        ("ﻣﺮﺣﺒﺎ ﻋﻠﻴﻜﻢ", "\ufeffimport"),
+        ("中文︰文字︰中文", "I ❤\ufe0f it"),
+        ("ශ්\u200dරී ක්\u200dෂ", "“it’s” — …"),
+    ],
+    ids=["ligature", "byte order mark", "emoji", "quotes"],
+)
+def test_new_tokens_are_no_bytes_that_other_text_begins_with(line, text, bases_of_all_kinds):
+    base = open_kind(bases_of_all_kinds, "gpt2")
+    outcome = extend(base, bases.corpus([line] * 50), 8)
+    assert outcome.vocabulary.encode([text])[0].tolist() == base.encode([text])[0].tolist()
+
+
 def test_other_settings_of_the_tokenizer_stay(extended, bases_of_all_kinds):
     _, _, (ours, _, theirs) = extended
     assert theirs.model_max_length == 77 and theirs.eos_token_id == ours.eod
