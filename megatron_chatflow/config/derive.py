@@ -155,6 +155,17 @@ def _check_layout(config: Config, world_size: int) -> int:
         raise UsageError(
             "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; add --use-distributed-optimizer --overlap-grad-reduce"
         )
+    if p.ddp_bucket_size is not None:
+        if p.ddp_bucket_size < 1:
+            raise UsageError(
+                f"ddp_bucket_size: {p.ddp_bucket_size} is not a number of parameters; "
+                "give a positive number"
+            )
+        if not p.overlap_grad_reduce:
+            raise UsageError(
+                "ddp_bucket_size: there are no buckets without overlap_grad_reduce; "
+                "add --overlap-grad-reduce or drop --ddp-bucket-size"
+            )
     if world_size % (tp * pp):
         raise UsageError(
             f"{world_size} process{'es are' if world_size > 1 else ' is'} not a multiple of tensor_model_parallel_size "

@@ -5,7 +5,7 @@ _GROUPS: dict[str, str] = {
     "set by the platform (see `chatflow doctor`), never by hand; drop the flag": (
         "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
         "--no-rope-fusion --no-persist-layer-norm --cross-entropy-loss-fusion --empty-unused-memory-level --manual-gc --manual-gc-interval "
-        "--train-sync-interval --ddp-bucket-size --use-tp-pp-dp-mapping"
+        "--train-sync-interval --use-tp-pp-dp-mapping"
     ),
     "the blend is computed, not built, so there is no index to cache; drop the flag": (
         "--data-cache-path --mid-level-dataset-surplus --num-dataset-builder-threads --dataloader-fast-cache-load "

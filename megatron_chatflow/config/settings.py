@@ -113,6 +113,8 @@ class ParallelSettings:
     """Shard the optimizer's state over the data-parallel processes."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
+    ddp_bucket_size: int | None = None
+    """Parameters in one bucket of gradients under --overlap-grad-reduce; the larger of 40,000,000 and 1,000,000 x DP by default."""
     overlap_param_gather: bool = False
     """Gather parameters while the forward pass already runs; needs --use-distributed-optimizer and --overlap-grad-reduce."""
     distributed_backend: str | None = _choice(None, "nccl", "gloo")

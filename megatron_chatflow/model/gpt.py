@@ -160,6 +160,7 @@ def build_model(config: Config, vocab_size: int, transformer_impl: str, *, wrap:
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.training.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        bucket_size=config.parallel.ddp_bucket_size,
         overlap_param_gather=config.parallel.overlap_param_gather,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         fp8_param_gather=config.precision.fp8_param_gather,

@@ -12,12 +12,12 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_chatflow.config import UsageError
-from megatron_chatflow.training import manifest, optimizer_form
+from megatron_chatflow.training import main_parameters, manifest, optimizer_form
 from megatron_chatflow.training.average import WeightAverage, mean_instead
 from megatron_chatflow.training.chosen_weights import check_running_mean
 from megatron_chatflow.training.loading import load as load_state
 from megatron_chatflow.training.reading import CheckpointReader
-from megatron_chatflow.training.saver import Saver
+from megatron_chatflow.training.saver import SaveError, Saver
 
 
 def _metadata() -> dict[str, Any]:
@@ -46,14 +46,25 @@ def sharded_state(
     """What a checkpoint holds, as megatron-core's sharded state dict: weights and, where they are given, optimizer state and running mean.
 
     Called by every rank: the weights and the optimizer's state are gathered where they are spread.
+
+    Raises SaveError where what is to be saved of weights and optimizer does not match.
     """
     if not is_loading:
         gather_weights(model)
     weights = _weights(model)
-    state = dict(weights) | ({} if is_loading else {"content_metadata": _metadata()})
+    fp8 = {main_parameters.FP8_WEIGHTS: main_parameters.has_fp8_weights(model)}
+    state = dict(weights) | ({} if is_loading else {"content_metadata": _metadata() | fp8})
     if optimizer is not None:
         # megatron-core finds a parameter's shard by walking the model part of the very same dictionary.
-        state["optimizer"] = optimizer.sharded_state_dict(dict(weights), is_loading=is_loading, metadata=_metadata())
+        with main_parameters.packed_offsets(optimizer):
+            state["optimizer"] = optimizer.sharded_state_dict(
+                dict(weights), is_loading=is_loading, metadata=_metadata()
+            )
+        if not is_loading and (names := main_parameters.find_differences(weights, state["optimizer"])):
+            raise SaveError(
+                "the checkpoint is not saved: the optimizer's float32 parameters are not the weights "
+                f"in {main_parameters.describe(names)}; please report this"
+            )
     if average is not None:
         state |= {f"ema/{name}": average.sharded_state(entries) for name, entries in weights.items()}
     return state
@@ -100,6 +111,8 @@ def load(
     Raises UsageError for a checkpoint that is damaged, or whose pickles hold what does not belong there. `verified`: `find_damage` was asked before.
     """
     reader = _open(folder, verified)
+    if optimizer is not None:
+        main_parameters.check_saved(reader)
     for part in getattr(optimizer, "chained_optimizers", []):
         # Without apex or Transformer Engine the distributed optimizer asserts that it has stepped; what the step leaves is overwritten below.
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:

@@ -94,7 +94,7 @@ class CheckpointReader:
         first, size = [0] * len(entry.size), list(entry.size)
         if row is not None:
             first[0], size[0] = row, 1
-        result = torch.empty(size, dtype=entry.properties.dtype)
+        result = torch.zeros(size, dtype=entry.properties.dtype)  # a piece may be missing: padding
         wanted: dict[MetadataIndex, tuple[tuple[slice, ...], tuple[slice, ...]]] = {}
         for chunk in entry.chunks:
             bounds = list(zip(chunk.offsets, chunk.sizes, first, size, strict=True))

@@ -69,6 +69,8 @@ def test_the_padded_vocabulary_is_the_same_for_every_power_of_two_of_tensor_para
         ("--seq-length 256 --max-position-embeddings 128", 1, ["seq_length 256", "max_position_embeddings 128"]),
         ("--hidden-dropout 1", 1, ["hidden_dropout is 1.0"]),
         ("--overlap-param-gather", 1, ["--use-distributed-optimizer"]),
+        ("--ddp-bucket-size 1000", 1, ["ddp_bucket_size", "--overlap-grad-reduce"]),
+        ("--ddp-bucket-size 0 --overlap-grad-reduce", 1, ["ddp_bucket_size: 0", "positive"]),
         ("--log-interval 0", 1, ["log_interval is 0"]),
         ("--optimizer sgd --use-distributed-optimizer", 1, ["sgd", "--use-distributed-optimizer"]),
         ("--clip-grad -1", 1, ["clip_grad is -1.0"]),
