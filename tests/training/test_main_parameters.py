@@ -34,19 +34,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "training": {"micro_batch_size": 1, "global_batch_size": 4, "train_iters": 6},
     "optimizer": {"lr": 3e-3, "min_lr": 1e-3, "lr_decay_style": "cosine"},
     "data": {"seq_length": 8, "split": "1,0,0", "curriculum": "curriculum.yaml"},
-    "tokenizer": {"tokenizer_type": "NullTokenizer", "vocab_size": 61},
+    "tokenizer": {"tokenizer_type": "ByteLevelTokenizer"},
 }  # fmt: skip
 
 
 def build_tiny(folder: Path) -> Path:
-    """A corpus of numbers, and a model of some 2,500 parameters in weights of odd sizes."""
+    """A corpus of numbers, and a model of some 5,500 parameters in weights of odd sizes."""
     from megatron_chatflow.data.preprocess_command import main as preprocess
 
     lines = [{"text": " ".join(str((i * i + j * 7) % 61) for j in range(40))} for i in range(20)]
     text, prefix = folder / "numbers.jsonl", folder / "numbers"
     text.write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["--input", text, "--output-prefix", prefix, "--workers", "1", "--append-eod"]
-    words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "61"]
+    words += ["--tokenizer-type", "ByteLevelTokenizer"]
     assert preprocess([str(word) for word in words]) == 0
     curriculum = {
         "clock": "samples",
