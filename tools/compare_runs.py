@@ -92,7 +92,8 @@ def _checkpoint_differences(a: Path, b: Path) -> Iterator[str]:
         common = [read_common(folder) for folder in (a, b)]
     except (OSError, ValueError, UsageError) as error:
         raise InputError(f"a checkpoint cannot be read: {error}") from None
-    for key in sorted({*states[0], *states[1]}):
+    # The settings, as config.yaml, are what the runs were asked for, not what came of it.
+    for key in sorted({*states[0], *states[1]} - {"settings"}):
         if states[0].get(key) != states[1].get(key):
             yield f"{a.name}/state.json: {key} is not the same"
     if names[0] != names[1]:
