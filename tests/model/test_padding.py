@@ -98,7 +98,9 @@ def test_losses_gradients_and_initial_weights_do_not_depend_on_the_padding(pool:
         table, gradient = (np.concatenate([rank[i][name] for rank in ranks]) for i in (1, 2))
         assert len(table) == rows
         assert np.array_equal(table[:VOCABULARY], weights[name]) and not table[VOCABULARY:].any()
-        assert np.allclose(gradient[:VOCABULARY], gradients[name], atol=1e-6) and not gradient[VOCABULARY:].any()
+        # By norm: single elements depend on the CPU's order of addition, sums of up to 200 terms are off by 200 x 2^-24 = 1.2e-5 of the norm.
+        error = np.linalg.norm(gradient[:VOCABULARY] - gradients[name])
+        assert error <= 1.2e-5 * np.linalg.norm(gradients[name]) and not gradient[VOCABULARY:].any()
 
 
 def test_bf16_masks_the_padding_too(pool: Pool) -> None:
