@@ -169,9 +169,9 @@ def _conversation(messages: list[Message], trained: bool, tools: Any, given: str
 
 
 def _refuse(mapping: Mapping[str, Any], what: str) -> None:
-    for key, cure in _REFUSED.items():
+    for key, fix in _REFUSED.items():
         if mapping.get(key) not in (None, "", [], {}):
-            raise MalformedRecord(f"{what} has {key!r}: {cure}")
+            raise MalformedRecord(f"{what} has {key!r}: {fix}")
 
 
 def _mark(mapping: Mapping[str, Any], what: str, default: bool | None) -> bool | None:

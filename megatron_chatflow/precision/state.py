@@ -3,7 +3,7 @@
 Written in the form of Transformer Engine 1 (no recipe object, so nothing of that library is needed to write it), which release 2 still reads:
 it takes such a state for delayed scaling with a history of 1024 rows and cuts that to the run's own length. Both forms are read, by an unpickler
 that knows plain data, tensors and the names of Transformer Engine's recipes, and stops at everything else. What a checkpoint holds is read and
-written anew before a layer gets it.
+written again before a layer gets it.
 """
 
 from __future__ import annotations

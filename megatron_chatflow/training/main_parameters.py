@@ -97,7 +97,7 @@ def find_differences(weights: dict[str, Any], optimizer: dict[str, Any]) -> list
 
 @torch.no_grad()
 def check_saved(reader: CheckpointReader) -> None:
-    """Compare all main parameters of a checkpoint, whoever made it, with its weights.
+    """Compare all main parameters of a checkpoint with its weights.
 
     Called by every rank; the ranks share the work, a layer's tensor at a time. What is compared is
     what the files hold, in the types that they hold, whatever the optimizer of this run reads of it.

@@ -113,7 +113,7 @@ class CheckpointReader:
 
 
 def _with_own_states(found: Any) -> Any:
-    """FP8 state, written anew from what was read: Transformer Engine unpickles it once more."""
+    """FP8 state, written again from what was read: Transformer Engine unpickles it once more."""
     parts = found if isinstance(found, list) else [found]
     parts = [state.rewrite(part) for part in parts]
     return parts if isinstance(found, list) else parts[0]

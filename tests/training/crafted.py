@@ -94,7 +94,7 @@ def exploit(folder: Path, marker: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums anew, as an attacker does."""
+    """Write the checksums again, as an attacker does."""
     from megatron_chatflow.training import manifest
 
     (folder / manifest.NAME).unlink(missing_ok=True)
