@@ -73,12 +73,12 @@ def huggingface(compiled: bool) -> Callable[[], float]:
     return step
 
 
-def serve(way: str) -> None:
-    """A child process: makes its step, then for each line on standard input takes that many steps and prints their seconds."""
+def serve(make: Callable[[], Callable[[], object]]) -> None:
+    """In a child process, make a step, then for each number on standard input take that many steps and print their seconds."""
     import torch
 
     torch.set_num_threads(THREADS)
-    step = huggingface(way == "compiled") if way in WAYS[1:] else ours(way)
+    step = make()
     for _ in range(2):
         step()
     print("ready", flush=True)
@@ -108,10 +108,15 @@ def matmul_peak() -> float:
     return 2 * BATCH * SEQ * HIDDEN * FFN / best / 1e9
 
 
-def measure(ways: tuple[str, ...], rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
-    """{way: {"seconds": of every step, "megabytes": peak}} with the ways taking turns; the others sleep meanwhile."""
+def measure(
+    ways: tuple[str, ...], rounds: int, steps: int, program: str = __file__
+) -> dict[str, dict[str, list[float]]]:
+    """{way: {"seconds": of every step, "megabytes": peak}} with the ways taking turns; the others sleep meanwhile.
+
+    `program --serve WAY` is a child process that calls `serve`.
+    """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = {way: subprocess.Popen([sys.executable, __file__, "--serve", way], **pipes) for way in ways}
+    children = {way: subprocess.Popen([sys.executable, program, "--serve", way], **pipes) for way in ways}
     results: dict[str, dict[str, list[float]]] = {way: {"seconds": [], "megabytes": []} for way in ways}
     try:
         for child in children.values():
@@ -142,7 +147,8 @@ def main() -> None:
     parser.add_argument("--serve", choices=(*WAYS, *OWN), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve)
+        way = args.serve
+        serve(lambda: huggingface(way == "compiled") if way in WAYS[1:] else ours(way))
         return
     from megatron_chatflow.engine.kernels import describe_cpu
     from megatron_chatflow.engine.matmul import is_float32_faster

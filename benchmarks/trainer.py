@@ -15,7 +15,7 @@ class Trainer:
         from megatron_chatflow.engine import cpu, distributed
         from megatron_chatflow.engine.launch import Launch
 
-        config = resolve(parse(make_parser("chatflow train", ""), words.split())[0], 1)
+        self.config = config = resolve(parse(make_parser("chatflow train", ""), words.split())[0], 1)
         distributed.hide_engine_warnings()
         distributed.initialize(Launch("single", 0, 1, 0, None, None), config.parallel, config.model.num_layers)
         import numpy as np
@@ -47,9 +47,22 @@ class Trainer:
 
         seed_iteration(1, 0)
         batch = self._random_batch()
-        return train_step(
+        result = train_step(
             self._forward_step, self.model, self.optimizer, [batch], self._shape, 1, torch.device("cpu"), check_finite=True, settle=settle
-        ).loss
+        )
+        loss, tokens = result.sums[:, :2].sum(0)
+        return float(loss / tokens)
+
+    def evaluate(self, model: list[Any]) -> None:
+        """Forward pass and loss of one batch by a model in evaluation mode, as `chatflow evaluate` runs it."""
+        import torch
+
+        from megatron_chatflow.model.forward import run_schedule
+
+        with torch.no_grad():
+            run_schedule(
+                self._forward_step, model, iter([self._random_batch()]), 1, self._shape, torch.device("cpu"), forward_only=True
+            )
 
     def _random_batch(self) -> dict[str, Any]:
         import numpy as np
