@@ -41,8 +41,14 @@ print(json.dumps({"losses": [trainer.step() for _ in range(3)], "uniform": math.
 @pytest.mark.parametrize(
     "words, promised",
     [
-        (("benchmarks/bf16_on_cpu.py", "--rounds", "1", "--steps", "1"), {f"{task}_bf16_over_float32" for task in ("training", "evaluation", "generation")}),
-        (("benchmarks/train_step.py", "--rounds", "1", "--steps", "1"), {"tokens_per_second_ratio", "compiled_ratio", "bf16_over_float32"}),
+        (
+            ("benchmarks/bf16_on_cpu.py", "--rounds", "1", "--steps", "1"),
+            {f"{task}_bf16_over_float32" for task in ("training", "evaluation", "generation")},
+        ),
+        (
+            ("benchmarks/train_step.py", "--rounds", "1", "--steps", "1"),
+            {"tokens_per_second_ratio", "compiled_ratio", "bf16_over_float32"},
+        ),
         (("benchmarks/checkpoint.py", "--rounds", "1"), {"async_stall_ratio"}),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
