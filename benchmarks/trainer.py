@@ -24,6 +24,7 @@ class Trainer:
 
         from megatron_chatflow.model.forward import make_forward_step, schedule_shape
         from megatron_chatflow.model.gpt import build_model, count_parameters
+        from megatron_chatflow.tokenizer import TokenBytes
         from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler
         from megatron_chatflow.training.step import seed_iteration
 
@@ -35,7 +36,7 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.model)
         build_scheduler(config, Schedule.of(config), self.optimizer)
         self.parameters = count_parameters(config, vocab_size)
-        self._forward_step = make_forward_step(1, torch.ones(vocab_size, dtype=torch.int64), False)
+        self._forward_step = make_forward_step(1, TokenBytes.of(None, vocab_size), False, torch.device("cpu"))
         self._shape = schedule_shape(self._length, self._batch, False)
         self._vocab_size, self._generator = vocab_size, np.random.default_rng(0)
 

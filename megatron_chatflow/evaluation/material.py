@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from megatron_chatflow.config import Config, UsageError
 from megatron_chatflow.data.documents import Documents
 from megatron_chatflow.data.texts import read_texts
 from megatron_chatflow.evaluation.subject import Subject
-from megatron_chatflow.tokenizer import Tokenizer
+from megatron_chatflow.tokenizer import TokenBytes, Tokenizer
 from megatron_chatflow.training.inputs import open_inputs, open_tokenizer
 from megatron_chatflow.utils.user_files import check_line, check_name
 
@@ -24,8 +22,7 @@ class Material:
     tokenizer: Tokenizer | None
     vocab_size: int
     """Before padding."""
-    token_bytes: np.ndarray
-    """int64 [vocab_size]: UTF-8 bytes each token stands for; zeros without a tokenizer."""
+    token_bytes: TokenBytes
     sources: Mapping[str, Any]
     """By name; each has `num_samples` and `read_window`."""
     domains: int
@@ -50,7 +47,7 @@ def same_corpora(material: Material, config: Config) -> Material:
             f"its tokenizer {tokenizer.name} did not make the corpora, {material.tokenizer.name} did; compare the two on raw text, which each "
             "encodes for itself: --text NAME=FILE"
         )
-    return Material(tokenizer, vocab_size, _token_bytes(tokenizer, vocab_size), material.sources, material.domains)
+    return Material(tokenizer, vocab_size, TokenBytes.of(tokenizer, vocab_size), material.sources, material.domains)
 
 
 def read_named_texts(words: Sequence[str]) -> dict[str, list[str]]:
@@ -93,7 +90,7 @@ def raw_text(subject: Subject, texts: Mapping[str, list[str]], document_start: s
         for name, source in sources.items()
         if source.num_changed
     ]
-    return Material(tokenizer, vocab_size, _token_bytes(tokenizer, vocab_size), sources, len(sources), tuple(notes))
+    return Material(tokenizer, vocab_size, TokenBytes.of(tokenizer, vocab_size), sources, len(sources), tuple(notes))
 
 
 def start_token(tokenizer: Tokenizer, wanted: str) -> tuple[int, str]:
@@ -101,10 +98,3 @@ def start_token(tokenizer: Tokenizer, wanted: str) -> tuple[int, str]:
     if wanted == "bos" and tokenizer.bos is None:
         raise UsageError(f"document_start bos: {tokenizer.name} has no begin token; write --document-start eod")
     return (tokenizer.eod, "end-of-document") if wanted == "eod" or tokenizer.bos is None else (tokenizer.bos, "begin")
-
-
-def _token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    result = np.zeros(vocab_size, np.int64)
-    table = tokenizer.token_bytes()
-    result[: len(table)] = table
-    return result

@@ -11,17 +11,18 @@ import numpy as np
 from megatron_chatflow.data.documents import Documents
 from megatron_chatflow.evaluation.loss import evaluate_domains
 from megatron_chatflow.evaluation.session import Session
+from megatron_chatflow.tokenizer import TokenBytes
 
 _SECONDS_BETWEEN = 10.0
 
 
-def measure(session: Session, sources: Mapping[str, Any], token_bytes: np.ndarray, most: int | None, say: Callable[[str], None]) -> np.ndarray:
+def measure(session: Session, sources: Mapping[str, Any], token_bytes: TokenBytes, most: int | None, say: Callable[[str], None]) -> np.ndarray:
     """Float64 [sources, 3] of summed loss, tokens and bytes of each source, the same on every rank.
 
     Args:
         session: the model.
         sources: by name, what has `num_samples` and `read_window` (a text or instruction domain, or `Documents`).
-        token_bytes: int64 [vocabulary], bytes of each token. Of `Documents` the bytes of the text itself are taken.
+        token_bytes: of the model's tokens. Of `Documents` the bytes of the text itself are taken.
         most: windows of each source at most; None: all.
         say: prints a line of progress, at most every ten seconds.
     """

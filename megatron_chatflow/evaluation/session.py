@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import MegatronModule
@@ -19,6 +18,7 @@ from megatron_chatflow.evaluation.subject import Subject
 from megatron_chatflow.model.forward import make_forward_step, schedule_shape
 from megatron_chatflow.model.gpt import build_model
 from megatron_chatflow.model.spec import choose_transformer_impl
+from megatron_chatflow.tokenizer import TokenBytes
 
 
 @dataclass
@@ -31,9 +31,9 @@ class Session:
     model: list[MegatronModule]
     device: torch.device
 
-    def forward_step(self, names: tuple[str, ...], token_bytes: np.ndarray) -> Callable[..., Any]:
+    def forward_step(self, names: tuple[str, ...], token_bytes: TokenBytes) -> Callable[..., Any]:
         """The forward step whose sums have a row for each name."""
-        return make_forward_step(len(names), torch.from_numpy(token_bytes).to(self.device), self.transformer_impl == "transformer_engine")
+        return make_forward_step(len(names), token_bytes, self.transformer_impl == "transformer_engine", self.device)
 
     @property
     def shape(self) -> Mapping[str, int]:

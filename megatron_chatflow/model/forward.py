@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_chatflow.model.segments import attention_arguments
+from megatron_chatflow.tokenizer import TokenBytes
 
 SUMS = 3
 """Columns of the sums of a domain: loss in nats, trained-on tokens, UTF-8 bytes that those tokens stand for."""
@@ -22,26 +23,52 @@ def to_tensors(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[st
     return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in batch.items()}
 
 
-def domain_sums(losses: torch.Tensor, batch: Mapping[str, torch.Tensor], num_domains: int, token_bytes: torch.Tensor) -> torch.Tensor:
+def label_bytes(
+    batch: Mapping[str, torch.Tensor], table: torch.Tensor, byte_space: tuple[int, int, int] | None
+) -> torch.Tensor:
+    """Int64 [b, s]: UTF-8 bytes of text that each label stands for; the last byte piece of a space counts -1, so that all three add up to 1.
+
+    Where a window or a piece of a document in it begins at the second of the three, its label is the third only if the character is a space or
+    another whose last two bytes are those of U+2581 (such as U+1581 or U+4581); it is taken for a space. Everything else is exact.
+
+    Args:
+        batch: tokens, labels and segment_ids: [b, s].
+        table: int64 [vocabulary], bytes of each token by itself.
+        byte_space: see `TokenBytes`.
+    """
+    tokens, labels, segments = batch["tokens"], batch["labels"], batch["segment_ids"]
+    lengths = table[labels]
+    if byte_space is None:
+        return lengths
+    first, second, third = byte_space
+    ends = (labels == third) & (tokens == second)
+    ends[:, 1:] &= (tokens[:, :-1] == first) | (segments[:, 1:] != segments[:, :-1])
+    return lengths.masked_fill(ends, -1)
+
+
+def domain_sums(losses: torch.Tensor, batch: Mapping[str, torch.Tensor], num_domains: int, lengths: torch.Tensor) -> torch.Tensor:
     """Float64 [num_domains, SUMS]: per domain the summed loss, the tokens it was summed over and their UTF-8 bytes.
 
     Args:
         losses: [b, s], nats of each position.
-        batch: labels [b, s], loss_mask [b, s] and domain [b].
+        batch: loss_mask [b, s] and domain [b].
         num_domains: rows of the result.
-        token_bytes: int64 [vocabulary], bytes of each token; all 0 where no tokenizer is known.
+        lengths: [b, s], bytes of each label.
     """
     mask = batch["loss_mask"].double()
-    sums = torch.stack([(losses.double() * mask).sum(1), mask.sum(1), (token_bytes[batch["labels"]] * mask).sum(1)], dim=1)
+    sums = torch.stack([(losses.double() * mask).sum(1), mask.sum(1), (lengths * mask).sum(1)], dim=1)
     return torch.zeros(num_domains, SUMS, dtype=torch.float64, device=sums.device).index_add_(0, batch["domain"], sums)
 
 
-def make_forward_step(num_domains: int, token_bytes: torch.Tensor, transformer_engine: bool) -> Callable[[Iterator[Any], MegatronModule], Any]:
+def make_forward_step(
+    num_domains: int, token_bytes: TokenBytes, transformer_engine: bool, device: torch.device
+) -> Callable[[Iterator[Any], MegatronModule], Any]:
     """The function that megatron-core's forward_backward_func calls for each micro-batch.
 
     It returns the loss as (sum over tokens, number of tokens, {"sums": `domain_sums`}); megatron-core divides the gradients
     by the tokens of the global batch (calculate_per_token_loss), so neither micro-batching nor data parallelism changes the loss.
     """
+    table = torch.from_numpy(token_bytes.table).to(device)
 
     def forward_step(iterator: Iterator[dict[str, torch.Tensor]], model: MegatronModule) -> Any:
         batch = next(iterator)
@@ -55,7 +82,8 @@ def make_forward_step(num_domains: int, token_bytes: torch.Tensor, transformer_e
             losses = losses.float().reshape(batch["loss_mask"].shape)
             total = (losses * batch["loss_mask"]).sum()
             count = batch["loss_mask"].sum().to(torch.int)
-            return total, count, {"sums": domain_sums(losses.detach(), batch, num_domains, token_bytes)}
+            lengths = label_bytes(batch, table, token_bytes.byte_space)
+            return total, count, {"sums": domain_sums(losses.detach(), batch, num_domains, lengths)}
 
         return output, loss_func
 

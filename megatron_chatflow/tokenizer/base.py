@@ -1,11 +1,19 @@
 """What every tokenizer here can do."""
 
+from __future__ import annotations
+
 import abc
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from megatron_chatflow.tokenizer.scripts import SPACE
+
+BYTE_SPACE = tuple(f"<0x{byte:02X}>" for byte in SPACE.encode())
+"""The byte pieces that stand for a space in a vocabulary without `SPACE`."""
 
 
 class Tokenizer(abc.ABC):
@@ -51,11 +59,15 @@ class Tokenizer(abc.ABC):
         """Returns how many UTF-8 bytes of text each token stands for.
 
         The sum over `encode(text)` is `len(text.encode())`, but for what the tokenizer itself changes: a space it puts before the text, characters it
-        normalises or does not know.
+        normalises or does not know. Where `byte_space` has ids, these three in a row count 1, not 3.
 
         Returns:
             int32[vocab_size]; 0 for control tokens.
         """
+
+    def byte_space(self) -> tuple[int, int, int] | None:
+        """Returns the ids of the byte pieces that a space is written with; None where the vocabulary has a piece for it."""
+        return None
 
     @abc.abstractmethod
     def control_id(self, spelling: str) -> int | None:
@@ -80,6 +92,25 @@ class Tokenizer(abc.ABC):
     def identity(self) -> dict[str, Any]:
         """Returns what a corpus's manifest says of its tokenizer: `type`, `name`, `hash`, `vocab_size` and `eod`."""
         return {"type": self.type, "name": self.name, "hash": self.fingerprint(), "vocab_size": self.vocab_size, "eod": self.eod}
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """UTF-8 bytes of text that the tokens of a model stand for."""
+
+    table: np.ndarray
+    """int64 [vocabulary], of each token by itself; zeros where no tokenizer is known."""
+    byte_space: tuple[int, int, int] | None = None
+    """Three ids that stand for a single byte where they follow each other."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer | None, vocab_size: int) -> TokenBytes:
+        """Return the bytes of a tokenizer's tokens for a model with `vocab_size` ids, at least the tokenizer's."""
+        table = np.zeros(vocab_size, np.int64)
+        if tokenizer is None:
+            return cls(table)
+        table[: tokenizer.vocab_size] = tokenizer.token_bytes()
+        return cls(table, tokenizer.byte_space())
 
 
 def digest(library: str, *parts: bytes | int | None) -> str:

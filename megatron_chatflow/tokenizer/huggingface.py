@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from megatron_chatflow.tokenizer.base import Tokenizer, digest, read_bytes
+from megatron_chatflow.tokenizer.base import BYTE_SPACE, Tokenizer, digest, read_bytes
+from megatron_chatflow.tokenizer.scripts import SPACE
 from megatron_chatflow.utils.user_files import load_json
 
-_SPACE = "\u2581"
 _USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|end\u2581of\u2581sentence|>", "<eos>", "<eod>")
 
 
@@ -66,6 +66,12 @@ class HuggingFace(Tokenizer):
             result[token] = 0 if entry.special else len(entry.content.encode())
         result[self.eod] = 0
         return result
+
+    def byte_space(self) -> tuple[int, int, int] | None:
+        first, second, third = map(self._vocab.get, BYTE_SPACE)
+        if SPACE in self._vocab or first is None or second is None or third is None:
+            return None
+        return first, second, third
 
     def control_id(self, spelling: str) -> int | None:
         return next((token for token, entry in self._backend.get_added_tokens_decoder().items() if entry.content == spelling), None)
@@ -189,13 +195,13 @@ def _length_rule(tokenizer: HuggingFace) -> Any:
     """Returns the function that gives the bytes of a vocabulary entry, after how the tokenizer's decoder reads it."""
     description = load_json(tokenizer._backend.to_str())
     kinds = {step["type"] for step in _steps(description.get("decoder"))}
-    replaced = {step["content"] for step in _steps(description.get("decoder")) if step["type"] == "Replace" and step["pattern"] == {"String": _SPACE}}
+    replaced = {step["content"] for step in _steps(description.get("decoder")) if step["type"] == "Replace" and step["pattern"] == {"String": SPACE}}
     if "ByteLevel" in kinds:
         alphabet = _byte_alphabet()
         return lambda text: len(text) if alphabet.issuperset(text) else len(text.encode())
     if "Metaspace" in kinds or replaced == {" "}:
         fallback = "ByteFallback" in kinds
-        return lambda text: 1 if fallback and _is_byte_piece(text) else len(text.replace(_SPACE, " ").encode())
+        return lambda text: 1 if fallback and _is_byte_piece(text) else len(text.replace(SPACE, " ").encode())
     raise ValueError(
         f"{tokenizer.type}: {tokenizer.name} loses spaces, so the bytes its tokens stand for cannot be counted: "
         "use a byte-level or a SentencePiece-like tokenizer (a decoder of type ByteLevel or Metaspace)"

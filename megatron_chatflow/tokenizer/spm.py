@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import sentencepiece
 
-from megatron_chatflow.tokenizer.base import Tokenizer, digest, read_bytes
-
-_SPACE = "\u2581"
+from megatron_chatflow.tokenizer.base import BYTE_SPACE, Tokenizer, digest, read_bytes
+from megatron_chatflow.tokenizer.scripts import SPACE
 
 
 class SentencePiece(Tokenizer):
@@ -63,6 +62,13 @@ class SentencePiece(Tokenizer):
     def token_bytes(self) -> np.ndarray:
         return np.array([self._bytes_of(i) for i in range(self.vocab_size)], np.int32)
 
+    def byte_space(self) -> tuple[int, int, int] | None:
+        space = self._id(SPACE)
+        if space is not None and not self._model.IsUnused(space):
+            return None
+        first, second, third = map(self._id, BYTE_SPACE)
+        return None if first is None or second is None or third is None else (first, second, third)
+
     def control_id(self, spelling: str) -> int | None:
         return self._id(spelling)
 
@@ -71,7 +77,7 @@ class SentencePiece(Tokenizer):
             return 1
         if token == self.eod or self._model.IsControl(token) or self._model.IsUnknown(token) or self._model.IsUnused(token):
             return 0
-        return len(self._model.IdToPiece(token).replace(_SPACE, " ").encode())
+        return len(self._model.IdToPiece(token).replace(SPACE, " ").encode())
 
     def _id(self, piece: str) -> int | None:
         token = self._model.PieceToId(piece)

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_chatflow.config import Config, UsageError, total_samples
 from megatron_chatflow.curriculum import BlendPlan, Curriculum, capacities, constant_curriculum, load_curriculum
 from megatron_chatflow.data import InstructDomain, Manifest, open_domains, read_manifest
-from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer import TokenBytes, Tokenizer, load_tokenizer
 
 MUCH_LOST = 0.01
 """Share of conversations, or of tokens to train on, above which their loss at seq_length is a warning."""
@@ -28,8 +28,7 @@ class Inputs:
     curriculum: Curriculum
     tokenizer: Tokenizer | None
     vocab_size: int
-    token_bytes: np.ndarray
-    """int64 [vocab_size]: UTF-8 bytes each token stands for; zeros where no tokenizer is given."""
+    token_bytes: TokenBytes
     domains: Mapping[str, Any]
     """The training part of every domain."""
     held_out: Mapping[str, Any]
@@ -64,15 +63,11 @@ def open_inputs(config: Config, *, held_out: bool = False) -> Inputs:
     notes = _held_out_notes(config, curriculum, validated, held_out) + _cut_notes(domains)
     for domain in (*domains.values(), *validated.values()):
         domain.vocab_size = vocab_size
-    token_bytes = np.zeros(vocab_size, np.int64)
     if tokenizer is None:
         notes.append(f"bits per byte are not reported: no tokenizer is given ({flags})")
-    else:
-        table = tokenizer.token_bytes()
-        token_bytes[: len(table)] = table
     if config.data.reset_position_ids and config.model.position_embedding_type == "rope":
         notes.append("reset_position_ids has no effect with rope: rotary positions are relative, --reset-attention-mask alone keeps documents apart")
-    return Inputs(curriculum, tokenizer, vocab_size, token_bytes, domains, validated, flags, tuple(notes))
+    return Inputs(curriculum, tokenizer, vocab_size, TokenBytes.of(tokenizer, vocab_size), domains, validated, flags, tuple(notes))
 
 
 def check_tokens(inputs: Inputs) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches, update_num_microbatches
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
@@ -150,8 +149,7 @@ def _validate(run: Run, reporter: Reporter, stop: Stop) -> tuple[dict[str, Any],
     """The held-out losses by name, and why to leave if `stop` said so meanwhile: then they are not complete, and not told."""
     config, names = run.config, run.held_out_names
     most = config.validation.eval_iters * config.training.global_batch_size
-    token_bytes = torch.from_numpy(run.inputs.token_bytes).to(run.device)
-    step = make_forward_step(len(names), token_bytes, run.transformer_impl == "transformer_engine")
+    step = make_forward_step(len(names), run.inputs.token_bytes, run.transformer_impl == "transformer_engine", run.device)
     sums = np.zeros((len(names), SUMS))
     for name, domain in run.inputs.held_out.items():
         sums += evaluate_domains(step, run.model, {name: domain}, names, most, config.training.micro_batch_size, run.shape, run.device)

@@ -297,8 +297,7 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
             + (f"; going on after iteration {start.iteration}" if start.state else "")
         )
     names = start.blend.plan.domain_names
-    token_bytes = torch.from_numpy(inputs.token_bytes).to(device)
-    step = make_forward_step(len(names), token_bytes, impl == "transformer_engine")
+    step = make_forward_step(len(names), inputs.token_bytes, impl == "transformer_engine", device)
     shape = schedule_shape(config.data.seq_length, config.training.micro_batch_size, impl == "transformer_engine")
     return Run(
         config, start.schedule, launch, inputs, start.blend, outlook, start.batches, device, impl, model, optimizer, scheduler, step, shape,

@@ -8,6 +8,7 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 LINES = (
     "All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience",
@@ -39,6 +40,14 @@ def sentencepiece_model(**options) -> bytes:
     defaults = {"vocab_size": 400, "model_type": "bpe", "minloglevel": 3, "num_threads": 1, "hard_vocab_limit": False}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES * 3), model_writer=model, **defaults | options)
     return model.getvalue()
+
+
+def without_space(model: bytes) -> bytes:
+    """A SentencePiece model whose space has no piece of its own any more, but is in other pieces."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    (space,) = [piece for piece in proto.pieces if piece.piece == "\u2581"]
+    space.type = space.UNUSED
+    return proto.SerializeToString()
 
 
 def byte_level_bpe() -> tokenizers.Tokenizer:

@@ -98,8 +98,9 @@ def train(model: Any, config: Any, impl: str, steps: int) -> list[float]:
     import torch
 
     from megatron_chatflow.model.forward import make_forward_step
+    from megatron_chatflow.tokenizer import TokenBytes
 
-    step = make_forward_step(1, torch.zeros(VOCABULARY, dtype=torch.long), impl == "transformer_engine")
+    step = make_forward_step(1, TokenBytes.of(None, VOCABULARY), impl == "transformer_engine", torch.device("cpu"))
     main = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
     optimizer = torch.optim.AdamW(main, 3e-4)
     losses = []
@@ -170,8 +171,9 @@ def validation(config: Any) -> dict[str, bool]:
 
     def pass_by() -> float:
         from megatron_chatflow.model.forward import make_forward_step
+        from megatron_chatflow.tokenizer import TokenBytes
 
-        step = make_forward_step(1, torch.zeros(VOCABULARY, dtype=torch.long), True)
+        step = make_forward_step(1, TokenBytes.of(None, VOCABULARY), True, torch.device("cpu"))
         with torch.no_grad():
             step(iter(batches(config, 1)), their)
         return float(layer.fp8_meta["scaling_fwd"].amax_history[0].abs().max())
