@@ -12,7 +12,9 @@ can promise less. README.md has both proofs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,8 @@ BLOCK = 1024
 """Samples between two points whose counts are kept for the next call."""
 _BLOCKS_KEPT = 64
 _NO_LIMIT = 1 << 62
+_FEW = 24
+"""Domains up to which plain Python is quicker than numpy."""
 
 
 class Apportionment:
@@ -39,7 +43,8 @@ class Apportionment:
         self.size = len(before)
         self._area = pacing.area(np.asarray(self.origin))
         self._points = [0]  # 0, 1, 2, 4, 8, ... as far as they were needed
-        self._counts = [np.zeros(self.size, np.int64)]
+        self._few = self.size <= _FEW
+        self._counts: list[Any] = [[0] * self.size if self._few else np.zeros(self.size, np.int64)]
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +64,7 @@ class Apportionment:
 
     def counts(self, n: int) -> np.ndarray:
         """How many of the first n samples of the piece each domain gets: int64 [K]."""
-        return self._around(n, 1)[1][0]
+        return self._around(n, max(n & -n, 1))[1][0]  # its lowest bit: n is a point of the grid of that width
 
     def _target(self, n: np.ndarray) -> np.ndarray:
         """Samples that each domain should have after n of the piece, those it was owed included: float64 [len(n), K]."""
@@ -87,14 +92,16 @@ class Apportionment:
         middles = [n - n % (2 * half) + half for half in halves]
         target = self._target(np.array([*new, *middles], np.int64))
         nearest = _nearest(target)
-        if new:
-            no_limit = np.full(self.size, _NO_LIMIT)
-            for j, point in enumerate(new):
-                self._counts.append(_apportion_one(target[j], nearest[j], self._counts[-1], no_limit, point))
-                self._points.append(point)
+        if self._few:
+            apportion, no_limit, target, nearest = _apportion_few, [_NO_LIMIT] * self.size, target.tolist(), nearest.tolist()
+        else:
+            apportion, no_limit = _apportion_one, np.full(self.size, _NO_LIMIT)
+        for j, point in enumerate(new):
+            self._counts.append(apportion(target[j], nearest[j], self._counts[-1], no_limit, point))
+            self._points.append(point)
         low, high = self._counts[i : i + 2]
         for j, middle in enumerate(middles, len(new)):
-            between = _apportion_one(target[j], nearest[j], low, high, middle)
+            between = apportion(target[j], nearest[j], low, high, middle)
             if n < middle:
                 last, high = middle, between
             else:
@@ -133,6 +140,21 @@ def _apportion_one(target: np.ndarray, nearest: np.ndarray, low: np.ndarray, hig
         missing -= 1
     while missing < 0:
         counts[len(counts) - 1 - np.where(counts > low, counts - target, -np.inf)[::-1].argmax()] -= 1
+        missing += 1
+    return counts
+
+
+def _apportion_few(target: list[float], nearest: list[int], low: list[int], high: list[int], total: int) -> list[int]:
+    """`_apportion_one` in plain Python, which is quicker for a few domains."""
+    counts = [a if n < a else b if n > b else n for n, a, b in zip(nearest, low, high, strict=True)]
+    missing = total - sum(counts)
+    while missing > 0:
+        errors = [n - t if n < b else math.inf for n, t, b in zip(counts, target, high, strict=True)]
+        counts[errors.index(min(errors))] += 1
+        missing -= 1
+    while missing < 0:
+        errors = [n - t if n > a else -math.inf for n, t, a in zip(reversed(counts), reversed(target), reversed(low), strict=True)]
+        counts[len(counts) - 1 - errors.index(max(errors))] -= 1
         missing += 1
     return counts
 

@@ -66,7 +66,8 @@ class Piece:
 
     def integral_at(self, n: int) -> np.ndarray:
         """The integral of the shares from 0 to n: float64 [K]."""
-        area = self.pacing.area(np.asarray(float(n - self.origin))) - self.pacing.area(np.asarray(float(self.begin - self.origin)))
+        first, last = self.pacing.area(np.array([self.begin - self.origin, n - self.origin], np.float64)).tolist()
+        area = last - first
         return self.integral + self.before * (n - self.begin - area) + self.after * area
 
     def counts(self, n: int) -> np.ndarray:
@@ -118,9 +119,11 @@ def build(segment: Segment, names: Sequence[str], stop: int, previous: Piece | N
             if previous is not None:
                 known = len(previous.given)
                 given[:known], integral[:known] = previous.counts(begin), previous.integral_at(begin)
-            alive = {name for name in {**span.before, **span.after} if capacity is None or given[number[name]] < capacity[number[name]]}
-            before, after, pace = _remaining(span, alive, begin)
-            joins_later = begin == span.origin and before.keys() != {**before, **after}.keys()
+            before, after, pace = span.before, span.after, span.pacing
+            if capacity is not None:
+                alive = {name for name in {**before, **after} if given[number[name]] < capacity[number[name]]}
+                before, after, pace = _remaining(span, alive, begin)
+            joins_later = begin == span.origin and not before.keys() >= after.keys()
             members = sorted(before if joins_later else {**before, **after})
             piece = Piece(
                 begin,

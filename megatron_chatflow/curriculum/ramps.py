@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -56,8 +56,13 @@ class Pacing:
         return self.integral[cell] + (self.values[cell] + slope * u / 2) * u + (x - inner) / 2
 
     def _cell(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        cell = np.minimum(self.knots.searchsorted(x, side="right") - 1, len(self.knots) - 2)
-        return cell, x - self.knots[cell], (self.values[cell + 1] - self.values[cell]) / (self.knots[cell + 1] - self.knots[cell])
+        cells = len(self.knots) - 1
+        cell = np.minimum(self.knots.searchsorted(x, side="right") - 1, cells - 1) if cells > 1 else 0
+        return cell, x - self.knots[cell], self._slopes[cell]
+
+    @cached_property
+    def _slopes(self) -> np.ndarray:
+        return np.diff(self.values) / np.diff(self.knots)
 
 
 STILL = Pacing.through(np.zeros(1), np.zeros(1))

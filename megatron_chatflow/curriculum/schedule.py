@@ -62,15 +62,18 @@ def resolve(curriculum: Curriculum, *, num_samples: int, global_batch_size: int,
 
 def spans(knots: Sequence[Knot], start: int, stop: int | None) -> Iterator[Span]:
     """The spans that cover samples start .. stop - 1 (to the end where `stop` is None)."""
+    shares = None  # of this knot, where the span before it has them
     for i, knot in enumerate(knots):
         following = knots[i + 1] if i + 1 < len(knots) else None
         begin = max(knot.at, start)
         ends = [end for end in (stop, following.at if following else None) if end is not None]
         end = min(ends) if ends else None
         if end is not None and end <= begin:
+            shares = None
             continue
-        before = grid_shares(knot.weights)
-        after = grid_shares(following.weights) if following and following.ramp != "step" else before
+        before = shares or grid_shares(knot.weights)
+        shares = grid_shares(following.weights) if following else None
+        after = shares if following and shares and following.ramp != "step" else before
         moving = after != before
         yield Span(begin, end, knot.at, before, after, pacing(following.ramp, following.at - knot.at) if moving else STILL)
 

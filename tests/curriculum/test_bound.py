@@ -2,16 +2,17 @@
 
 import math
 from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.curriculum import BlendPlan
-from megatron_chatflow.curriculum.apportion import Apportionment, _apportion, _apportion_one, _nearest
+from megatron_chatflow.curriculum import BlendPlan, apportion
+from megatron_chatflow.curriculum.apportion import Apportionment, _apportion, _apportion_few, _apportion_one, _nearest
 from megatron_chatflow.curriculum.ramps import STILL
-from tests.curriculum.cases import make_curriculum, make_plan, named, quick, running_counts
+from tests.curriculum.cases import make_curriculum, make_plan, named, quick, running_counts, stage_lists
 
 ROUNDING = 1e-6
 """What float64 may add to errors of samples in runs this short."""
@@ -87,6 +88,20 @@ def test_samples_go_to_the_domains_that_are_most_behind_within_the_limits(size, 
     assert (ahead <= behind + 1 + 1e-12).all()
     alone = [_apportion_one(t, _nearest(t), a, b, int(n)) for t, a, b, n in zip(target, low, high, total, strict=True)]
     assert np.array_equal(counts, alone)
+    lists = [(t.tolist(), _nearest(t).tolist(), a.tolist(), b.tolist(), int(n)) for t, a, b, n in zip(target, low, high, total, strict=True)]
+    assert counts.tolist() == [_apportion_few(*row) for row in lists]
+
+
+@quick(30)
+@given(stage_lists(3000, sizes=(1, 2, 4, 7, 24), most=12), st.integers(0, 3000))
+def test_few_domains_are_apportioned_in_plain_python_as_in_numpy(stages, n):
+    plan = make_plan(stages, 3000)
+    with mock.patch.object(apportion, "_FEW", 0):
+        other = make_plan(stages, 3000)
+        order, counts = other.locate(0, 3000), other.counts(n)
+    assert all(np.array_equal(a, b) for a, b in zip(plan.locate(0, 3000), order, strict=True))
+    assert np.array_equal(plan.counts(n), counts)
+    assert np.array_equal(counts, np.bincount(order[0][:n], minlength=len(counts)))
 
 
 @quick(8)
