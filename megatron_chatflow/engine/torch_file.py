@@ -93,6 +93,8 @@ def _members(data: memoryview) -> dict[str, tuple[int, int]]:
         if place > locator - _END_64.size:
             raise UnpicklingError("it is no intact file of torch.save: the end is damaged")
         large = _END_64.unpack(data[place : place + _END_64.size])
+        if large[0] != b"PK\x06\x06":
+            raise UnpicklingError("it is no intact file of torch.save: the end is damaged")
         count, size, start = large[7:10]
         limit = place
     if count > _MAX_MEMBERS or start + size > limit:
@@ -119,7 +121,7 @@ def _members(data: memoryview) -> dict[str, tuple[int, int]]:
 
 
 def _large_fields(extra: memoryview, fields: list[int]) -> list[int]:
-    """Sizes of 4 GiB and more stand in an extra field, in the order of `fields`."""
+    """Sizes and places of 4 GiB and more are in an extra field, in the order of `fields`."""
     position, large = 0, b""
     while position + 4 <= len(extra):
         tag, size = struct.unpack("<2H", extra[position : position + 4])
@@ -129,6 +131,8 @@ def _large_fields(extra: memoryview, fields: list[int]) -> list[int]:
     found = []
     for field in fields:
         if field == 0xFFFFFFFF:
+            if len(large) < 8:
+                raise UnpicklingError("a member of it is damaged: its size is missing")
             (field,), large = struct.unpack("<Q", large[:8]), large[8:]
         found.append(field)
     return found
