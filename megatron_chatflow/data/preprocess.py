@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from megatron_chatflow import __version__
@@ -33,8 +34,6 @@ _MOST_IGNORED = 1000
 _CHECKPOINT_SECONDS = 1.0
 _CHECKPOINT_SHARE = 0.02
 """How often the state is saved: about every second, and less often where that would take more than this share of the time."""
-_EARLIEST = 1 << 24
-"""Bytes of the stored input before which too many malformed records do not end a run: how much of it is done is not known more exactly."""
 
 
 @dataclass
@@ -235,8 +234,6 @@ class _Run:
                     now = time.perf_counter()
                     self.due = now + max(_CHECKPOINT_SECONDS, (now - began) / _CHECKPOINT_SHARE)
                 share = (sum(sizes[: done.source]) + done.position) / total if total else None
-                if share and share * total >= _EARLIEST:
-                    self._check_malformed(2 / share)
                 self._report(share)
 
     def _chunks(self) -> Iterator[Numbered]:
@@ -297,20 +294,16 @@ class _Run:
                 "\n".join(self.state.shown) + f"\n{malformed:,} malformed record{'s' * (malformed > 1)}, so nothing was written: "
                 "mend the input, or leave them out with --skip-malformed"
             )
-        self._check_malformed(1)
+        records, most = sum(self.state.records), self.settings.most_malformed()
+        if malformed > Fraction(str(most)) * records:
+            raise MalformedInput(
+                "\n".join(self.state.shown) + f"\n{malformed:,} of {records:,} records are malformed, more than the share of {most:g} that "
+                "--max-malformed allows, so nothing was written: correct the input, or give a larger --max-malformed"
+            )
         for key, counts in self.state.counts.items():
             if counts.documents == 0:
                 skipped = f"{malformed:,} malformed records and {empty:,} empty documents were left out"
                 raise MalformedInput(f"no document is left for {self.settings.prefixes()[key]} ({skipped}), so nothing was written: check --input")
-
-    def _check_malformed(self, scale: float) -> None:
-        """Refuses a run of which too many records are malformed, where all of its records are at most `scale` times those so far."""
-        records, malformed, most = sum(self.state.records), sum(self.state.malformed), self.settings.most_malformed()
-        if malformed > most * records * scale:
-            raise MalformedInput(
-                "\n".join(self.state.shown) + f"\n{malformed:,} of {records:,} records{' so far' * (scale > 1)} are malformed, more than the "
-                f"share of {most:g} that --max-malformed allows, so nothing was written: correct the input, or give a larger --max-malformed"
-            )
 
     def _manifest(self, spool: Spool) -> Manifest:
         return Manifest(

@@ -134,7 +134,7 @@ def test_a_record_over_several_lines_is_refused_with_what_to_do(tmp_path):
 
 @pytest.mark.parametrize(
     ("malformed", "most", "refused"),
-    [(5, None, False), (6, None, True), (50, 0.5, False), (51, 0.5, True), (1, 0.0, True), (99, 1.0, False)],
+    [(5, None, False), (6, None, True), (50, 0.5, False), (51, 0.5, True), (1, 0.0, True), (99, 1.0, False), (29, 0.29, False)],
 )
 @pytest.mark.parametrize("kind", ["text", "instruct"])
 def test_more_malformed_records_than_allowed_write_nothing(tmp_path, kind, malformed, most, refused):
@@ -152,13 +152,22 @@ def test_more_malformed_records_than_allowed_write_nothing(tmp_path, kind, malfo
         assert preprocess(run).malformed == malformed
 
 
-def test_a_large_input_is_not_read_to_its_end_when_too_much_is_malformed(tmp_path):
+@pytest.mark.parametrize(("good", "refused"), [(19 * 40, False), (19 * 40 - 1, True)])
+def test_the_share_is_of_all_records_where_malformed_ones_are_large_and_come_first(
+    tmp_path, good, refused
+):
     path = tmp_path / "a.jsonl"
-    path.write_bytes((json.dumps({"other": "x" * 10_000}).encode() + b"\n") * 4000)
+    large = json.dumps({"other": "x" * 500_000}).encode() + b"\n"
+    path.write_bytes(large * 40 + b'{"text":"a"}\n' * good)
     words = {"tokenizer_type": "ByteLevelTokenizer", "skip_malformed": True}
-    with pytest.raises(MalformedInput, match="records so far are malformed"):
-        preprocess(PreprocessSettings(input=(str(path),), output_prefix=str(tmp_path / "out"), **words))
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    out = str(tmp_path / "out")
+    run = PreprocessSettings(input=(str(path),), output_prefix=out, **words)
+    if refused:
+        with pytest.raises(MalformedInput, match="40 of 799 records are malformed"):
+            preprocess(run)
+        assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    else:
+        assert preprocess(run).malformed == 40
 
 
 @pytest.mark.parametrize(("share", "skip"), [(0.1, False), (1.5, True), (-0.1, True), (float("nan"), True)])
