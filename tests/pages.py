@@ -19,8 +19,11 @@ SMALLER = {
     "--nproc-per-node 8": "--nproc-per-node 2",
     "--new-tokens 8000": "--new-tokens 300",
     "--workers 8": "--workers 1",
-    "--world-size 512": "--world-size 8",
+    "--new-tokens 1000": "--new-tokens 100",
+    "run.yaml --curriculum curriculum.yaml --world-size 512": "run.yaml --curriculum curriculum.yaml --world-size 8",
+    "--world-size 128": "--world-size 8",
     "--iteration 57": "--iteration 3",
+    "iter_0001000": "iter_0000002",
     "--nodes 16": "--nodes 1",
     "/shared/": "shared/",
 }

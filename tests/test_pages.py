@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -52,10 +53,10 @@ def test_no_reason_not_to_run_is_left_over(rule: str) -> None:
 
 
 SIZES = {
-    "training": {"micro_batch_size": 1, "global_batch_size": 8, "train_iters": 6},
+    "training": {"micro_batch_size": 1, "global_batch_size": 8, "train_iters": 6, "ema_decay": 0.9},
     "optimizer": {"lr": 1e-3, "lr_decay_style": "constant"},
     "data": {"seq_length": 64, "split": "900,100,0"},
-    "checkpoint": {"save_interval": 2},
+    "checkpoint": {"save_interval": 1},
     "validation": {"eval_iters": 2, "eval_interval": 2},
 }
 
@@ -64,9 +65,15 @@ class Walk:
     """A folder in which the commands of pages are run one after the other."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.first_training = ""
+        self.base_evaluation: dict[str, dict[str, float]] = {}
+
+    @classmethod
+    def of_files(cls, folder: Path) -> Walk:
+        """A walk in `folder`, with the files that README.md says a user has."""
         from tests.conversion.models import build
 
-        self.folder = folder
         build(folder / "SmolLM2-135M", "llama3")
         for name in ("tools", "examples"):
             (folder / name).symlink_to(pages.ROOT / name)
@@ -86,6 +93,7 @@ class Walk:
         }.items():
             (programs / name).write_text(f"#!/bin/bash\n{script}\n")
             (programs / name).chmod(0o755)
+        return cls(folder)
 
     def run(self, command: str) -> str:
         """Run one command; returns what it prints."""
@@ -113,22 +121,63 @@ class Walk:
                     )
 
 
+    def run_page(self, page: str) -> list[str]:
+        """Run the commands of a page in order; returns those that ran."""
+        commands = [pages.smaller(line) for line in pages.command_lines(page) if not pages.why_not_run(line)]
+        for command in commands:
+            self.prepare(command)
+            self.run(command)
+            if "megatron_chatflow train" in command and not self.first_training:
+                self.first_training = command
+                self.base_evaluation = self.evaluation_of_the_base()
+        return commands
+
+    def evaluation_of_the_base(self) -> dict[str, dict[str, float]]:
+        """The losses on the run's validation sets of the model that it began with."""
+        return json.loads(self.run("chatflow evaluate --load runs/zh --reference runs/base --json"))["reference"]["validation"]
+
+    def add_files_of_the_docs(self) -> None:
+        """The files that the pages of docs/ name and the README's walk has not made."""
+        folder, data = self.folder, sample.QUICKSTART / "data"
+        for language in ("en", "zh"):
+            with gzip.open(folder / f"{language}.jsonl.gz", "wb") as file:
+                file.write((data / f"{language}.jsonl").read_bytes())
+        shutil.copy(data / "en.jsonl", folder / "held_out_en.jsonl")
+        (folder / "held_out_zh.txt").write_text("\u6587\u4ef6\n" * 200, encoding="utf-8")
+        (folder / "prompts.jsonl").write_text('{"prompt": "The file"}\n{"prompt": "A"}\n', encoding="utf-8")
+        shutil.copytree(folder / "tokenizer-zh", folder / "smollm2-zh-tokenizer")
+        (folder / "mistral").mkdir()
+        for place in (folder / "mistral", folder):
+            shutil.copy(sample.QUICKSTART / "tokenizer.model", place / "tokenizer.model")
+        (folder / "parts").mkdir()
+        for name in ("a", "b"):
+            for suffix in (".bin", ".idx", ".json"):
+                shutil.copy(folder / f"data/zh_text_document{suffix}", folder / f"parts/{name}_text_document{suffix}")
+
+
+@pytest.fixture(scope="module")
+def readme(tmp_path_factory: pytest.TempPathFactory) -> Walk:
+    """A folder in which every command of README.md has run."""
+    walk = Walk.of_files(tmp_path_factory.mktemp("walk"))
+    walk.run_page("README.md")
+    walk.add_files_of_the_docs()
+    return walk
+
+
 @pytest.mark.slow
-def test_the_readme_s_run_starts_from_the_converted_model_and_every_command_works(tmp_path: Path) -> None:
-    walk = Walk(tmp_path)
-    trained = 0
-    for line in pages.command_lines("README.md"):
-        if pages.why_not_run(line):
-            continue
-        command = pages.smaller(line)
-        walk.prepare(command)
-        walk.run(command)
-        if "megatron_chatflow train" in command and not trained:
-            trained += 1
-            records = (tmp_path / "runs/zh/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            first = next(r["validation"] for r in map(json.loads, records) if "validation" in r)
-            answer = json.loads(walk.run("chatflow evaluate --load runs/zh --reference runs/base --json"))
-            base = answer["reference"]["validation"]
-            for name, value in first.items():
-                assert value["loss"] == pytest.approx(base[name]["loss"], rel=1e-4), name
-    assert trained == 1
+def test_the_run_of_the_readme_starts_from_the_converted_model(readme: Walk) -> None:
+    assert "--load runs/base --finetune" in readme.first_training
+    records = (readme.folder / "runs/zh/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    first = next(r["validation"] for r in map(json.loads, records) if "validation" in r)
+    assert first
+    for name, value in first.items():
+        assert value["loss"] == pytest.approx(readme.base_evaluation[name]["loss"], rel=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in pages.PAGES if page != "README.md" and pages.command_lines(page)])
+def test_the_commands_of_a_page_run_in_order(readme: Walk, tmp_path: Path, page: str) -> None:
+    folder = tmp_path / "walk"
+    shutil.copytree(readme.folder, folder, symlinks=True)
+    ran = Walk(folder).run_page(page)
+    assert ran or page == "docs/fp8.md"
