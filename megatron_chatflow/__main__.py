@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from megatron_chatflow import __version__
 
@@ -20,6 +21,8 @@ COMMANDS = {
     "submit": "a run as a SLURM job: the script written, checked and queued",
 }
 
+EXIT_INTERRUPTED = 130
+"""Exit code at Ctrl-C, as shells have it."""
 EXIT_USAGE = 2
 """Exit code where what the user wrote cannot be used."""
 
@@ -60,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"chatflow {words[0]}: error: {visible(str(error))}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            print(f"chatflow {words[0]}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

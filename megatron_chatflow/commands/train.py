@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 from megatron_chatflow.commands.common import usage_errors
 from megatron_chatflow.config import UsageError, make_parser, parse, resolve
@@ -16,11 +18,12 @@ EPILOG = """examples:
   srun --ntasks-per-node 8 chatflow train --config run.yaml        (inside a SLURM job: one task a GPU)
   chatflow train --config run.yaml --load runs/zh --save runs/zh --curriculum edited.yaml --amend-curriculum
 
-exit codes: 0 finished, 1 failed, 2 the configuration cannot be used (nothing was written), 3 left before the end at SIGTERM, SIGUSR1 or
---exit-duration-in-mins: start it again and it goes on
+exit codes: 0 finished, 1 failed, 2 the configuration cannot be used, or another run writes into --save (nothing was written), 3 exited before
+the end at SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 or --exit-duration-in-mins: start the same command again to resume
 """
 
 
+@console.lossy_output()
 def main(argv: Sequence[str]) -> int:
     """Check everything, then train."""
     parser = make_parser("chatflow train", "Train a model on a blend that a curriculum moves, or go on training it.", EPILOG)
@@ -29,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         launch = read_launch()
         config = resolve(config, launch.world_size)
         from megatron_chatflow.training.inputs import open_inputs
-        from megatron_chatflow.training.setup import assemble, find_sound_start, find_start, join, look_ahead, saving
+        from megatron_chatflow.training.setup import assemble, claim, find_sound_start, find_start, join, look_ahead, saving
 
         begin = time.perf_counter()
         inputs = open_inputs(config, held_out=bool(config.validation.eval_interval))
@@ -40,35 +43,44 @@ def main(argv: Sequence[str]) -> int:
         if launch.rank == 0:
             console.say(text)
 
+    def stopped(error: Exception) -> int:
+        if launch.rank == 0:
+            console.complain(f"chatflow train: stopped: {error}")
+        return 1
+
     for note in (*inputs.notes, *outlook.notes):
         say(note)
     say(f"{len(inputs.domains)} domains, {outlook.total:,} samples of {config.data.seq_length} tokens, opened in {time.perf_counter() - begin:.2f} s")
     from megatron_chatflow.engine.distributed import shut_down
+    from megatron_chatflow.training.durable import WriteError
+    from megatron_chatflow.training.lease import Lease, LeaseLostError
     from megatron_chatflow.training.stop import EXIT_PREEMPTED, Stop
 
-    lifeline = None
+    lifeline, save = None, config.checkpoint.save
     try:
-        with saving(config) as saver:
+        with Lease(Path(save)) if save else nullcontext() as lease, saving(config, lease) as saver:
             lifeline = join(launch, config)
-            with Stop(config.training.exit_duration_in_mins) as stop:
+            with Stop(config.training.exit_duration_in_mins, lease) as stop:
+                claim(lease, say)
                 with usage_errors():
+                    if lease is not None:  # another run may have saved since
+                        start = find_start(config, inputs)
                     start = find_sound_start(config, inputs, start)
                     outlook = look_ahead(start, inputs)
                 for note in start.notes:
                     say(note)
                 run = assemble(launch, inputs, start, outlook, say)
                 from megatron_chatflow.training.loop import train
-                from megatron_chatflow.training.saver import SaveError
                 from megatron_chatflow.training.step import NonFiniteError
 
                 try:
                     return 0 if train(run, stop, saver) else EXIT_PREEMPTED
-                except (NonFiniteError, SaveError) as error:
-                    if launch.rank == 0:
-                        console.complain(f"chatflow train: stopped: {error}")
-                    return 1
+                except NonFiniteError as error:
+                    return stopped(error)
     except UsageError:
         raise
+    except (WriteError, LeaseLostError) as error:
+        return stopped(error)
     except Exception as error:
         if lifeline is None:
             raise

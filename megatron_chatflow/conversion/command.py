@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -108,23 +109,34 @@ def _convert(argv: list[str]) -> int:
     from megatron_chatflow.engine.rehearsal import hide_devices
 
     hide_devices()
+    from megatron_chatflow.conversion.hf_folder import check_target
     from megatron_chatflow.engine.distributed import hide_engine_warnings
+    from megatron_chatflow.training.lease import Lease
 
     hide_engine_warnings()
+    check_target(save)
+    place = Path(os.path.abspath(save))
+    with Lease(save, "save-dir", place.with_name(place.name + ".lease")) as lease:
+        lease.acquire(_say)
+        use = _write(arguments, methods, is_run)
+    _say(f"{save}: written in {time.perf_counter() - begin:.1f} s; {use}")
+    return 0
+
+
+def _write(arguments: argparse.Namespace, methods: dict[str, str | None], is_run: bool) -> str:
+    """Convert; returns how the result is used."""
+    load, save = arguments.load_dir, arguments.save_dir
     if is_run:
         from megatron_chatflow.conversion import to_huggingface
         from megatron_chatflow.training.chosen_weights import choose_weights
 
         chosen = choose_weights(load, arguments.ckpt_step, arguments.average_checkpoints, arguments.use_ema)
         to_huggingface.convert(load, save, chosen, arguments.tokenizer_folder, _say)
-        use = f"transformers: AutoModelForCausalLM.from_pretrained({str(save)!r})"
-    else:
-        from megatron_chatflow.conversion import to_run
+        return f"transformers: AutoModelForCausalLM.from_pretrained({str(save)!r})"
+    from megatron_chatflow.conversion import to_run
 
-        to_run.convert(load, save, arguments.tokenizer_folder, methods, _say)
-        use = f"chatflow train --config {save}/config.yaml --load {save} --finetune ..."
-    _say(f"{save}: written in {time.perf_counter() - begin:.1f} s; {use}")
-    return 0
+    to_run.convert(load, save, arguments.tokenizer_folder, methods, _say)
+    return f"chatflow train --config {save}/config.yaml --load {save} --finetune ..."
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO
 
 from megatron_chatflow.data.encode import KINDS
@@ -16,6 +18,7 @@ from megatron_chatflow.data.preprocess import MalformedInput, Progress, Summary,
 from megatron_chatflow.data.preprocess_settings import DEFAULT_MAX_MALFORMED, DEFAULT_SEED, PreprocessSettings
 from megatron_chatflow.data.unfinished import has_state
 from megatron_chatflow.data.workers import WorkerDied
+from megatron_chatflow.report.console import lossy_output
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 
 _EXAMPLES = """
@@ -40,7 +43,7 @@ examples:
   python tools/preprocess_data.py --input zh.jsonl.zst --split-sentences --lang chinese --output-prefix data/zh ...
 
 exit codes: 0 written, 1 nothing written because of what the input holds, a worker that died or a disk that is full, 2 a setting or a file is wrong,
-130 and 143 interrupted.
+130, 143 and 129 interrupted by SIGINT (Ctrl-C), SIGTERM or SIGHUP.
 """
 
 _ORDER = "documents always keep the order of the input; drop the flag"
@@ -137,10 +140,14 @@ def parse_arguments(argv: Sequence[str]) -> PreprocessSettings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code that the examples in `--help` list."""
-    signal.signal(signal.SIGTERM, _terminated)
+    with lossy_output(), _interruptible():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     settings: PreprocessSettings | None = None
     try:
-        settings = parse_arguments(sys.argv[1:] if argv is None else argv)
+        settings = parse_arguments(argv)
         with _ProgressBar(sys.stderr) as progress:
             summary = preprocess(settings, progress, _note)
     except MalformedInput as error:
@@ -152,18 +159,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = error.filename or "the output"
         return _refuse(1, f"{where} cannot be written ({error.strerror}): check the path and the space on the disk; {_what_is_left(settings)}")
-    except KeyboardInterrupt as error:
-        return _refuse(143 if isinstance(error, _Terminated) else 130, f"interrupted; {_what_is_left(settings)}")
+    except _Interrupted as interrupted:
+        return _refuse(128 + interrupted.number, f"interrupted; {_what_is_left(settings)}")
     _conclude(settings, summary)
     return 0
 
 
-class _Terminated(KeyboardInterrupt):
-    pass
+class _Interrupted(KeyboardInterrupt):
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
-def _terminated(*_: object) -> None:
-    raise _Terminated
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, the first SIGINT, SIGTERM or SIGHUP raises, and the second ends the process at once.
+
+    SIGINT and SIGHUP stay ignored where they are: in the background, or under nohup.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    first = True
+
+    def interrupt(number: int, _: object) -> None:
+        nonlocal first
+        if not first:
+            os._exit(128 + number)
+        first = False
+        raise _Interrupted(number)
+
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
+    }
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _what_is_left(settings: PreprocessSettings | None) -> str:

@@ -124,7 +124,7 @@ class _TooMuch(Exception):
 
 def _serve() -> None:
     """The process: a template, then requests."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the end of the input ends this process
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they reach the whole group; the end of the input ends this process
         signal.signal(number, signal.SIG_IGN)
     import jinja2
     import jinja2.ext

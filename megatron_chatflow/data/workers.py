@@ -64,7 +64,13 @@ def encoders(workers: int, tokenizer: Tokenizer, tokenizer_arguments: Mapping[st
     pool: ProcessPoolExecutor | None = None
     if others:
         # Spawned, not forked: tokenizer libraries have threads of their own, which do not survive a fork.
-        pool = ProcessPoolExecutor(others, multiprocessing.get_context("spawn"), _start_worker, (dict(tokenizer_arguments), task))
+        with _interrupts_held_back():  # it starts a process that keeps track of semaphores
+            pool = ProcessPoolExecutor(
+                others,
+                multiprocessing.get_context("spawn"),
+                _start_worker,
+                (dict(tokenizer_arguments), task),
+            )
 
     def encode(chunks: Iterable[Numbered], check_only: Callable[[], bool]) -> Iterator[tuple[Done, Encoded]]:
         pending: deque[tuple[Done, Future[Encoded]]] = deque()
@@ -101,12 +107,12 @@ def _done(result: Encoded) -> "Future[Encoded]":
 def _interrupts_held_back() -> Iterator[None]:
     """No signal breaks into the pool while it starts a worker, which would leave one that nobody ends.
 
-    Workers that start in here never see Ctrl-C: it reaches the whole process group, and ending them is for this process to do.
+    Workers that start in here never see Ctrl-C or SIGHUP: these reach the whole process group, and ending them is for this process to do.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch.distributed as dist
 
@@ -15,6 +15,19 @@ def require_agreement(facts: Mapping[str, str]) -> None:
     told = [f"{name} is {who}" for name, who in differences(gather_facts(facts)).items()]
     if told:
         raise UsageError(f"the processes would not run the same: {', and '.join(told)}; give all nodes the same files")
+
+
+def on_first_rank(work: Callable[[], None], *expected: type[Exception]) -> None:
+    """Call `work` on rank 0. What it raises of `expected` is raised on every rank; called by all."""
+    answer: list[Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except expected as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0)
+    if answer[0] is not None:
+        raise answer[0]
 
 
 def gather_facts(facts: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:

@@ -6,6 +6,7 @@ a late collective; before they speak they look into the store for who failed fir
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -130,5 +131,6 @@ class Lifeline:
 
 def _say(text: str) -> None:
     """Straight to standard error: the process is about to end without its usual clean-up, in which other threads and collectives may hang."""
-    sys.stdout.flush()
-    os.write(2, f"chatflow: the job ends: {text}\n".encode())
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        sys.stdout.flush()
+        os.write(2, f"chatflow: the job ends: {text}\n".encode())

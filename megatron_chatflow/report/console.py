@@ -2,10 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
+import os
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+
+class _Lossy:
+    """A text stream that drops what cannot be written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        if error.errno in (errno.EIO, errno.EPIPE):  # for good: the terminal or the reader is gone
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+
+
+@contextlib.contextmanager
+def lossy_output() -> Iterator[None]:
+    """Inside, a terminal or a reader that is gone, or a full disk, does not end the program.
+
+    An ssh session that drops takes the terminal along before the program gets SIGHUP, and Ctrl-C
+    in `chatflow train | tee log` ends tee: the run must still save.
+    """
+    with (
+        contextlib.redirect_stdout(_Lossy(sys.stdout)),
+        contextlib.redirect_stderr(_Lossy(sys.stderr)),
+    ):
+        yield
 
 
 def say(text: str) -> None:

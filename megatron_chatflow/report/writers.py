@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,31 +14,52 @@ from typing import Any
 
 
 class TensorBoardWriter:
-    """Scalars into a TensorBoard log."""
+    """Scalars into a TensorBoard log, each point handed to the operating system at once.
+
+    TensorBoard's own writer has a thread, which reports a full disk by a traceback.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """`first_step`: points of an earlier process at this step or later are hidden, as a resumed run writes them again."""
+        """`first_step`: points of an earlier process at this step or later are hidden, as a resumed run writes them again.
+
+        Raises OSError where the log cannot be written.
+        """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
         self._event, self._summary = Event, Summary
-        self._file = EventFileWriter(str(folder))
-        self._file.add_event(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        folder.mkdir(parents=True, exist_ok=True)
+        unique = f"{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self._file = (folder / f"events.out.tfevents.{unique}").open("xb", buffering=0)
+        self._end = 0
+        self._records = RecordWriter(self)
+        try:
+            self._add(file_version="brain.Event:2")
+            self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
+        except OSError:
+            self.close()
+            raise
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
-        """One point of each tag; None is left out."""
+        """One point of each tag; None is left out. Raises OSError where it cannot be written."""
         points = [self._summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items() if value is not None]
-        self._file.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=points)))
-
-    def flush(self) -> None:
-        """Make what was added visible to readers."""
-        self._file.flush()
+        self._add(step=step, summary=self._summary(value=points))
 
     def close(self) -> None:
-        """Write what is left and close the file."""
+        """Close the file."""
         self._file.close()
+
+    def write(self, record: bytes) -> None:
+        """Write a record or nothing of it; called by TensorBoard's writer of records."""
+        written = self._file.write(record)
+        if written != len(record):
+            self._file.truncate(self._end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+        self._end += written
+
+    def _add(self, **content: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
 
 
 class MetricsWriter:

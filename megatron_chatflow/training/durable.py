@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 from pathlib import Path
 
+from megatron_chatflow.config import UsageError
 from megatron_chatflow.data.unfinished import sync_folder
+
+_OF_THE_PATH = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+class WriteError(RuntimeError):
+    """What a run must write cannot be written: the disk is full, or fails."""
+
+
+def unwritable(key: str, path: Path, error: OSError) -> UsageError | WriteError:
+    """Return the error for a file that cannot be written when a run starts.
+
+    Args:
+        key: the setting that decides where it is.
+        path: what the setting says.
+        error: what the system says.
+    """
+    where = f" {error.filename}" if error.filename and str(error.filename) != str(path) else ""
+    what = f"{key} {path}: cannot write{where} ({error.strerror or error})"
+    if error.errno in _OF_THE_PATH:
+        flag = key.replace("_", "-")
+        return UsageError(f"{what}; give --{flag} a folder that this user can write to")
+    return WriteError(f"{what}; free space on the disk, then start the same command again")
 
 
 def write_atomically(path: Path, text: str) -> None:

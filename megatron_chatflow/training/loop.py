@@ -34,9 +34,11 @@ def train(run: Run, stop: Stop, saver: Saver | None) -> bool:
     Raises:
         NonFiniteError: losses or gradients are not finite, or no token has loss, in more iterations in a row than are skipped; names the samples.
         SaveError: the last checkpoint could not be written, or any with --exit-on-failed-save.
+        LeaseLostError: the run directory is another run's by now.
+        UsageError, WriteError: the files that describe the run cannot be written.
     """
     config = run.config
-    reporter = Reporter(run, count_iterations(run.batches, run.outlook.total))
+    reporter = Reporter(run, count_iterations(run.batches, run.outlook.total), stop.lease)
     rank, size = data_parallel()
     loader = Loader(
         run.blend,

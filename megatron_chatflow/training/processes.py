@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-HANDLED = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
+HANDLED = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP})
 """Signals that are for a rank, not for the processes that work for it; SLURM sends them to all of a job's."""
 
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_chatflow.config import to_yaml
+from megatron_chatflow.config import UsageError, to_yaml
+from megatron_chatflow.engine.agreement import on_first_rank
 from megatron_chatflow.model.forward import SUMS
 from megatron_chatflow.model.gpt import flops_per_token
 from megatron_chatflow.report import console
 from megatron_chatflow.report.writers import MetricsWriter, TensorBoardWriter
 from megatron_chatflow.training.domain_loss import by_domain, loss_values
-from megatron_chatflow.training.durable import write_atomically
+from megatron_chatflow.training.durable import WriteError, unwritable, write_atomically
+from megatron_chatflow.training.lease import Lease
 from megatron_chatflow.training.run_directory import METRICS, trim_metrics
 from megatron_chatflow.training.setup import Run
 from megatron_chatflow.training.spikes import SpikeWatch
@@ -26,26 +28,46 @@ from megatron_chatflow.training.step import StepResult
 class Reporter:
     """Prints and keeps what a run tells; on every rank but the first it does nothing."""
 
-    def __init__(self, run: Run, train_iters: int) -> None:
+    def __init__(self, run: Run, train_iters: int, lease: Lease | None) -> None:
+        """Open the logs, and write the files that describe the run. Called by every rank.
+
+        Raises:
+            UsageError, WriteError: they cannot be written; on every rank alike.
+        """
         config = run.config
+        self._lease = lease
         self.run, self.total, self.train_iters = run, run.outlook.total, train_iters
         self.active = run.is_first_rank
         self.metrics: MetricsWriter | None = None
         self.board: TensorBoardWriter | None = None
         folder = Path(config.checkpoint.save) if config.checkpoint.save else None
         board = config.logging.tensorboard_dir or (folder / "tensorboard" if folder else None)
-        if self.active and folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "config.yaml", to_yaml(config))
-            write_atomically(folder / "plan.json", run.plan.to_json())
-            trim_metrics(folder, run.iteration, validated=run.validated)
-            self.metrics = MetricsWriter(folder / METRICS)
-        if self.active and board:
-            self.board = TensorBoardWriter(Path(board), run.iteration + 1)
+        on_first_rank(
+            lambda: self._open(folder, board and Path(board)), UsageError, WriteError
+        )
         self.flops = flops_per_token(config, run.inputs.vocab_size)
         self.spikes = SpikeWatch()
         self.window: list[dict[str, Any]] = []
         self.window_sums = np.zeros((len(run.plan.domain_names), SUMS))
+
+    def _open(self, folder: Path | None, board: Path | None) -> None:
+        run = self.run
+        try:
+            if board:
+                self.board = TensorBoardWriter(board, run.iteration + 1)
+        except OSError as error:
+            key = "tensorboard_dir" if run.config.logging.tensorboard_dir else "save"
+            raise unwritable(key, board, error) from None
+        if not folder:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "config.yaml", to_yaml(run.config))
+            write_atomically(folder / "plan.json", run.plan.to_json())
+            trim_metrics(folder, run.iteration, validated=run.validated)
+            self.metrics = MetricsWriter(folder / METRICS)
+        except OSError as error:
+            raise unwritable("save", folder, error) from None
 
     def say(self, text: str) -> None:
         """One line on the console, once for the whole job."""
@@ -87,7 +109,7 @@ class Reporter:
         } | ({"skipped": result.skipped} if result.skipped else {})
         tokens_per_second = (stop - start) * run.config.data.seq_length / seconds
         throughput = tokens_per_second * self.flops / run.launch.world_size / 1e12
-        if self.metrics:
+        if self._keeps_metrics():
             self.metrics.add(record | {"time": {"iteration-time": seconds, "tokens-per-second": tokens_per_second, "throughput": throughput}})
         if self.board and run.iteration % run.config.logging.tensorboard_log_interval == 0:
             self._to_board(self._tags(record, seconds, tokens_per_second, throughput))
@@ -101,12 +123,14 @@ class Reporter:
         if run.iteration == 1 or run.iteration % run.config.logging.log_interval == 0 or stop + run.config.training.micro_batch_size > self.total:
             self._print_window(stop)
 
-    def _to_board(self, tags: dict[str, float | None], *, flush: bool = False) -> None:
+    def _keeps_metrics(self) -> bool:
+        """Whether records are written: not into a run directory that is another run's by now."""
+        return self.metrics is not None and (self._lease is None or self._lease.holds())
+
+    def _to_board(self, tags: dict[str, float | None]) -> None:
         """A log that cannot be written is no reason to stop."""
         try:
             self.board.add(self.run.iteration, tags)
-            if flush:
-                self.board.flush()
         except OSError as error:
             console.say(f" TensorBoard's log cannot be written any more ({error.strerror or error}); metrics.jsonl holds the same numbers")
             self.board = None
@@ -156,8 +180,8 @@ class Reporter:
             tags = {"lm loss validation": total["loss"], "lm loss validation ppl": total["ppl"]}
             for name, values in results.items():
                 tags |= {f"validation/{name}/{key}": values[key] for key in ("loss", "bits_per_byte")}
-            self._to_board(tags, flush=True)
-        if self.metrics:
+            self._to_board(tags)
+        if self._keeps_metrics():
             self.metrics.add({"iteration": self.run.iteration, "lm loss validation": total["loss"], "validation": results})
         return results
 

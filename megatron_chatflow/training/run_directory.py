@@ -25,7 +25,7 @@ def latest_iteration(run: Path) -> int | None:
     """The iteration that the pointer names, or None where there is no checkpoint. Raises UsageError for a damaged pointer."""
     try:
         text = (run / POINTER).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if not text.isdigit():
         raise UsageError(f"{run / POINTER} holds {text!r}, not an iteration; write the number of a complete iter_ folder into it")

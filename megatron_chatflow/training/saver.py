@@ -24,7 +24,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
 from megatron_chatflow.data.unfinished import sync_folder
-from megatron_chatflow.training.durable import write_atomically
+from megatron_chatflow.training.durable import WriteError, write_atomically
+from megatron_chatflow.training.lease import Lease, LeaseLostError
 from megatron_chatflow.training.manifest import write_manifest
 from megatron_chatflow.training.run_directory import POINTER, complete_iterations, iteration_folder, outdated
 from megatron_chatflow.training.shards import SealedShards, results_of_rank
@@ -32,7 +33,7 @@ from megatron_chatflow.training.staging import without_views
 from megatron_chatflow.training.writer import Writer
 
 
-class SaveError(RuntimeError):
+class SaveError(WriteError):
     """A checkpoint could not be written; the ones before are as they were. Raised on every rank alike."""
 
 
@@ -61,15 +62,23 @@ class Saved:
 class Saver:
     """Writes the checkpoints of a run directory. Every method is called by every rank alike, but for `settle` and `close`."""
 
-    def __init__(self, run: Path, most_recent_k: int | None = None, retain_interval: int | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        most_recent_k: int | None = None,
+        retain_interval: int | None = None,
+        lease: Lease | None = None,
+    ) -> None:
         """Starts the process that writes. Made before there are process groups and weights it shares nothing of them.
 
         Args:
             run: the run directory; it need not be there.
             most_recent_k: how many of the newest checkpoints are kept; None for all.
             retain_interval: checkpoints of its multiples are kept as well.
+            lease: that of `run`, checked before anything there is changed; None leaves it out.
         """
         self._run, self._most_recent_k, self._retain_interval = run, most_recent_k, retain_interval
+        self._lease = lease
         self._writer = Writer()
         self._queue = AsyncCallsQueue(persistent=True)
         self._queue.persistent_caller = self._writer
@@ -98,6 +107,7 @@ class Saver:
 
         Raises:
             SaveError: the folder cannot be made.
+            LeaseLostError: the run directory is another run's by now.
         """
         assert not self.busy, "one checkpoint at a time"
         begin = time.perf_counter()
@@ -123,6 +133,7 @@ class Saver:
 
         Raises:
             SaveError: it could not be written.
+            LeaseLostError: the run directory is another run's by now.
         """
         if self._writing is None:
             return None
@@ -149,15 +160,18 @@ class Saver:
             try:
                 self._run.mkdir(parents=True, exist_ok=True)
                 self._wait_for_sweeper()
+                self._check_lease()
                 _sweep(self._run)
                 folder = self._run / f"{iteration_folder(self._run, iteration).name}.partial-{time.time_ns():x}"
                 folder.mkdir()
                 answer = [folder]
+            except LeaseLostError as error:
+                answer = [error]
             except OSError as error:
-                answer = [str(error)]
+                answer = [_cannot_write(iteration, error)]
         torch.distributed.broadcast_object_list(answer, src=0)
-        if isinstance(answer[0], str):
-            raise SaveError(f"the checkpoint of iteration {iteration} cannot be written (is the disk full?): {answer[0]}")
+        if isinstance(answer[0], Exception):
+            raise answer[0]
         return answer[0]
 
     def _end(self, writer: Any, metadata: Any) -> None:
@@ -165,20 +179,21 @@ class Saver:
         writing, rank = self._writing, torch.distributed.get_rank()
         everyone: list[Any] = [None] * torch.distributed.get_world_size() if rank == 0 else None
         torch.distributed.gather_object(results_of_rank(writer, self._writer.answer), everyone, dst=0)
-        verdict: list[str | None] = [None]
+        verdict: list[Exception | None] = [None]
         if rank == 0:
             problems = [f"rank {i}: {problem}" for i, (problem, _, _) in enumerate(everyone) if problem]
             try:
                 if writing.problem or problems:
                     raise OSError(writing.problem or "; ".join(problems))
                 self._publish(writer, metadata, everyone)
-            except OSError as error:
+            except (OSError, LeaseLostError) as error:
                 shutil.rmtree(writing.partial, ignore_errors=True)
-                verdict = [f"the checkpoint of iteration {writing.iteration} cannot be written (is the disk full?): {error}"]
+                lost = isinstance(error, LeaseLostError)
+                verdict = [error if lost else _cannot_write(writing.iteration, error)]
         torch.distributed.broadcast_object_list(verdict, src=0)
         if verdict[0]:
             self._writing = None
-            raise SaveError(verdict[0])
+            raise verdict[0]
         self._saved = Saved(iteration_folder(self._run, writing.iteration), 0.0, 0.0)
 
     def _publish(self, writer: Any, metadata: Any, everyone: list[Any]) -> None:
@@ -188,6 +203,7 @@ class Saver:
         write_atomically(partial / "state.json", json.dumps(self._writing.state | {"sealed": True}, indent=1))
         write_manifest(partial, {name: seal for _, _, seals in everyone for name, seal in seals.items()})
         folder = iteration_folder(self._run, iteration)
+        self._check_lease()
         if folder.exists():  # a damaged one, or one after which the run was sent back
             os.rename(folder, f"{partial}.replaced")
         os.rename(partial, folder)
@@ -199,10 +215,19 @@ class Saver:
         self._sweeper = threading.Thread(target=_sweep, args=(self._run,))  # large files take a while to go
         self._sweeper.start()
 
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
+
     def _wait_for_sweeper(self) -> None:
         if self._sweeper is not None:
             self._sweeper.join()
             self._sweeper = None
+
+
+def _cannot_write(iteration: int, error: OSError) -> SaveError:
+    what = f"the checkpoint of iteration {iteration} cannot be written"
+    return SaveError(f"{what} (is the disk full?): {error}")
 
 
 def _sweep(run: Path) -> None:

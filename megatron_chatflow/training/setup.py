@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from megatron_chatflow.config import Config, Schedule, UsageError, to_yaml
 from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
 from megatron_chatflow.data import Blend
 from megatron_chatflow.engine.launch import Launch
+from megatron_chatflow.training.durable import WriteError, unwritable
 from megatron_chatflow.training.inputs import Inputs, make_plan
 from megatron_chatflow.training.ledger import check_identity, check_seq_length, data_identity, resume_plan
 from megatron_chatflow.training.length import Batches, batch_history, fix_length
@@ -26,6 +27,7 @@ from megatron_chatflow.training.token_map import new_row_ids
 
 if TYPE_CHECKING:
     from megatron_chatflow.engine.lifeline import Lifeline
+    from megatron_chatflow.training.lease import Lease
     from megatron_chatflow.training.saver import Saver
 
 
@@ -197,8 +199,11 @@ def _facts(start: Start, inputs: Inputs) -> dict[str, str]:
 
 
 @contextmanager
-def saving(config: Config) -> Iterator[Saver | None]:
-    """What saves the run, where --save is given. Entered before `join`, so its process shares no process groups and no weights with this one."""
+def saving(config: Config, lease: Lease | None) -> Iterator[Saver | None]:
+    """What saves the run, where --save is given. Entered before `join`, so its process shares no process groups and no weights with this one.
+
+    `lease`: that of the run directory.
+    """
     from megatron_chatflow.engine import cpu, distributed
 
     distributed.hide_engine_warnings()
@@ -206,8 +211,30 @@ def saving(config: Config) -> Iterator[Saver | None]:
     from megatron_chatflow.training.saver import Saver
 
     where = config.checkpoint
-    with Saver(Path(where.save), where.most_recent_k, where.save_retain_interval) if where.save else nullcontext() as saver:
+    if not where.save:
+        yield None
+        return
+    with Saver(Path(where.save), where.most_recent_k, where.save_retain_interval, lease) as saver:
         yield saver
+
+
+def claim(lease: Lease | None, say: Callable[[str], None]) -> None:
+    """Have rank 0 take the lease of the run directory; called by every rank, after `join`.
+
+    Raises on every rank alike:
+        UsageError: another run holds it, or the folder cannot be written.
+        WriteError: the disk is full.
+    """
+    from megatron_chatflow.engine.agreement import on_first_rank
+
+    def acquire() -> None:
+        try:
+            lease.acquire(say)
+        except OSError as error:
+            raise unwritable("save", lease.folder, error) from None
+
+    if lease is not None:
+        on_first_rank(acquire, UsageError, WriteError)
 
 
 def join(launch: Launch, config: Config) -> Lifeline | None:

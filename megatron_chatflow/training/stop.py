@@ -1,4 +1,4 @@
-"""When a run leaves before its end: a signal, or its time is over. All ranks leave after the same iteration."""
+"""When a run exits before its end: a signal, or its time is over. All ranks exit after the same iteration."""
 
 from __future__ import annotations
 
@@ -11,23 +11,37 @@ from typing import Any
 
 import torch
 
+from megatron_chatflow.training.lease import Lease, LeaseLostError
+
 EXIT_PREEMPTED = 3
-"""Exit code of a run that was told to leave before its end; started again, it goes on."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Exit code of a run that was asked to exit before its end; the same command resumes it."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+KEPT_IGNORED = (signal.SIGINT, signal.SIGHUP)
+"""Signals that stay ignored where the process was started so: in the background, or by nohup."""
 SAME = 3.0
-"""Seconds within which further signals are taken for the first one: SLURM sends it to every process and torchrun passes its own on."""
+"""Seconds within which further signals count as the first one: SLURM sends it to every process and
+torchrun passes its own on."""
+SAME_INTERRUPT = 0.5
+"""The same for SIGINT, which a person at a terminal sends twice on purpose."""
 
 
 class Stop:
-    """Hears SIGTERM and SIGUSR1 while it is open. The first asks the run to save and leave; another one, later, ends the process at once.
+    """Handles SIGTERM, SIGUSR1, SIGINT and SIGHUP while it is open.
 
-    A second signal must be heard in a collective too, where Python's own handlers wait. So a thread of its own reads them, from the socket into
-    which the interpreter writes every signal as it comes.
+    The first asks the run to save and exit; another one, later, ends the process at once. It must
+    do so in a collective too, where Python's own handlers wait. So a thread of its own reads the
+    signals, from the socket into which the interpreter writes every signal as it comes.
     """
 
-    def __init__(self, minutes: float | None) -> None:
-        """`minutes`: how long the run may take, counted from here; None for ever."""
+    def __init__(self, minutes: float | None, lease: Lease | None = None) -> None:
+        """Set the run's end.
+
+        Args:
+            minutes: how long the run may take, counted from here; None for no limit.
+            lease: that of the run directory, on rank 0: losing it ends the run.
+        """
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self.lease = lease
         self._signal: signal.Signals | None = None
         self._first = 0.0
 
@@ -35,7 +49,8 @@ class Stop:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        ignored = {s for s in KEPT_IGNORED if signal.getsignal(s) == signal.SIG_IGN}
+        self._before = {s: signal.signal(s, lambda *_: None) for s in SIGNALS if s not in ignored}
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -52,17 +67,32 @@ class Stop:
         while number := self._reader.recv(1):
             if number[0] not in SIGNALS:
                 continue
+            now, same = time.monotonic(), SAME_INTERRUPT if number[0] == signal.SIGINT else SAME
             if self._signal is None:
-                self._signal, self._first = signal.Signals(number[0]), time.monotonic()
-            elif time.monotonic() - self._first > SAME:
+                self._signal, self._first = signal.Signals(number[0]), now
+            elif now - self._first > same:
                 os._exit(EXIT_PREEMPTED)
 
+    @property
+    def lease_lost(self) -> bool:
+        """Whether this process, rank 0, was found to have lost the lease of the run directory."""
+        return self.lease is not None and self.lease.lost
+
     def agreed(self, device: torch.device) -> str | None:
-        """Why to leave now, the same on every rank; None to go on. Called by every rank."""
+        """Why to exit now, the same on every rank; None to continue. Called by every rank.
+
+        Raises:
+            LeaseLostError: the run directory is another run's by now; on every rank alike.
+        """
         over = self._end is not None and time.monotonic() > self._end
-        answer = torch.tensor([int(self._signal or 0), int(over)], dtype=torch.int32, device=device)
+        mine = [int(self._signal or 0), int(over), int(self.lease_lost)]
+        answer = torch.tensor(mine, dtype=torch.int32, device=device)
         torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
-        number, over = answer.tolist()
+        number, over, lost = answer.tolist()
+        if lost:
+            if self.lease_lost:
+                self.lease.check()  # raises, with the reason
+            raise LeaseLostError("rank 0 has lost the lease of the run directory")
         if number:
             return signal.Signals(number).name
         return "exit_duration_in_mins" if over else None

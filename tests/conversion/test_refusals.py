@@ -189,3 +189,30 @@ def test_flags_that_have_no_meaning_on_this_way_are_refused(pool: Pool, folders:
     ):
         ((code, _, err),) = pool.run(1, tool, "--load-dir", load, "--save-dir", tmp_path / "out", *words)
         assert code == 2 and named in err
+
+
+def alone(*words: object) -> tuple[int, str, str]:
+    """`tool` as one process, on whichever rank of the pool."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    try:
+        return tool(*words)
+    finally:
+        os.environ |= dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"), "0")
+        os.environ["MASTER_PORT"] = "0"
+
+
+def test_of_two_conversions_into_one_folder_the_second_is_refused(
+    pool: Pool, folders: Folders, runs: Folders, tmp_path: Path
+) -> None:
+    from megatron_chatflow.training.lease import Lease
+
+    for load in (folders("mistral"), runs("qwen2")):
+        with Lease(tmp_path / "out", "save-dir", tmp_path / "out.lease") as lease:
+            lease.acquire()
+            ((code, _, err),) = pool.run(1, tool, "--load-dir", load, "--save-dir", tmp_path / "out")
+        assert code == 2 and "save-dir" in err and "another process writes there" in err, err
+        assert list(tmp_path.iterdir()) == []
+    results = pool.run(2, alone, "--load-dir", folders("mistral"), "--save-dir", tmp_path / "out")
+    assert sorted(code for code, _, _ in results) == [0, 2], results
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

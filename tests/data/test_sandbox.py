@@ -119,7 +119,7 @@ def test_the_check_before_a_run_tries_the_template():
 def test_signals_to_the_group_leave_the_process_to_its_parent():
     opened = Sandbox("fine")
     (process,) = _new_children()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process.send_signal(number)
     assert opened.render({"messages": []}, [(0, False)]) == [("fine", [])]
     opened.close()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from megatron_chatflow.data import IndexedDataset, read_manifest
 from megatron_chatflow.data.preprocess import Progress
-from megatron_chatflow.data.preprocess_command import _ProgressBar
+from megatron_chatflow.data.preprocess_command import _ProgressBar, main
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 LINE = json.dumps({"text": "x" * 1000}).encode() + b"\n"
@@ -108,6 +109,7 @@ def test_help_has_an_example_of_every_kind(folder):
 def _hear_interrupts():
     """A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -144,11 +146,13 @@ def wait_for_worker(process):
     raise AssertionError("no worker was started")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_an_interrupted_run_leaves_nothing_and_no_process(started, tmp_path, number, code):
     worker = wait_for_worker(started)
-    if number == signal.SIGINT:
-        os.killpg(started.pid, number)  # as Ctrl-C does
+    if number != signal.SIGTERM:
+        os.killpg(started.pid, number)  # as Ctrl-C does, and a terminal that goes
     else:
         started.send_signal(number)
     assert started.wait(20) == code
@@ -160,6 +164,52 @@ def test_an_interrupted_run_leaves_nothing_and_no_process(started, tmp_path, num
         assert told == f"preprocess_data.py: interrupted; what is done is kept in {kept}: the same command with --resume goes on from there\n"
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["a_text_document.unfinished"]
     worker.wait(10)
+
+
+def test_signals_are_the_callers_again_when_the_command_returns(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    for more, code in (([], 0), (["--workers", "two"], 2)):
+        assert main(arguments("--workers", "1", *more)) == code
+        assert [signal.getsignal(number) for number in numbers] == before
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(main(arguments("--workers", "1"))))
+    thread.start()
+    thread.join()
+    assert answers == [0]
+
+
+def test_nohup_and_a_terminal_that_is_gone_do_not_end_a_run(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINE * 3000)
+    code = "import os, signal, sys, time; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
+    code += "os.kill(os.getpid(), signal.SIGHUP);"
+    code += "from megatron_chatflow.data import preprocess_command as command, preprocess;"
+    code += "real = preprocess.publish;"
+    code += "preprocess.publish = lambda *a: (os.kill(os.getpid(), signal.SIGHUP), real(*a));"
+    code += f"sys.exit(command.main({[*arguments('--workers', '1')]}))"
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=write, stderr=write)
+    os.close(write)
+    assert result.returncode == 0
+    assert (tmp_path / "out" / "a_text_document.idx").exists()
+
+
+def test_a_second_interrupt_ends_the_command_at_once(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINE * 3)
+    code = "import os, signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    code += "from megatron_chatflow.data import preprocess_command as command, preprocess;"
+    code += "end = lambda *a: os.kill(os.getpid(), signal.SIGINT);"
+    code += "preprocess.discard_state = lambda *a: (end(), time.sleep(60));"
+    code += "preprocess.publish = end;"
+    code += "import megatron_chatflow.data.unfinished as unfinished;"
+    code += "unfinished.shutil.rmtree = lambda *a: (end(), time.sleep(60));"
+    code += f"sys.exit(command.main({[*arguments('--workers', '1')]}))"
+    begin = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert result.returncode == 130 and time.monotonic() - begin < 30, result.stderr
+    assert b"Traceback" not in result.stderr
 
 
 def test_a_killed_worker_is_exit_code_1_and_leaves_no_corpus(started, tmp_path):

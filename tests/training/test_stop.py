@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -37,6 +38,8 @@ def train_and_signal(folder: Path, where: str, rank: int, number: int, *words: s
         "save": (saver, "save_preprocess"),
         "publishing": (saver.Saver, "_end"),
     }[where]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     real, calls = getattr(*place), []
 
     def signalled(*args: object, **kwargs: object) -> object:
@@ -57,12 +60,14 @@ def train_and_signal(folder: Path, where: str, rank: int, number: int, *words: s
         pytest.param("validation", 0, signal.SIGUSR1, 0, [], marks=pytest.mark.slow),
         pytest.param("save", 1, signal.SIGTERM, 3, ["--save-interval", "1"], marks=pytest.mark.slow),
         pytest.param("publishing", 0, signal.SIGUSR1, 4, ["--save-interval", "1", "--async-save"], marks=pytest.mark.slow),
+        pytest.param("step", 0, signal.SIGINT, 2, ["--ema-decay", "0.9"]),
+        pytest.param("validation", 1, signal.SIGHUP, 0, [], marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_at_any_moment_leaves_a_checkpoint(
     pool: Pool, sample: Path, whole: Path, where: str, rank: int, number: int, iteration: int, extra: list[str]
 ) -> None:
-    run = sample / f"signal {where}"
+    run = sample / f"signal {where} {number}"
     words = ["--save", str(run), "--load", str(run), *SHORT, *TP, *extra]
     results = pool.run(2, train_and_signal, sample, where, rank, int(number), *words)
     assert [code for code, _, _ in results] == [3, 3], results
@@ -97,6 +102,67 @@ def train_with_fast_clock(folder: Path, *words: str) -> tuple[int, str, str]:
 
     with mock.patch.object(stop, "time", Clock()):
         return train(folder, *words)
+
+
+def test_signals_ignored_at_the_start_stay_ignored_and_others_are_given_back() -> None:
+    from megatron_chatflow.training.stop import SIGNALS, Stop
+
+    for ignored in ({signal.SIGHUP}, {signal.SIGINT}, set()):
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            for number in (signal.SIGHUP, signal.SIGINT):
+                here = signal.SIG_IGN if number in ignored else signal.default_int_handler
+                signal.signal(number, here)
+            start = {number: signal.getsignal(number) for number in SIGNALS}
+            for number in (signal.SIGHUP, signal.SIGINT):
+                with Stop(None) as stop:
+                    os.kill(os.getpid(), number)
+                    end = time.monotonic() + (0.2 if number in ignored else 10)
+                    while stop._signal is None and time.monotonic() < end:
+                        time.sleep(0.01)
+                    assert stop._signal == (None if number in ignored else number)
+                assert start == {number: signal.getsignal(number) for number in SIGNALS}
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_process_at_once() -> None:
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    code += "from megatron_chatflow.training.stop import Stop; s = Stop(None).__enter__();"
+    code += "print('up', flush=True); [time.sleep(60) for _ in range(9)]"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 3
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_gone_saves_and_exits(sample: Path, tmp_path: Path) -> None:
+    """As under an ssh session that drops: writing to the terminal fails, and SIGHUP comes."""
+    run = tmp_path / "run"
+    words = ["train", "--config", str(sample / "run.yaml"), "--save", str(run)]
+    words += ["--train-iters", "2000", "--lr-decay-iters", "20", "--log-interval", "1"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.execv(sys.executable, [sys.executable, "-m", "megatron_chatflow", *words])
+    text = ""
+    while "iteration        3/" not in text:
+        text += os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 3
+    iteration = int((run / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= iteration == len(metrics(run)) < 2000
+    assert not list(run.glob("lease*"))
 
 
 @pytest.mark.slow
