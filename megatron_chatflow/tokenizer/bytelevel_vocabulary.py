@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from megatron_chatflow.tokenizer.chunks import SymbolText
+from megatron_chatflow.tokenizer.chunks import SymbolText, Target
 from megatron_chatflow.tokenizer.companions import copy_companions, write_json
 from megatron_chatflow.tokenizer.pre_tokenizer import cut_scripts, join_marks, steps
+from megatron_chatflow.tokenizer.scripts import first_bytes, first_bytes_inside_words, only_marks
 from megatron_chatflow.tokenizer.vocabulary import NewToken, Vocabulary, last_merge
 from megatron_chatflow.utils.user_files import load_json
 
@@ -110,12 +111,13 @@ class ByteLevelVocabulary(Vocabulary):
                 result[i] = tuple(self._tokens[part] for part in last_merge(list(token), rank))
         return result
 
-    def may_be_added(self) -> Callable[[bytes], bool]:
+    def may_be_added(self, target: Target) -> Callable[[bytes], bool]:
         added = {entry["content"].encode() for entry in self._description.get("added_tokens") or ()}
 
         def allowed(text: bytes) -> bool:
             characters = sum(not _continues(byte) for byte in text)
-            return characters <= _LONGEST and _is_whole_or_begins_one(text) and self._spelled(text) not in self._tokens and text not in added
+            new = self._spelled(text) not in self._tokens and text not in added
+            return new and characters <= _LONGEST and _is_whole_or_begins_one(text, target)
 
         return allowed
 
@@ -175,27 +177,29 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _is_whole_or_begins_one(text: bytes) -> bool:
+def _is_whole_or_begins_one(text: bytes, target: Target) -> bool:
     """Whether a text is whole characters, or the first bytes of one; with or without a space before it.
 
-    Bytes from within characters are in characters of many scripts, and a token of them would change text that has nothing
-    to do with the corpus. So would a token that begins with `_SHARED`; these bytes join the letter before them one by one.
+    Bytes from within characters are in characters of many scripts, and a token of them would change
+    text that has nothing to do with the corpus. So would one of the first bytes of quotes, dashes,
+    emoji or, where the target is another script, of Latin letters and of marks that join any letter,
+    and one of such marks alone. All these join a letter of the target before them, byte by byte.
     """
-    body = text.removeprefix(b" ")
-    if not body or _continues(body[0]) or any(body.startswith(shared) or shared.startswith(body) for shared in _SHARED):
+    body, latin = text.removeprefix(b" "), target.other_script
+    if not body or _continues(body[0]):
         return False
-    whole = body.decode(errors="ignore").encode()
-    rest = body[len(whole) :]
-    return not rest or all(map(_continues, body[1:])) or any(shared.startswith(rest) for shared in _SHARED)
+    whole = body.decode(errors="ignore")
+    rest = body[len(whole.encode()) :]
+    if not whole:
+        return rest not in first_bytes(latin)
+    if latin and only_marks(whole):
+        return False
+    return not rest or rest in first_bytes_inside_words(target.scripts, latin)
 
 
 def _continues(byte: int) -> bool:
     return byte & 0xC0 == 0x80
 
-
-_SHARED = (b"\xe2\x80", b"\xef\xac", b"\xef\xb8", b"\xef\xbb")
-"""What zero-width joiners and Hebrew, vertical and Arabic presentation forms begin with, but in text of any script also
-quotes, dashes, emoji sequences, the ligatures fi and fl, variation selectors and the byte order mark."""
 
 _BYTES_OF_TEXT = [*range(0xC0), *range(0xC2, 0xF5)]
 """The bytes that UTF-8 is made of."""

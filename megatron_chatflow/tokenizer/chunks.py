@@ -40,6 +40,11 @@ class Target:
     other_script: bool
     marked: list[str]
 
+    @property
+    def scripts(self) -> frozenset[str]:
+        """The names of those of the kinds that are scripts."""
+        return frozenset(self.characters.names[kind] for kind in self.kinds if kind > WIDE)
+
 
 def find_target(batches: Iterable[Sequence[str]]) -> Target:
     """Chooses the kinds of characters for the new tokens of a corpus."""

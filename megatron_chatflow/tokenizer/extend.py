@@ -151,7 +151,7 @@ def _learn(
         symbols, ends = vocabulary.encode(batch)
         chunks.add(symbols, ends, text, within_characters=characters)
         lost |= vocabulary.lost(batch, symbols)
-    allowed = vocabulary.may_be_added()
+    allowed = vocabulary.may_be_added(target)
     learned = continue_merges(chunks.counts, text, count, allowed, by_count=characters, progress=progress)
     lost -= {chr(token.left - UNKNOWN_CHARACTER) for token in learned if token.right is None}
     return learned, text, sorted(lost)

@@ -15,6 +15,12 @@ OTHER, BLANK, JOINER, WIDE = range(4)
 ZERO_WIDTH = "\u200c\u200d"
 """The zero-width non-joiner and joiner, which stand inside words of Indic scripts and of Arabic."""
 
+_COMMON_MARKS = ((0x300, 0x370), (0x1AB0, 0x1B00), (0x1DC0, 0x1E00), (0xFE00, 0xFE10), (0xFE20, 0xFE30))
+"""Combining marks and variation selectors of letters and signs of any script: first, and one past the last."""
+_LATIN_BLOCKS = ((0x2B0, 0x300), (0x1D00, 0x1DC0), (0xA700, 0xA800), (0xAB30, 0xAB70), (0x10780, 0x107C0))
+"""Phonetic and modifier letters of text in Latin letters, next to the letters whose names begin with LATIN."""
+_COMMON = ((0x2000, 0x2C00), (0x2E00, 0x2E80), (0xFEFF, 0xFF00), (0xFFF0, 0x10000), (0x1D400, 0x1D800), (0x1F000, 0x1FC00))
+"""Punctuation, symbols and emoji of text in any script."""
 _FIRST_SCRIPT = WIDE + 1
 _HAN = frozenset(["CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HALFWIDTH", "IDEOGRAPHIC", "BOPOMOFO"])
 _JOINERS = frozenset(["COMBINING", "VARIATION"])
@@ -89,6 +95,36 @@ class Characters:
                 self.names.append(script)
             return self.names.index(script)
         return WIDE if category[0] == "P" and unicodedata.east_asian_width(char) in "WF" else OTHER
+
+
+@cache
+def first_bytes(latin: bool) -> frozenset[bytes]:
+    """Returns what characters that are in text of any script begin with: their UTF-8 without the last byte, and all that this begins with.
+
+    Args:
+        latin: with Latin, phonetic and modifier letters and common marks; else punctuation, symbols and emoji alone.
+    """
+    kinds = _all_characters()
+    points = [point for first, stop in _COMMON for point in range(first, stop)]
+    if latin:
+        points += [point for first, stop in (*_COMMON_MARKS, *_LATIN_BLOCKS) for point in range(first, stop)]
+        points += np.flatnonzero(kinds.kinds(np.arange(_LAST_LETTER)) == kinds.names.index("LATIN")).tolist()
+    encoded = {chr(point).encode()[:-1] for point in points if point >= 0x80}
+    return frozenset(text[:size] for text in encoded for size in range(1, len(text) + 1))
+
+
+@cache
+def first_bytes_inside_words(scripts: frozenset[str], latin: bool) -> frozenset[bytes]:
+    """Returns those of `first_bytes` that letters of the scripts, their marks and zero-width joiners begin with, too."""
+    points = [point for first, stop in _COMMON_MARKS for point in range(first, stop)]
+    chars = {*ZERO_WIDTH, *map(chr, points), *(char for script in scripts for char in letters_of(script).all)}
+    encoded = {char.encode()[:-1] for char in chars} & first_bytes(latin)
+    return frozenset(text[:size] for text in encoded for size in range(1, len(text) + 1))
+
+
+def only_marks(text: str) -> bool:
+    """Returns whether a text has nothing but marks that join any letter, and spaces."""
+    return set(_all_characters().kinds(np.array([ord(char) for char in text], np.int64)).tolist()) <= {BLANK, JOINER}
 
 
 @cache

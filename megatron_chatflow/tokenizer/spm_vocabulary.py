@@ -7,8 +7,9 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as protocol
 
-from megatron_chatflow.tokenizer.chunks import UNKNOWN_CHARACTER, SymbolText
+from megatron_chatflow.tokenizer.chunks import UNKNOWN_CHARACTER, SymbolText, Target
 from megatron_chatflow.tokenizer.companions import copy_companions, write_json
+from megatron_chatflow.tokenizer.scripts import ZERO_WIDTH, only_marks
 from megatron_chatflow.tokenizer.spm_json import tokenizer_json
 from megatron_chatflow.tokenizer.vocabulary import NewToken, Vocabulary, last_merge
 
@@ -85,7 +86,7 @@ class SentencePieceVocabulary(Vocabulary):
             result[i] = tuple(ids[part] for part in last_merge(list(text), rank) if part in ids)
         return result
 
-    def may_be_added(self) -> Callable[[bytes], bool]:
+    def may_be_added(self, target: Target) -> Callable[[bytes], bool]:
         taken = {piece.piece for piece in self._model.pieces}
         normal = np.flatnonzero(self._normal).tolist()
         dead = [self.text[i].decode() for i in self.unreachable(normal)]
@@ -93,6 +94,9 @@ class SentencePieceVocabulary(Vocabulary):
 
         def allowed(text: bytes) -> bool:
             piece = text.decode()
+            # Without a piece for the zero-width joiners no piece could reach across them.
+            if target.other_script and piece not in ZERO_WIDTH and only_marks(piece):
+                return False
             return len(piece) <= _LONGEST and piece not in taken and piece not in woken
 
         return allowed

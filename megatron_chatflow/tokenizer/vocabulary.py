@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_chatflow.tokenizer.chunks import SymbolText
+from megatron_chatflow.tokenizer.chunks import SymbolText, Target
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,11 @@ class Vocabulary(abc.ABC):
         """
 
     @abc.abstractmethod
-    def may_be_added(self) -> Callable[[bytes], bool]:
-        """Returns the function that says whether a text can become a token: it is none yet, and would bring no other token to life."""
+    def may_be_added(self, target: Target) -> Callable[[bytes], bool]:
+        """Returns the function that determines whether a text can become a token.
+
+        It is no token yet, would make no other token reachable, and, where the new tokens are of other scripts than Latin, is in no Latin text.
+        """
 
     @abc.abstractmethod
     def changed(self, removed: Iterable[int], new: Sequence[NewToken]) -> "Vocabulary":
