@@ -21,23 +21,19 @@ import dataclasses
 import datetime
 import errno
 import fcntl
-import getpass
 import json
 import os
 import re
-import socket
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
 
 from megatron_chatflow.config import UsageError
-from megatron_chatflow.utils.user_files import load_json
+from megatron_chatflow.training.holder import Holder, kernel, read_holder
 
 BEAT = 5.0
 """Seconds between two heartbeats."""
@@ -53,55 +49,6 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 
 class LeaseLostError(RuntimeError):
     """The folder is no longer this run's: its lease was taken over or removed."""
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The process that holds a lease."""
-
-    token: str
-    """Unique to the lease."""
-    user: str
-    host: str
-    pid: int
-    started: int
-    """When the process started, in the kernel's clock ticks: with `pid` it identifies a process."""
-    job: str | None
-    """SLURM's job number."""
-    since: float
-    """When the lease was taken, in seconds since 1970."""
-    boot: str
-    """Which kernel it runs under."""
-    namespace: str
-    """In which `pid` is a process."""
-    locks: bool
-    """Whether it could lock the file."""
-
-    @staticmethod
-    def this_process(*, locks: bool) -> Holder:
-        """This process, as the holder of a new lease."""
-        try:
-            user = getpass.getuser()
-        except (OSError, KeyError):  # a container without a user database
-            user = str(os.getuid())
-        host, job, pid = socket.gethostname(), os.environ.get("SLURM_JOB_ID"), os.getpid()
-        started, token = _process(pid)[0] or 0, uuid.uuid4().hex
-        return Holder(token, user, host, pid, started, job, time.time(), *_kernel(), locks)
-
-    @property
-    def here(self) -> bool:
-        """Whether its process can be looked up from here."""
-        return (self.boot, self.namespace) == _kernel()
-
-    def state(self) -> str | None:
-        """The letter of its process's state, as in ps; None where it has ended."""
-        started, state = _process(self.pid)
-        return state if started == self.started and state not in ("Z", "X") else None
-
-    def __str__(self) -> str:
-        since = datetime.datetime.fromtimestamp(self.since).astimezone()
-        job = f", SLURM job {self.job}" if self.job else ""
-        return f"{self.user} on {self.host}, process {self.pid}{job}, since {since:%F %T %Z}"
 
 
 @dataclass(frozen=True)
@@ -317,7 +264,7 @@ class Lease:
                 # A holder that has just ended may keep its lock for a moment.
                 if (here and holder.state()) or (holder and changed) or watched > PATIENCE:
                     raise self._held(seen)
-            elif holder and holder.boot == _kernel()[0] and holder.locks and seen.locked is False:
+            elif holder and holder.boot == kernel()[0] and holder.locks and seen.locked is False:
                 return seen
             elif here:
                 if holder.state():
@@ -395,20 +342,9 @@ def _look(path: Path) -> _Seen | None:
             if error.errno not in _NO_LOCKS:
                 raise
             locked = None
-        return _Seen(_read(file), locked, os.fstat(file).st_mtime_ns)
+        return _Seen(read_holder(file), locked, os.fstat(file).st_mtime_ns)
     finally:
         os.close(file)
-
-
-def _read(file: int) -> Holder | None:
-    """The record in a lease file; None where it is empty or damaged."""
-    try:
-        holder = Holder(**load_json(os.read(file, 1 << 16)))
-        hints = get_type_hints(Holder)
-        fits = all(isinstance(getattr(holder, name), hint) for name, hint in hints.items())
-        return holder if fits and 0 <= holder.since < 1 << 36 else None
-    except (ValueError, TypeError):
-        return None
 
 
 def _now(folder: Path) -> int:
@@ -416,18 +352,3 @@ def _now(folder: Path) -> int:
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".lease-clock-") as file:
         os.utime(file.fileno())
         return os.fstat(file.fileno()).st_mtime_ns
-
-
-def _kernel() -> tuple[str, str]:
-    """(which kernel this is since it was booted, the namespace of process numbers)."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return boot, os.readlink("/proc/self/ns/pid")
-
-
-def _process(pid: int) -> tuple[int | None, str | None]:
-    """(start time, state) of a process; None where there is none of this number."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None, None
-    return int(fields[19]), fields[0].decode()

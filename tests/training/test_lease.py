@@ -19,7 +19,8 @@ import pytest
 
 from megatron_chatflow.config import UsageError
 from megatron_chatflow.training import lease as module
-from megatron_chatflow.training.lease import Holder, Lease, LeaseLostError
+from megatron_chatflow.training.holder import Holder
+from megatron_chatflow.training.lease import Lease, LeaseLostError
 from tests.pool import Pool
 from tests.sample import metrics, train
 
