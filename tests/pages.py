@@ -22,6 +22,7 @@ SMALLER = {
     "--new-tokens 1000": "--new-tokens 100",
     "run.yaml --curriculum curriculum.yaml --world-size 512": "run.yaml --curriculum curriculum.yaml --world-size 8",
     "--world-size 128": "--world-size 8",
+    "--world-size 64 ": "--world-size 8 ",
     "--iteration 57": "--iteration 3",
     "iter_0001000": "iter_0000002",
     "--nodes 16": "--nodes 1",

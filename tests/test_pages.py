@@ -142,7 +142,9 @@ class Walk:
         for language in ("en", "zh"):
             with gzip.open(folder / f"{language}.jsonl.gz", "wb") as file:
                 file.write((data / f"{language}.jsonl").read_bytes())
-        shutil.copy(data / "en.jsonl", folder / "held_out_en.jsonl")
+            few = (data / f"{language}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:20]
+            (folder / f"{language}.jsonl").write_text("".join(few), encoding="utf-8")
+        shutil.copy(folder / "en.jsonl", folder / "held_out_en.jsonl")
         (folder / "held_out_zh.txt").write_text("\u6587\u4ef6\n" * 200, encoding="utf-8")
         (folder / "prompts.jsonl").write_text('{"prompt": "The file"}\n{"prompt": "A"}\n', encoding="utf-8")
         shutil.copytree(folder / "tokenizer-zh", folder / "smollm2-zh-tokenizer")
