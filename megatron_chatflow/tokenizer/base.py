@@ -77,6 +77,14 @@ class Tokenizer(abc.ABC):
         """Returns the ids of the control tokens that a chat template may spell; none unless the tokenizer declares them as such."""
         return {}
 
+    def joins(self, before: str, after: str) -> bool:
+        """Return whether a token may reach from one character into the next one.
+
+        Where it is False, and the pre-tokenizer agrees, texts can be encoded in two pieces (`pieces.py`).
+        A tokenizer of which that is not known returns True.
+        """
+        return True
+
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:
         """Returns the text of `ids`, all of which lie in the vocabulary."""
@@ -111,6 +119,11 @@ class TokenBytes:
             return cls(table)
         table[: tokenizer.vocab_size] = tokenizer.token_bytes()
         return cls(table, tokenizer.byte_space())
+
+
+def neighbors(texts: Iterable[str | bytes]) -> frozenset[str | bytes]:
+    """Return every two characters (bytes) that are neighbors in one of the texts."""
+    return frozenset(text[i : i + 2] for text in texts for i in range(len(text) - 1))
 
 
 def digest(library: str, *parts: bytes | int | None) -> str:

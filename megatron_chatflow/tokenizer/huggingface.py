@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from megatron_chatflow.tokenizer.base import BYTE_SPACE, Tokenizer, digest, read_bytes
+from megatron_chatflow.tokenizer.base import BYTE_SPACE, Tokenizer, digest, neighbors, read_bytes
 from megatron_chatflow.tokenizer.scripts import SPACE
 from megatron_chatflow.utils.user_files import load_json
 
@@ -75,6 +76,28 @@ class HuggingFace(Tokenizer):
 
     def control_id(self, spelling: str) -> int | None:
         return next((token for token, entry in self._backend.get_added_tokens_decoder().items() if entry.content == spelling), None)
+
+    def joins(self, before: str, after: str) -> bool:
+        """Return whether an entry of a BPE vocabulary holds the two characters in any of its spellings.
+
+        Models of other kinds are joined anywhere.
+        """
+        if not isinstance(self._backend.model, tokenizers.models.BPE):
+            return True
+        firsts = [text[-1:] for text in self._spellings(before)]
+        seconds = [text[:1] for text in self._spellings(after)]
+        return any(a + b in self._joined for a in firsts for b in seconds)
+
+    @cached_property
+    def _joined(self) -> frozenset[str]:
+        return neighbors(self._vocab)
+
+    def _spellings(self, character: str) -> list[str]:
+        """Return how a vocabulary may spell a character: SentencePiece's way, or byte by byte."""
+        normalizer = self._backend.normalizer
+        normal = normalizer.normalize_str(character).strip(SPACE) if normalizer else character
+        plain = [SPACE] if character.isspace() else []
+        return [*plain, *(each for text in (character, normal) for each in (text, _spelled_bytes(text)))]
 
     def control_tokens(self) -> Mapping[str, int]:
         return self._control
@@ -189,6 +212,12 @@ def _chat_template(type: str, folder: str, declared: Mapping[str, str]) -> str |
 
 def _byte_alphabet() -> frozenset[str]:
     return frozenset(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def _spelled_bytes(text: str) -> str:
+    """Return text as byte-level vocabularies spell it."""
+    bytewise = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return "".join(spelling for spelling, _ in bytewise.pre_tokenize_str(text))
 
 
 def _length_rule(tokenizer: HuggingFace) -> Any:

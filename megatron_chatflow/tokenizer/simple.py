@@ -28,6 +28,9 @@ class ByteLevel(Tokenizer):
     def control_id(self, spelling: str) -> int | None:
         return None
 
+    def joins(self, before: str, after: str) -> bool:
+        return False
+
     def _decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
@@ -66,6 +69,9 @@ class Null(Tokenizer):
 
     def control_id(self, spelling: str) -> int | None:
         return None
+
+    def joins(self, before: str, after: str) -> bool:
+        return not (before.isspace() or after.isspace())
 
     def _decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))

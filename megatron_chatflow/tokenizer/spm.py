@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import sentencepiece
 
-from megatron_chatflow.tokenizer.base import BYTE_SPACE, Tokenizer, digest, read_bytes
+from megatron_chatflow.tokenizer.base import BYTE_SPACE, Tokenizer, digest, neighbors, read_bytes
 from megatron_chatflow.tokenizer.scripts import SPACE
 
 
@@ -71,6 +72,28 @@ class SentencePiece(Tokenizer):
 
     def control_id(self, spelling: str) -> int | None:
         return self._id(spelling)
+
+    def joins(self, before: str, after: str) -> bool:
+        """Return whether a piece holds the two characters, as the model's normalizer leaves them.
+
+        Unigram models are joined anywhere: their scores are summed up in float32 over the text, so
+        that rounding decides about tokens at the end of a long one.
+        """
+        if self._joined is None:
+            return True
+        first, second = self._normalized(before)[-1:], self._normalized(after)[:1]
+        return any(a + b in self._joined for a in (before, first) for b in (after, second))
+
+    def _normalized(self, character: str) -> str:
+        return SPACE if character.isspace() else self._model.Normalize(character).strip(SPACE)
+
+    @cached_property
+    def _joined(self) -> frozenset[str] | None:
+        from sentencepiece import sentencepiece_model_pb2 as protocol
+
+        model = protocol.ModelProto.FromString(self._model.serialized_model_proto())
+        bpe = model.trainer_spec.model_type == protocol.TrainerSpec.BPE
+        return neighbors(piece.piece for piece in model.pieces) if bpe else None
 
     def _bytes_of(self, token: int) -> int:
         if self._model.IsByte(token):

@@ -3,12 +3,13 @@
 import base64
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import tiktoken
 
-from megatron_chatflow.tokenizer.base import Tokenizer, digest, read_bytes
+from megatron_chatflow.tokenizer.base import Tokenizer, digest, neighbors, read_bytes
 from megatron_chatflow.utils.user_files import load_json
 
 # The settings that Megatron's TikTokenizer has unless told otherwise.
@@ -72,6 +73,13 @@ class TikToken(Tokenizer):
 
     def control_id(self, spelling: str) -> int | None:
         return self._special.get(spelling)
+
+    def joins(self, before: str, after: str) -> bool:
+        return before.encode()[-1:] + after.encode()[:1] in self._joined
+
+    @cached_property
+    def _joined(self) -> frozenset[bytes]:
+        return neighbors(self._encoding.token_byte_values())
 
     def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
