@@ -1,5 +1,6 @@
 """A chunk of records to arrays of tokens: what a worker of `preprocess` does."""
 
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_chatflow.data.conversations import parse_conversation
+from megatron_chatflow.data.formats import Chunk
 from megatron_chatflow.data.records import all_records, each_record
 from megatron_chatflow.data.sentences import Splitting, splitter
 from megatron_chatflow.data.templates import (
@@ -23,6 +25,7 @@ from megatron_chatflow.data.templates import (
     texts_field,
 )
 from megatron_chatflow.tokenizer import Tokenizer
+from megatron_chatflow.tokenizer.pieces import PIECE, encode_in_pieces
 
 KINDS = ("text", "parallel", "instruct")
 SHOWN = 10
@@ -30,6 +33,8 @@ SHOWN = 10
 
 Document = str | list[str]
 """A text; or its sentences."""
+Ids = list[int] | array
+"""Tokens of a text."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Encoded:
         malformed: how many records are malformed.
         shown: number and reason of the first `SHOWN` of them.
         ignored: how many records have each key that nothing reads.
+        too_long: how many of the malformed records are longer than the limit.
     """
 
     corpora: dict[str, Corpus]
@@ -97,6 +103,7 @@ class Encoded:
     malformed: int
     shown: list[tuple[int, str]]
     ignored: dict[str, int] = field(default_factory=dict)
+    too_long: int = 0
 
 
 class Encoder:
@@ -114,21 +121,21 @@ class Encoder:
         self._fields = [itemgetter(name) for name in task.columns() or ()]
         self._split = splitter(task.splitting) if task.splitting else None
 
-    def encode(self, data: bytes, first: int, format: str, check_only: bool = False) -> Encoded:
+    def encode(self, chunk: Chunk, check_only: bool = False) -> Encoded:
         """Encodes the records of a chunk.
 
         Args:
-            data: whole records; blank lines are none.
-            first: number of the first in its file.
-            format: one of `FORMATS`.
+            chunk: whole records; blank lines are none.
             check_only: look for malformed records; what is not needed for that is not done.
         """
+        if chunk.too_long:
+            return Encoded({}, 1, 1, [(chunk.first, chunk.too_long)], too_long=1)
         if self._task.kind == "instruct":
-            return self._conversations(data, first, format)
+            return self._conversations(chunk)
         malformed: list[tuple[int, str]] = []
-        columns = self._all_texts(data, format)
+        columns = self._all_texts(chunk.data, chunk.format)
         if columns is None:
-            columns, malformed = self._each_text(data, first, format)
+            columns, malformed = self._each_text(chunk)
         corpora = {} if check_only else {key: self._encode_documents(texts) for key, texts in zip(self._task.keys, columns, strict=True)}
         return Encoded(corpora, len(columns[0]) + len(malformed), len(malformed), malformed[:SHOWN])
 
@@ -145,10 +152,10 @@ class Encoder:
             return None
         return [self._parallel.fill_all(columns)] if self._parallel else columns
 
-    def _each_text(self, data: bytes, first: int, format: str) -> tuple[list[list[Document]], list[tuple[int, str]]]:
+    def _each_text(self, chunk: Chunk) -> tuple[list[list[Document]], list[tuple[int, str]]]:
         """Returns the documents of each key, and what is malformed."""
         documents, malformed = [], []
-        for number, record in each_record(data, first, format):
+        for number, record in each_record(chunk):
             try:
                 documents.append(self._texts(record))
             except MalformedRecord as error:
@@ -171,7 +178,7 @@ class Encoder:
 
     def _encode_texts(self, texts: list[str]) -> Corpus:
         """One sequence a document."""
-        encoded = self._tokenizer.encode_batch(texts)
+        encoded = self._ids(texts)
         kept = [ids for ids in encoded if ids]
         empty = [text for text, ids in zip(texts, encoded, strict=True) if not ids] if len(kept) < len(encoded) else []
         if self._task.append_eod:
@@ -190,7 +197,7 @@ class Encoder:
     def _encode_sentences(self, documents: list[list[str]]) -> Corpus:
         """One sequence a sentence; those that encode to nothing are left out, and the end-of-document token belongs to a document's last."""
         sentences = list(chain.from_iterable(documents))
-        encoded = self._tokenizer.encode_batch(sentences)
+        encoded = self._ids(sentences)
         kept = np.flatnonzero(_lengths(encoded))
         owners = np.repeat(np.arange(len(documents)), _lengths(documents))[kept]
         sequences = np.bincount(owners, minlength=len(documents))
@@ -209,12 +216,12 @@ class Encoder:
             empty=len(documents) - len(sequences),
         )
 
-    def _conversations(self, data: bytes, first: int, format: str) -> Encoded:
+    def _conversations(self, chunk: Chunk) -> Encoded:
         malformed: list[tuple[int, str]] = []
         numbers: list[int] = []
         conversations: list[list[Passage]] = []
         ignored: Counter[str] = Counter()
-        for number, record in each_record(data, first, format):
+        for number, record in each_record(chunk):
             try:
                 conversations.append(self._conversation(record, ignored))
                 numbers.append(number)
@@ -254,8 +261,8 @@ class Encoder:
         """
         conversations = [[_merge(passage) for passage in passages] for passages in conversations]
         parts = [part for passages in conversations for passage in passages for part in passage.parts]
-        ids = iter(self._tokenizer.encode_batch([part for part in parts if isinstance(part, str)]))
-        tokens: list[list[int]] = []
+        ids = iter(self._ids([part for part in parts if isinstance(part, str)]))
+        tokens: list[Ids] = []
         modes: list[int] = []
         sequences: list[int] = []
         size = 0
@@ -269,7 +276,8 @@ class Encoder:
             elif passages:
                 for passage, encoded in zip(passages, texts, strict=True):
                     following = iter(encoded)
-                    tokens.append([i for part in passage.parts for i in ([part] if isinstance(part, int) else next(following))])
+                    pieces = ([part] if isinstance(part, int) else next(following) for part in passage.parts)
+                    tokens.append(_joined(list(pieces)))
                     modes.append(passage.mode)
                     size += sum(len(part.encode()) for part in passage.parts if isinstance(part, str))
                 sequences.append(len(passages))
@@ -277,8 +285,23 @@ class Encoder:
         empty = len(conversations) - len(sequences) - len(refused)
         return Corpus(self._flat(tokens, lengths), lengths, np.array(modes, np.int8), np.array(sequences, np.int32), size, empty), refused
 
-    def _flat(self, tokens: list[list[int]], lengths: np.ndarray) -> np.ndarray:
+    def _ids(self, texts: list[str]) -> list[Ids]:
+        """Return the tokens of each text: lists, or arrays where there is much text, which take a tenth of the memory."""
+        if sum(map(len, texts)) <= 2 * PIECE:
+            return self._tokenizer.encode_batch(texts)
+        return [encode_in_pieces(self._tokenizer, text) for text in texts]
+
+    def _flat(self, tokens: list[Ids], lengths: np.ndarray) -> np.ndarray:
         return np.fromiter(chain.from_iterable(tokens), self._task.dtype, int(lengths.sum()))
+
+
+def _joined(pieces: list[Ids]) -> Ids:
+    if not any(isinstance(piece, array) for piece in pieces):
+        return list(chain.from_iterable(pieces))
+    result = array("i")
+    for piece in pieces:
+        result.extend(piece)
+    return result
 
 
 def _lengths(lists: Sequence[Sequence[Any]]) -> np.ndarray:

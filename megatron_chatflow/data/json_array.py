@@ -6,10 +6,14 @@ from collections.abc import Iterator
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _TOKEN = re.compile(_STRING + rb'|["{}\[\],]', re.DOTALL)
 _BREAK = re.compile(_STRING + rb"|[\r\n]+", re.DOTALL)
+_STRING_END = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_LONG = 1 << 20
 _UNMATCHED = (
     "brackets do not match in record {} of its array, so the records after it cannot be separated: "
     "correct the file"
 )
+_CUT_OFF = "its array does not end, and record {} is the last: the file was cut off"
+_DEEPEST = 1 << 20
 _CLOSES = {ord("{"): ord("}"), ord("["): ord("]")}
 
 
@@ -22,14 +26,16 @@ def is_array(block: bytes) -> bool:
     return block.lstrip()[:1] == b"["
 
 
-def lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the elements of an array, one per line; memory is bounded by the largest element.
+def lines(blocks: Iterator[bytes], limit: int) -> Iterator[bytes | None]:
+    """Yield the elements of an array, one per line; memory is bounded by the limit.
 
     Args:
         blocks: the text of the array, cut anywhere.
+        limit: bytes of the longest element that is wanted.
 
     Yields:
-        Some lines, newline characters included. Errors within an element are left to its reader.
+        Some lines, newline characters included, or None for an element that is longer than the
+        limit, before it is read to its end. Errors within an element are left to its reader.
 
     Raises:
         BrokenArray: the brackets do not match, the array does not end, or something follows it.
@@ -38,6 +44,7 @@ def lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
     begin = at = held.index(b"[") + 1
     number = 1
     brackets = bytearray()
+    dropping = False
     while True:
         found, ended = [], False
         for token in _TOKEN.finditer(held, at):
@@ -54,25 +61,43 @@ def lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
             elif kind == 0x7D:
                 raise BrokenArray(_UNMATCHED.format(number))
             elif not brackets and kind in b",]":
-                element = held[begin : token.start()]
                 ended = kind == 0x5D
-                if element.strip() or not ended:
-                    found.append(_on_one_line(element))
+                if dropping:
+                    dropping = False
                     number += 1
+                elif token.start() - begin > limit:
+                    yield from _joined(found)
+                    yield None
+                    found = []
+                    number += 1
+                else:
+                    element = held[begin : token.start()]
+                    if element.strip() or not ended:
+                        found.append(_on_one_line(element))
+                        number += 1
                 begin = at
                 if ended:
                     break
         else:
             at = len(held)
-        if found:
-            yield b"\n".join([*found, b""])
+        yield from _joined(found)
         if ended:
             _check_end(held[begin:], blocks)
             return
         held, at = held[begin:], at - begin
         begin = 0
+        if not dropping and len(held) > limit:
+            yield None
+            dropping = True
+        if len(brackets) > _DEEPEST:
+            raise BrokenArray(f"record {number} is nested too deeply to be read: take it out")
+        if dropping:  # only the brackets matter up to its end
+            if at < len(held):
+                held, at = _after_string(held[at:], blocks, number), 0
+                continue
+            held, at = b"", 0
         # a long string is scanned again only when it has doubled
-        wanted = 2 * len(held) if at < len(held) else 0
+        wanted = min(2 * len(held), limit + 1) if at < len(held) else 0
         more, size = [], len(held)
         for block in blocks:
             more.append(block)
@@ -80,10 +105,30 @@ def lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
             if size >= wanted:
                 break
         if not more:
-            raise BrokenArray(
-                f"its array does not end, and record {number} is the last: the file was cut off"
-            )
+            raise BrokenArray(_CUT_OFF.format(number))
         held = b"".join([held, *more])
+
+
+def _joined(found: list[bytes]) -> Iterator[bytes]:
+    """Yield lines as one block, but those of long elements without another copy."""
+    if sum(map(len, found)) > _LONG:
+        for element in found:
+            yield element
+            yield b"\n"
+    elif found:
+        yield b"\n".join([*found, b""])
+
+
+def _after_string(begin: bytes, blocks: Iterator[bytes], number: int) -> bytes:
+    """Return what follows a string of which only the end matters."""
+    piece = begin[1:]
+    while not (end := _STRING_END.match(piece)):
+        escaping = (len(piece) - len(piece.rstrip(b"\\"))) % 2
+        following = next(blocks, None)
+        if following is None:
+            raise BrokenArray(_CUT_OFF.format(number))
+        piece = b"\\" * escaping + following
+    return piece[end.end() :]
 
 
 def _on_one_line(element: bytes) -> bytes:

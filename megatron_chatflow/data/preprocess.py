@@ -43,6 +43,7 @@ class Summary:
     Attributes:
         corpora: the manifest of each corpus written, by its prefix.
         malformed: malformed records left out.
+        too_long: those of them that are longer than `max_document_bytes`.
         shown: the first few of them, with file, number and reason.
         empty: documents left out because they encode to nothing, conversations because nothing in them is trained on.
         ignored: keys of conversations that nothing reads, and how many records have each.
@@ -52,6 +53,7 @@ class Summary:
 
     corpora: dict[str, Manifest]
     malformed: int
+    too_long: int
     shown: tuple[str, ...]
     empty: int
     ignored: dict[str, int]
@@ -107,7 +109,7 @@ def preprocess(
     """
     start = time.perf_counter()
     check(settings)
-    sources = open_sources(settings.input, settings.input_format)
+    sources = open_sources(settings.input, settings.input_format, settings.max_document_bytes)
     check_sources(settings, sources)
     splitting = settings.splitting()
     tokenizer = load_tokenizer(**settings.tokenizer_arguments())
@@ -130,7 +132,7 @@ def preprocess(
             publish(run.path(key), prefix)
         discard_state(folder)
     corpora = {prefix: read_manifest(prefix) for prefix in settings.prefixes().values()}
-    left_out = sum(state.malformed), tuple(state.shown), sum(state.empty)
+    left_out = sum(state.malformed), sum(state.too_long), tuple(state.shown), sum(state.empty)
     ignored = sum(map(Counter, state.ignored), Counter())
     return Summary(corpora, *left_out, dict(ignored), run.new_bytes, time.perf_counter() - start)
 
@@ -148,7 +150,7 @@ def _begin(settings: PreprocessSettings, decides: dict[str, Any], sources: int, 
     if settings.resume:
         note("--resume: there is no unfinished run of this output, so this one starts at the beginning")
     zeros = [0] * sources
-    return State(decides, records=zeros, malformed=zeros.copy(), empty=zeros.copy(), ignored=[{} for _ in range(sources)])
+    return State(decides, records=zeros, malformed=zeros.copy(), too_long=zeros.copy(), empty=zeros.copy(), ignored=[{} for _ in range(sources)])
 
 
 def _decides(settings: PreprocessSettings, task: Task, tokenizer: Tokenizer, sources: list[Source]) -> dict[str, Any]:
@@ -163,6 +165,7 @@ def _decides(settings: PreprocessSettings, task: Task, tokenizer: Tokenizer, sou
         "--seed": settings.chosen_seed(),
         "--skip-malformed": settings.skip_malformed,
         "--max-malformed": settings.most_malformed(),
+        "--max-document-bytes": settings.max_document_bytes,
         "--lang": settings.lang,
         "--input-format": [source.format for source in sources],
         "tokenizer": tokenizer.identity(),
@@ -242,10 +245,16 @@ class _Run:
         for number, source in enumerate(self.sources):
             if number < place.source:
                 _skip(source, self.state.read[number])
-            elif number == place.source:
-                yield from ((number, chunk) for chunk in _rest(source, place, self.task.columns()))
-            else:
-                yield from ((number, chunk) for chunk in source.chunks(_CHUNK, self.task.columns()))
+                continue
+            columns = self.task.columns()
+            for chunk in _rest(source, place, columns) if number == place.source else source.chunks(_CHUNK, columns):
+                if chunk.too_long and not self.settings.skip_malformed:
+                    # at once, without looking for the end of it: an input may have none
+                    raise MalformedInput(
+                        f"{source.name}, {source.record} {chunk.first}: {chunk.too_long}, so nothing was written: "
+                        "correct the input, give a larger --max-document-bytes, or leave such records out with --skip-malformed"
+                    )
+                yield number, chunk
 
     def _add(self, source: int, encoded: Encoded, spools: dict[str, Spool]) -> None:
         named = self.sources[source]
@@ -253,6 +262,7 @@ class _Run:
         shown.extend(f"{named.name}, {named.record} {number}: {reason}" for number, reason in encoded.shown[: SHOWN - len(shown)])
         self.state.records[source] += encoded.records
         self.state.malformed[source] += encoded.malformed
+        self.state.too_long[source] += encoded.too_long
         self.failed = self.failed or (encoded.malformed > 0 and not self.settings.skip_malformed)
         if self.failed:
             return
@@ -334,6 +344,7 @@ class _Run:
             "sha256": read["sha256"],
             **{name: value for name, value in how.items() if value is not None},
             "malformed": self.state.malformed[number],
+            **({"too_long": self.state.too_long[number]} if self.state.too_long[number] else {}),
             "empty": self.state.empty[number],
             **({"ignored": self.state.ignored[number]} if self.state.ignored[number] else {}),
         }

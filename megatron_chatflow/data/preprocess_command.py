@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from megatron_chatflow.data.encode import KINDS
-from megatron_chatflow.data.formats import FORMATS
+from megatron_chatflow.data.formats import FORMATS, MAX_DOCUMENT_BYTES
 from megatron_chatflow.data.preprocess import MalformedInput, Progress, Summary, preprocess
 from megatron_chatflow.data.preprocess_settings import DEFAULT_MAX_MALFORMED, DEFAULT_SEED, PreprocessSettings
 from megatron_chatflow.data.unfinished import has_state
@@ -97,6 +97,8 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument("--skip-malformed", action="store_true", help="leave malformed records out and count them; without it they stop the run")
     share = f"with --skip-malformed: the share of malformed records beyond which nothing is written (default: {DEFAULT_MAX_MALFORMED:g})"
     data.add_argument("--max-malformed", type=float, metavar="FRACTION", help=share)
+    limit = "bytes of the longest record, unpacked; a longer one is malformed, and is not read to its end without --skip-malformed"
+    data.add_argument("--max-document-bytes", type=int, default=MAX_DOCUMENT_BYTES, metavar="N", help=limit)
     data.add_argument("--lang", help="language of the text, noted in the manifest; of --split-sentences, by default english")
     data.add_argument("--split-sentences", action="store_true", help="make each sentence a sequence: by NLTK where its data is, else by a rule")
     data.add_argument("--keep-newlines", action="store_true", help="with --split-sentences: a sentence keeps the white space that follows it")
@@ -113,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     output.add_argument("--seed", type=int, metavar="N", help=f"of --shuffle, by default {DEFAULT_SEED}")
     output.add_argument("--resume", action="store_true", help="go on where an earlier run with the same settings and inputs was killed")
     cores = len(os.sched_getaffinity(0))
-    output.add_argument("--workers", type=int, default=cores, metavar="N", help="processes that encode, by default one a core")
+    output.add_argument("--workers", type=int, default=cores, metavar="N", help="processes that encode, by default one per core")
     output.add_argument("--log-interval", type=int, default=1000, metavar="N", help="documents between two reports of progress, at most one a second")
     return parser
 
@@ -263,7 +265,9 @@ def _conclude(settings: PreprocessSettings, summary: Summary) -> None:
         keys = ", ".join(f"{json.dumps(key, ensure_ascii=False)} ({count:,})" for key, count in most[:_IGNORED_SHOWN])
         more = f" and {len(most) - _IGNORED_SHOWN:,} more" if len(most) > _IGNORED_SHOWN else ""
         print(f"keys that nothing reads, with the number of records: {keys}{more}")
-    skipped = f"; left out: {summary.malformed:,} malformed records, {summary.empty:,} empty documents" if summary.malformed or summary.empty else ""
+    too_long = f" ({summary.too_long:,} of them longer than --max-document-bytes)" if summary.too_long else ""
+    left_out = f"; left out: {summary.malformed:,} malformed records{too_long}, {summary.empty:,} empty documents"
+    skipped = left_out if summary.malformed or summary.empty else ""
     workers = f"{settings.workers} worker{'s' * (settings.workers > 1)}"
     print(f"{summary.seconds:.1f} s, {summary.bytes / 1e6 / summary.seconds:.2f} MB/s on {workers}{skipped}")
 

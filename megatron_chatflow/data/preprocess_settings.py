@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_chatflow.data.encode import KINDS, Task
-from megatron_chatflow.data.formats import FORMATS, Source
+from megatron_chatflow.data.formats import FORMATS, MAX_DOCUMENT_BYTES, Source
 from megatron_chatflow.data.indexed import best_dtype
 from megatron_chatflow.data.sentences import Splitting, choose_splitting
 from megatron_chatflow.data.templates import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE, OWN_TEMPLATE, ParallelTemplate
@@ -14,6 +14,7 @@ from megatron_chatflow.utils.user_files import check_line
 
 DEFAULT_SEED = 1234
 DEFAULT_MAX_MALFORMED = 0.05
+WORKERS_PER_CORE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class PreprocessSettings:
         workers: processes that encode; 1 encodes in this one.
         skip_malformed: leave malformed records out, rather than write nothing.
         max_malformed: with `skip_malformed`, the share of malformed records beyond which nothing is written; 0.05 when None.
+        max_document_bytes: bytes of the longest record that is read, unpacked; a longer one is malformed.
         input_format: `jsonl`, `text` or `parquet`; by the file's name when None.
         lang: language of the text, for the manifest and for `split_sentences` (default there `english`).
         log_interval: documents between two reports of progress.
@@ -60,6 +62,7 @@ class PreprocessSettings:
     workers: int = 1
     skip_malformed: bool = False
     max_malformed: float | None = None
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
     input_format: str | None = None
     lang: str | None = None
     log_interval: int = 1000
@@ -133,10 +136,16 @@ def check(settings: PreprocessSettings) -> None:
         raise ValueError(f"--kind {kind} is unknown: give one of {', '.join(KINDS)}")
     if settings.input_format not in (None, *FORMATS):
         raise ValueError(f"--input-format {settings.input_format} is unknown: give one of {', '.join(FORMATS)}")
-    for name, smallest in (("workers", 1), ("log_interval", 1), ("seed", 0)):
+    for name, smallest in (("workers", 1), ("log_interval", 1), ("seed", 0), ("max_document_bytes", 1)):
         value = getattr(settings, name)
         if value is not None and value < smallest:
             raise ValueError(f"--{name.replace('_', '-')} {value} is too few: give at least {smallest}")
+    cores = len(os.sched_getaffinity(0))
+    if settings.workers > WORKERS_PER_CORE * cores:
+        raise ValueError(
+            f"--workers {settings.workers} is too many for the {cores} cores that this process may use: "
+            f"give at most {WORKERS_PER_CORE * cores}, best one per core"
+        )
     if not os.path.basename(settings.output_prefix):
         raise ValueError(f"--output-prefix {settings.output_prefix!r} is no prefix of a file name: give one such as out/en")
     if settings.vocab_size is not None and settings.tokenizer_type not in ("NullTokenizer", "TikTokenizer"):

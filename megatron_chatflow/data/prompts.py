@@ -42,7 +42,7 @@ def read_prompts(path: str) -> Iterator[tuple[str, Record]]:
         raise ValueError(str(error).removeprefix("--input ")) from None
     for source in sources:
         for chunk in source.chunks(_CHUNK):
-            for number, record in each_record(chunk.data, chunk.first, source.format):
+            for number, record in each_record(chunk):
                 where = f"{path}, {source.record} {number}"
                 if isinstance(record, MalformedRecord):
                     raise ValueError(f"{where}: {record}; mend it or take it out")

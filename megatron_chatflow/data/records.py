@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_chatflow.data import parquet
+from megatron_chatflow.data.formats import Chunk
 from megatron_chatflow.data.templates import MalformedRecord, json_kind
 
 _decode = json.JSONDecoder().raw_decode
@@ -22,6 +23,7 @@ def all_records(data: bytes, format: str) -> list[Mapping[str, Any]]:
     if "\r" in text:
         text = text.replace("\r\n", "\n").removesuffix("\r")
     lines = list(filter(None, text.split("\n")))
+    del text  # a chunk of one long record need not be held twice
     if format == "text":
         return [{"text": line} for line in lines if not line.isspace()]
     pairs = list(map(_decode, lines))
@@ -30,22 +32,19 @@ def all_records(data: bytes, format: str) -> list[Mapping[str, Any]]:
     return [record for record, _ in pairs]
 
 
-def each_record(data: bytes, first: int, format: str) -> Iterator[tuple[int, Mapping[str, Any] | MalformedRecord]]:
-    """Gives the records of a chunk with their numbers, or what is wrong with them; blank lines are none.
-
-    Args:
-        data: the chunk.
-        first: number of its first line or row.
-        format: one of `FORMATS`.
-    """
-    if format == "parquet":
-        for number, row in enumerate(parquet.rows(data), first):
+def each_record(chunk: Chunk) -> Iterator[tuple[int, Mapping[str, Any] | MalformedRecord]]:
+    """Gives the records of a chunk with their numbers, or what is wrong with them; blank lines are none."""
+    if chunk.too_long:
+        yield chunk.first, MalformedRecord(chunk.too_long)
+        return
+    if chunk.format == "parquet":
+        for number, row in enumerate(parquet.rows(chunk.data), chunk.first):
             yield number, MalformedRecord(f"not UTF-8 ({row.reason})") if isinstance(row, UnicodeDecodeError) else row
         return
-    for number, line in enumerate(data.split(b"\n"), first):
+    for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
         if line.strip():
             try:
-                yield number, _record(line, format)
+                yield number, _record(line, chunk.format)
             except MalformedRecord as error:
                 yield number, error
 

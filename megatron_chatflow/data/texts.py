@@ -22,7 +22,7 @@ def read_texts(paths: Sequence[str], keys: Sequence[str] = ("text",)) -> Iterato
     for source in open_sources(paths):
         fields = ("text",) if source.format == "text" else keys
         for chunk in source.chunks(_CHUNK, list(fields)):
-            for number, record in each_record(chunk.data, chunk.first, source.format):
+            for number, record in each_record(chunk):
                 try:
                     if isinstance(record, MalformedRecord):
                         raise record

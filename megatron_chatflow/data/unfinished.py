@@ -52,6 +52,7 @@ class State:
         read: of each source that was read to its end its size, its sha256 and when it was last modified.
         records: records of each source, malformed ones included.
         malformed: malformed records of each source.
+        too_long: those of them that are longer than `--max-document-bytes`.
         empty: documents that encode to nothing, of each source.
         ignored: of each source, how many records have each key that nothing reads.
         shown: description of the first malformed records.
@@ -64,6 +65,7 @@ class State:
     read: list[dict[str, Any]] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
     malformed: list[int] = field(default_factory=list)
+    too_long: list[int] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     ignored: list[dict[str, int]] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)

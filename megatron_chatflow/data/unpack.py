@@ -8,9 +8,19 @@ from types import ModuleType
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _PIECE = 1 << 14
+_ZSTD_PIECE = 1 << 9
+"""Bytes that are unpacked at once: 512 can be 16 MB, as 4 bytes can be a block of 128 kB."""
+_ZSTD_HEADER_BYTES = 18
+_ZSTD_WINDOW_LOG = 27
+"""The library's limit, and that of the `zstd` command."""
 
 MAGIC_BYTES = 4
 """How many of the first bytes are looked at."""
+
+
+class WindowTooLarge(Exception):
+    """A Zstandard frame needs more memory than its readers give by default."""
+
 
 DAMAGED = (OSError, EOFError, zlib.error)
 """What reading a damaged stream raises."""
@@ -55,6 +65,8 @@ class _Zstandard(io.RawIOBase):
         self._library = library
         self._decompressor = library.ZstdDecompressor()
         self._frame = None
+        self._begin = b""
+        self._packed = b""
         self._held = memoryview(b"")
 
     def readable(self) -> bool:
@@ -62,21 +74,34 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         while not self._held:
-            left = b""
             if self._frame is not None and self._frame.eof:
-                left, self._frame = self._frame.unused_data, None
-            piece = left or self._stored.read(_PIECE)
-            if not piece:
+                self._packed, self._frame = self._frame.unused_data + self._packed, None
+            self._packed = self._packed or self._stored.read(_PIECE)
+            if not self._packed:
                 if self._frame is not None:
                     raise EOFError("the last frame has no end")
                 return 0
             if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
+                self._frame, self._begin = self._decompressor.decompressobj(), b""
+            piece, self._packed = self._packed[:_ZSTD_PIECE], self._packed[_ZSTD_PIECE:]
+            self._begin += piece[: _ZSTD_HEADER_BYTES - len(self._begin)]
             try:
                 self._held = memoryview(self._frame.decompress(piece))
             except self._library.ZstdError as error:
+                self._check_window()
                 raise OSError(str(error)) from error
         count = min(len(buffer), len(self._held))
         buffer[:count] = self._held[:count]
         self._held = self._held[count:]
         return count
+
+    def _check_window(self) -> None:
+        try:
+            window = self._library.get_frame_parameters(self._begin).window_size
+        except self._library.ZstdError:
+            return
+        if window > 1 << _ZSTD_WINDOW_LOG:
+            raise WindowTooLarge(
+                f"was packed with a window of {window:,} bytes, more than the {1 << _ZSTD_WINDOW_LOG:,} that are unpacked here: "
+                "unpack it into the standard input: zstd -dc --long=31 ... | ... --input -"
+            )

@@ -76,7 +76,7 @@ def encoders(workers: int, tokenizer: Tokenizer, tokenizer_arguments: Mapping[st
         pending: deque[tuple[Done, Future[Encoded]]] = deque()
         for number, (source, chunk) in enumerate(chunks):
             done = Done(source, chunk.next, chunk.checksum, chunk.position)
-            work = (chunk.data, chunk.first, chunk.format, check_only())
+            work = (chunk, check_only())
             if number and sum(not future.done() for _, future in pending) < _AHEAD * others:
                 with _interrupts_held_back():
                     pending.append((done, pool.submit(_work, *work)))
@@ -134,6 +134,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(data: bytes, first: int, format: str, check_only: bool) -> Encoded:
+def _work(chunk: Chunk, check_only: bool) -> Encoded:
     assert _encoder is not None
-    return _encoder.encode(data, first, format, check_only)
+    return _encoder.encode(chunk, check_only)

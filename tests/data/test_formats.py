@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.data import parquet
-from megatron_chatflow.data.formats import Source, open_sources
+from megatron_chatflow.data.formats import Chunk, Source, open_sources
 from megatron_chatflow.data.json_array import is_array
 from megatron_chatflow.data.records import all_records, each_record
 from megatron_chatflow.data.templates import MalformedRecord
@@ -160,7 +160,7 @@ def test_a_text_in_a_table_that_is_not_utf_8_is_named_by_its_row(tmp_path):
     (chunk,) = Source(str(tmp_path / "a.parquet")).chunks(1000)
     with pytest.raises(UnicodeDecodeError):
         all_records(chunk.data, "parquet")
-    (_, first), (number, error), (_, last) = each_record(chunk.data, 1, "parquet")
+    (_, first), (number, error), (_, last) = each_record(chunk)
     assert (first, last) == ({"text": "a"}, {"text": "c"})
     assert number == 2 and str(error) == "not UTF-8 (invalid start byte)"
 
@@ -177,7 +177,7 @@ def test_a_text_in_a_table_that_is_not_utf_8_is_named_by_its_row(tmp_path):
 )
 def test_reading_all_records_at_once_gives_what_reading_each_gives(lines, format):
     data = b"\n".join(lines)
-    slow = [record for _, record in each_record(data, 1, format)]
+    slow = [record for _, record in each_record(Chunk(1, 1, data, format, 0, ""))]
     try:
         fast = all_records(data, format)
     except (ValueError, RecursionError):

@@ -32,7 +32,7 @@ def test_elements_are_those_that_json_reads(elements, size, indent, around):
     text = (around + json.dumps(elements, indent=indent, ensure_ascii=False) + around).encode()
     begin = text.index(b"[") + 1
     blocks = cut(text[begin:], size)
-    found = b"".join(lines(iter([text[:begin], *blocks])))
+    found = b"".join(lines(iter([text[:begin], *blocks]), 1 << 30))
     assert found == b"" or found.endswith(b"\n")
     assert [json.loads(line) for line in found.splitlines()] == elements
 
@@ -51,7 +51,7 @@ def test_elements_are_those_that_json_reads(elements, size, indent, around):
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_an_array_whose_elements_cannot_be_told_apart_is_refused(text, part, size):
     with pytest.raises(BrokenArray, match=part):
-        list(lines(iter([b"[", *cut(text.encode()[1:], size)])))
+        list(lines(iter([b"[", *cut(text.encode()[1:], size)]), 1 << 30))
 
 
 def test_memory_is_bounded_by_the_largest_element():
@@ -65,7 +65,7 @@ def test_memory_is_bounded_by_the_largest_element():
         yield b'"}]'
 
     tracemalloc.start()
-    count = sum(block.count(b"\n") for block in lines(blocks()))
+    count = sum(block.count(b"\n") for block in lines(blocks(), 1 << 30))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == 10_001 and peak < 6_000_000
