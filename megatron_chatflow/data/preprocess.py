@@ -116,7 +116,7 @@ def preprocess(
     task = settings.task(tokenizer, splitting)
     folder = settings.unfinished()
     with claimed(folder):
-        state = _begin(settings, _decides(settings, task, tokenizer, sources), len(sources), note)
+        state = _begin(settings, _decides(settings, task, tokenizer, sources), sources, note)
         if splitting is not None and splitting.lang in NLTK_LANGUAGES and splitting.method != "punkt":
             note(_without_punkt(splitting))
         run = _Run(settings, task, tokenizer, sources, state, progress, start)
@@ -137,7 +137,7 @@ def preprocess(
     return Summary(corpora, *left_out, dict(ignored), run.new_bytes, time.perf_counter() - start)
 
 
-def _begin(settings: PreprocessSettings, decides: dict[str, Any], sources: int, note: Callable[[str], None]) -> State:
+def _begin(settings: PreprocessSettings, decides: dict[str, Any], sources: list[Source], note: Callable[[str], None]) -> State:
     """Returns the state to go on from, or a new one."""
     folder = settings.unfinished()
     if has_state(folder):
@@ -146,11 +146,14 @@ def _begin(settings: PreprocessSettings, decides: dict[str, Any], sources: int, 
         state = load_state(folder, decides)
         documents = next(iter(state.counts.values())).documents
         note(f"going on with the run in {folder}, which has {documents:,} documents")
+        for source in sources:
+            if source.size is None:
+                note(f"{source.name} is read again from its start and compared: the same stream must come again")
         return state
     if settings.resume:
         note("--resume: there is no unfinished run of this output, so this one starts at the beginning")
-    zeros = [0] * sources
-    return State(decides, records=zeros, malformed=zeros.copy(), too_long=zeros.copy(), empty=zeros.copy(), ignored=[{} for _ in range(sources)])
+    zeros = [0] * len(sources)
+    return State(decides, records=zeros, malformed=zeros.copy(), too_long=zeros.copy(), empty=zeros.copy(), ignored=[{} for _ in sources])
 
 
 def _decides(settings: PreprocessSettings, task: Task, tokenizer: Tokenizer, sources: list[Source]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,11 +16,17 @@ from typing import Any
 from megatron_chatflow.data.encode import Encoded, Encoder, Task
 from megatron_chatflow.data.formats import Chunk
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.utils.processes import is_stopped
 
 _AHEAD = 3
 """Chunks handed to each of the other processes before this one encodes one itself."""
 _MAX_PENDING = 8
 """Chunks in memory, for each process."""
+_MAX_PENDING_BYTES = 1 << 25
+"""Bytes of chunks that the others have, for each process; only a single chunk may be larger."""
+STOPPED_SECONDS = 30
+"""How long a worker may be stopped (SIGSTOP), in seconds in which this process is not."""
+_EXIT_SECONDS = 5
 
 Numbered = tuple[int, Chunk]
 """A chunk and the number of its source."""
@@ -40,7 +47,7 @@ EncodeChunks = Callable[[Iterable[Numbered], Callable[[], bool]], Iterator[tuple
 
 
 class WorkerDied(RuntimeError):
-    """A worker process was killed."""
+    """A worker process was killed, or is stopped."""
 
 
 @contextmanager
@@ -57,7 +64,7 @@ def encoders(workers: int, tokenizer: Tokenizer, tokenizer_arguments: Mapping[st
         task: what documents are made of.
 
     Raises:
-        WorkerDied: a worker was killed.
+        WorkerDied: a worker was killed, or is stopped for `STOPPED_SECONDS`. One that is slow is waited for.
     """
     encoder = Encoder(tokenizer, task)
     others = workers - 1
@@ -73,20 +80,32 @@ def encoders(workers: int, tokenizer: Tokenizer, tokenizer_arguments: Mapping[st
             )
 
     def encode(chunks: Iterable[Numbered], check_only: Callable[[], bool]) -> Iterator[tuple[Done, Encoded]]:
-        pending: deque[tuple[Done, Future[Encoded]]] = deque()
+        pending: deque[tuple[Done, int, Future[Encoded]]] = deque()
+
+        def finished() -> tuple[Done, Encoded]:
+            done, _, future = pending.popleft()
+            return done, future.result() if pool is None else _result(future, pool)
+
         for number, (source, chunk) in enumerate(chunks):
             done = Done(source, chunk.next, chunk.checksum, chunk.position)
             work = (chunk, check_only())
-            if number and sum(not future.done() for _, future in pending) < _AHEAD * others:
+            size = len(chunk.data)
+            sizes = [given for _, given, future in pending if not future.done()]
+            room = not sizes or sum(sizes) + size <= _MAX_PENDING_BYTES * others
+            if number and len(sizes) < _AHEAD * others and room:
                 with _interrupts_held_back():
-                    pending.append((done, pool.submit(_work, *work)))
+                    pending.append((done, size, pool.submit(_work, *work)))
             else:
-                pending.append((done, _done(encoder.encode(*work))))
-            while pending and (pending[0][1].done() or len(pending) > _MAX_PENDING * workers):
-                done, future = pending.popleft()
-                yield done, future.result()
-        for done, future in pending:
-            yield done, future.result()
+                pending.append((done, size, _done(encoder.encode(*work))))
+            del chunk, work
+            while pending and (
+                pending[0][2].done()
+                or len(pending) > _MAX_PENDING * workers
+                or sum(given for _, given, _ in pending) > 2 * _MAX_PENDING_BYTES * workers
+            ):
+                yield finished()
+        while pending:
+            yield finished()
 
     try:
         yield encode
@@ -94,7 +113,37 @@ def encoders(workers: int, tokenizer: Tokenizer, tokenizer_arguments: Mapping[st
         raise WorkerDied("a worker process was killed: look for a lack of memory, and try fewer --workers") from error
     finally:
         if pool is not None:
-            pool.shutdown(cancel_futures=True)
+            _end(pool)
+
+
+def _result(future: "Future[Encoded]", pool: ProcessPoolExecutor) -> Encoded:
+    """Wait for a result, and look about every second whether a worker is stopped."""
+    seconds: Counter[int] = Counter()
+    while True:
+        try:
+            return future.result(timeout=1)
+        except TimeoutError:
+            if future.done():  # the worker's own error
+                raise
+        stopped = [process.pid for process in pool._processes.values() if is_stopped(process.pid)]
+        # Counted, not measured: this process may have been stopped with its workers.
+        seconds = Counter({pid: seconds[pid] + 1 for pid in stopped})
+        for pid, count in seconds.items():
+            if count >= STOPPED_SECONDS:
+                raise WorkerDied(
+                    f"worker process {pid} is stopped (SIGSTOP) for {count} s: find out what stopped it, or continue it (kill -CONT)"
+                )
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End the workers, of which one that is stopped would never exit."""
+    processes = list(pool._processes.values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    end = time.monotonic() + _EXIT_SECONDS
+    for process in processes:
+        process.join(0 if is_stopped(process.pid) else max(0, end - time.monotonic()))
+        process.kill()
+        process.join()
 
 
 def _done(result: Encoded) -> "Future[Encoded]":

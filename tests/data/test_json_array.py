@@ -37,6 +37,26 @@ def test_elements_are_those_that_json_reads(elements, size, indent, around):
     assert [json.loads(line) for line in found.splitlines()] == elements
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(values, max_size=8), st.integers(1, 40), st.integers(1, 30))
+def test_elements_beyond_the_limit_are_none_and_the_others_stay(elements, size, limit):
+    text = json.dumps(elements, ensure_ascii=False, separators=(",", ":")).encode()
+    found = list(lines(cut(text, size), limit))
+    written = [json.dumps(element, ensure_ascii=False, separators=(",", ":")).encode() for element in elements]
+    expected = [element if len(element) <= limit else None for element in written]
+    flat = []
+    for block in found:
+        flat.extend([None] if block is None else block.split(b"\n")[:-1])
+    assert flat == expected
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_an_array_that_does_not_end_in_an_element_beyond_the_limit_is_refused(size):
+    for text in (b'[1,{"a": "xxxxxxxxxxxx', b'[1,{"a": "xxxxxxxxxxxx\\', b'[1,{"a": "xxxxxxxxxxxx"', b"[1,[[[[[[[[[[[[["):
+        with pytest.raises(BrokenArray, match="does not end, and record 2 is the last"):
+            list(lines(cut(text, size), 5))
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
