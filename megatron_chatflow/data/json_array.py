@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _TOKEN = re.compile(_STRING + rb'|["{}\[\],]', re.DOTALL)
 _BREAK = re.compile(_STRING + rb"|[\r\n]+", re.DOTALL)
 _STRING_END = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)

@@ -2,7 +2,7 @@
 
 The process is fed one request per line and answers each with a line of JSON. It has Jinja's sandbox as `transformers` has it, a limit of CPU
 time for each rendering (SIGXCPU ends it, whatever it is doing), a limit of memory, and can neither write files nor start processes. So it does
-not matter which operator or filter asks for too much. This file is both sides, and imports nothing of the package: the process reads it alone.
+not matter which operator or filter asks for too much. This file is both sides; the process reads it alone, and imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from typing import Any, NoReturn
 
 SECONDS = 5
@@ -28,6 +29,8 @@ OUTPUT = 16 << 20
 """Characters that a rendering may have; 32 times the request comes on top."""
 TEMPLATE = 1 << 20
 """Characters that a template may have."""
+STOPPED_SECONDS = 30
+"""How long the process may be stopped (SIGSTOP): then it uses no CPU time, and never answers."""
 _START = "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], run_name='__main__')"
 
 
@@ -60,11 +63,13 @@ class Sandbox:
     def __init__(self, template: str) -> None:
         self._lock = threading.Lock()
         self._broken = ""
+        self._stopped = False
         if len(template) > TEMPLATE:
             raise TemplateLimit(f"has {len(template):,} characters, more than {TEMPLATE:,}")
         command = [sys.executable, "-c", _START, json.dumps(sys.path), __file__]
         quiet = subprocess.DEVNULL
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet)
+        threading.Thread(target=_watch, args=[weakref.ref(self)], daemon=True).start()
         limits = {"seconds": SECONDS, "memory": MEMORY, "output": OUTPUT}
         self.marks = bool(self._ask({"template": template, **limits})["marks"])
 
@@ -113,9 +118,25 @@ class Sandbox:
 
     def _ending(self) -> str:
         code = self._process.wait()
+        if self._stopped:
+            return f"gives no answer: its process was stopped (SIGSTOP) for {STOPPED_SECONDS} s"
         if code == -signal.SIGXCPU:
             return f"runs for more than {SECONDS} s"
         return f"ends the process that renders it (code {code})"
+
+
+def _watch(reference: weakref.ref[Sandbox]) -> None:
+    """End the process of a sandbox when it is stopped: whoever waits for it then gets an answer."""
+    from megatron_chatflow.utils.processes import is_stopped
+
+    seconds = 0
+    while (opened := reference()) is not None and opened._process.poll() is None:
+        seconds = seconds + 1 if is_stopped(opened._process.pid) else 0
+        if seconds > STOPPED_SECONDS:
+            opened._stopped = True
+            opened._process.kill()
+        del opened
+        time.sleep(1)
 
 
 class _TooMuch(Exception):

@@ -91,6 +91,16 @@ def test_a_template_beyond_its_limits_is_not_tried_again_and_leaves_no_process()
     assert _new_children() == set()
 
 
+def test_a_stopped_process_gives_one_message(monkeypatch):
+    monkeypatch.setattr(sandbox, "STOPPED_SECONDS", 1)
+    opened = Sandbox("{{ messages }}")
+    opened._process.send_signal(signal.SIGSTOP)
+    for content in ("x" * 1_000_000, "y"):  # more than a pipe holds
+        with pytest.raises(TemplateLimit, match=r"gives no answer: its process was stopped \(SIGSTOP\) for 1 s"):
+            opened.render({"messages": [{"content": content}]}, [(1, False)])
+    assert _new_children() == set()
+
+
 def test_limits_grow_with_the_conversation():
     opened = Sandbox("{% for m in messages %}{{ m.content }}{% endfor %}")
     text = "á" * 3_000_000
