@@ -182,6 +182,7 @@ def _serve() -> None:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
+    del environment.filters["random"], environment.globals["lipsum"]  # a corpus must not depend on chance
     marks = re.compile(f"{opening}|{closing}")
 
     def limited(work: Any, size: int) -> dict[str, Any]:
@@ -222,7 +223,12 @@ def _serve() -> None:
                 if length > start["output"] + 32 * size:
                     raise _TooMuch
                 pieces.append(piece)
-            result.append(unmarked("".join(pieces)))
+            text = "".join(pieces)
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                return {"refused": f"writes a lone surrogate at character {error.start}", "always": True}
+            result.append(unmarked(text))
         return {"rendered": result}
 
     def unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
