@@ -113,7 +113,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for paths in (settings.input, settings.base_input, *([path] for path in settings.held_out.values())):
         if STDIN in paths:
             raise ValueError("the standard input is not taken, because text is read more than once: name a file")
-        open_sources(paths)
+        for source in open_sources(paths):
+            if source.size is None:
+                raise ValueError(f"--input {source.path} is a pipe, and text is read more than once: name a file")
     if os.path.exists(settings.output) and not os.path.isdir(settings.output):
         raise ValueError(f"--output {settings.output} is a file: name a folder")
     if os.path.isdir(settings.output) and os.listdir(settings.output) and not os.path.exists(os.path.join(settings.output, _OWN)):

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from megatron_chatflow.data import IndexedDataset, read_manifest
 from megatron_chatflow.data.preprocess import MalformedInput, PreprocessSettings, preprocess
 from megatron_chatflow.data.verify import verify
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.pieces import PIECE
 
 TEXTS = [
     "All human beings are born free and equal in dignity and rights.",
@@ -26,6 +28,7 @@ TEXTS = [
     "</s> is text, and so are \u2581 and 👩‍👩‍👧‍👦",
 ]
 EOS = 2
+CORES = len(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="session")
@@ -215,6 +218,51 @@ def test_a_very_long_line_is_a_document_like_any_other(run):
     assert documents(prefix) == ["a", text, "b"]
 
 
+@pytest.mark.parametrize("kind", ["text", "instruct"])
+def test_documents_encoded_in_pieces_have_the_tokens_of_the_text(run, model, kind):
+    text = " ".join(TEXTS) * 2500
+    assert len(text) > 2 * PIECE
+    records = [{"text": text, "instruction": text, "output": text}, {"text": "a", "instruction": "b", "output": "c"}]
+    spm = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(model), "append_eod": True}
+    (prefix,) = run({"a.jsonl": records}, kind=kind, **spm).corpora
+    library = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    dataset = IndexedDataset(prefix)
+    expected = library.encode(text) if kind == "text" else library.encode(f"### Instruction:{text}### Response:")
+    assert dataset.sequence(0).tolist() == [1] * (kind == "instruct") + expected + [EOS] * (kind == "text")
+    if kind == "instruct":
+        assert dataset.sequence(1).tolist() == [*library.encode(text), EOS]
+    assert verify(prefix) == []
+
+
+LONG = [{"text": "a"}, {"text": "x" * 200}, {"text": "b"}, {"text": "x" * 300}]
+
+
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_a_record_beyond_the_limit_is_refused_by_name_and_the_rest_is_not_read(run, form):
+    content = json.dumps(LONG).encode() if form == "array" else b"".join(json.dumps(record).encode() + b"\n" for record in LONG) + b"nonsense"
+    with pytest.raises(MalformedInput) as error:
+        run({"a.jsonl": content}, max_document_bytes=100)
+    what = "record" if form == "array" else "line"
+    assert str(error.value) == (
+        f"a.jsonl, {what} 2: longer than 100 bytes, so nothing was written: correct the input, "
+        "give a larger --max-document-bytes, or leave such records out with --skip-malformed"
+    )
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_records_beyond_the_limit_are_left_out_and_counted_with_skip_malformed(run, form):
+    content = json.dumps(LONG).encode() if form == "array" else b"".join(json.dumps(record).encode() + b"\n" for record in LONG) + b"nonsense"
+    summary = run({"a.jsonl": content}, max_document_bytes=100, skip_malformed=True, max_malformed=1.0, workers=2)
+    (prefix,) = summary.corpora
+    assert documents(prefix) == ["a", "b"]
+    assert (summary.malformed, summary.too_long) == ((2, 2) if form == "array" else (3, 2))
+    what = "record" if form == "array" else "line"
+    assert list(summary.shown[:2]) == [f"a.jsonl, {what} {number}: longer than 100 bytes" for number in (2, 4)]
+    (source,) = read_manifest(prefix).sources
+    assert (source["malformed"], source["too_long"]) == (summary.malformed, 2)
+
+
 def test_an_older_corpus_stays_until_a_new_one_is_whole(run):
     run({"a.jsonl": [{"text": "old"}]})
     before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
@@ -244,6 +292,9 @@ def test_text_that_holds_a_control_token_of_the_template_is_refused_in_conversat
     [
         ({"kind": "chat"}, "--kind chat is unknown: give one of text, parallel, instruct"),
         ({"workers": 0}, "--workers 0 is too few"),
+        ({"workers": -1}, "--workers -1 is too few"),
+        ({"workers": 1_000_000}, f"--workers 1000000 is too many for the {CORES} cores that this process may use: give at most {8 * CORES}"),
+        ({"max_document_bytes": 0}, "--max-document-bytes 0 is too few"),
         ({"input_format": "csv"}, "--input-format csv is unknown"),
         ({"vocab_size": 5}, "--vocab-size has no meaning for ByteLevelTokenizer"),
         ({"template": "chatml"}, "--template has no meaning with --kind text"),

@@ -140,6 +140,7 @@ def test_replacing_keeps_the_size_and_lists_what_is_gone(model, tmp_path, capsys
         (["--new-tokens", 5, "--base-input", "absent.jsonl"], "absent.jsonl cannot be read (No such file or directory)"),
         (["--new-tokens", 5, "--held-out", "zh.jsonl"], "--held-out zh.jsonl has no name: write it as NAME=FILE"),
         (["--new-tokens", 5, "--held-out", "zh=-"], "the standard input is not taken"),
+        (["--new-tokens", 5, "--held-out", "zh=/dev/null"], "/dev/null is a pipe, and text is read more than once: name a file"),
         (["--new-tokens", 5, "--json-keys", "body"], "zh.jsonl, line 1: no key 'body'"),
         (["--new-tokens", 5, "--base-inputs", EN], "--base-inputs is unknown: did you mean --base-input?"),
         (["--new-tokens", "many"], "argument --new-tokens: invalid int value: 'many'"),

@@ -57,6 +57,37 @@ def test_it_reads_the_standard_input(folder):
     assert read_manifest(folder / "b_text_document").sources[0]["name"] == "standard input"
 
 
+def in_bash(folder, arguments, text):
+    line = f"{sys.executable} {TOOL} --tokenizer-type ByteLevelTokenizer --workers 1 --output-prefix b {arguments}"
+    return subprocess.run(["bash", "-c", line], cwd=folder, input=text, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--input <(cat a.jsonl)",
+        "--input <(gzip -c a.jsonl) --resume",
+        "--input /dev/stdin < <(cat a.jsonl)",
+        "--input /dev/stdin < a.jsonl",
+        "--input /dev/fd/0 < <(cat a.jsonl)",
+        "--input <(head -n 1 a.jsonl) <(tail -n 2 a.jsonl)",
+        "--input pipe & cat a.jsonl > pipe; wait -n",
+    ],
+)
+def test_it_reads_pipes(folder, arguments):
+    os.mkfifo(folder / "pipe")
+    result = in_bash(folder, arguments, b"")
+    assert result.returncode == 0, result.stderr
+    assert IndexedDataset(folder / "b_text_document").num_documents == 3
+    size = sum(source["size"] for source in read_manifest(folder / "b_text_document").sources)
+    assert size == 3 * len(LINE) or "gzip" in arguments
+
+
+def test_a_pipe_of_which_the_end_is_missing_is_refused(folder):
+    result = in_bash(folder, "--input <(gzip -c a.jsonl | head -c 30)", b"")
+    assert result.returncode == 2 and b"cannot be read to its end" in result.stderr and b"Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
