@@ -78,7 +78,8 @@ def _by_turns(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]
         if not (asked.startswith(done) and answered.startswith(asked)):
             raise MalformedRecord(
                 "the tokenizer's chat template does not render it turn by turn (an earlier turn, or what comes before an answer, changes with what "
-                "follows), so prompts and answers cannot be told apart"
+                "follows), so prompts and answers cannot be told apart; enclose the answers in {% generation %} tags in chat_template.jinja, or give "
+                "conversations of one answer"
             )
         result.append(Passage(PROMPT, _parts(asked[len(done) :], tokenizer)))
         result.append(Passage(ANSWER, _parts(answered[len(asked) :], tokenizer)))

@@ -31,6 +31,8 @@ TEMPLATE = 1 << 20
 """Characters that a template may have."""
 STOPPED_SECONDS = 30
 """How long the process may be stopped (SIGSTOP): then it uses no CPU time, and never answers."""
+_NO_DATE = "'strftime_now' is undefined"
+_ASKS_FOR_DATE = "it asks for the date (strftime_now), on which a corpus must not depend; write a date into it"
 _START = "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], run_name='__main__')"
 
 
@@ -175,8 +177,16 @@ def _serve() -> None:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """The filter as transformers has it."""
+        form = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+        return json.dumps(value, ensure_ascii=ensure_ascii, **form)
 
     extensions = [Generation, jinja2.ext.loopcontrols]
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
@@ -198,6 +208,8 @@ def _serve() -> None:
         except _TooMuch:
             return {"limit": f"writes more than {start['output'] + 32 * size:,} characters"}
         except (jinja2.exceptions.SecurityError, jinja2.TemplateError) as error:
+            if str(error) == _NO_DATE:
+                return {"refused": _ASKS_FOR_DATE, "always": True}
             return {"refused": str(error) or type(error).__name__, "always": isinstance(error, jinja2.exceptions.SecurityError)}
         except Exception as error:  # anything that Python raises in it is the template's
             return {"refused": f"{type(error).__name__}: {error}"[:500], "always": True}

@@ -224,6 +224,37 @@ def test_tools_calls_results_and_reasoning_are_written_as_by_transformers(folder
     assert CHAT_TEMPLATES["tokenizer"](parse_conversation({"messages": text, "tools": ADD}), tokenizer) == passages
 
 
+OPTIONS = (
+    "",
+    "(ensure_ascii=False)",
+    "(ensure_ascii=True)",
+    "(True)",
+    "(indent=4)",
+    "(sort_keys=true, separators=(',', ':'))",
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_values_become_json_as_by_transformers(folder, options):
+    import transformers
+
+    template = TOOLS.replace("(tools | tojson)", f"(tools | tojson{options})")
+    tokenizer = load(folder, template.replace("arguments | tojson", f"arguments | tojson{options}"))
+    tools = [{"type": "function", "function": ADD[0]["function"] | {"description": "Összead. 加"}}]
+    record = parse_conversation({"messages": CALLED, "tools": tools})
+    ids = [i for _, ids in encoded(CHAT_TEMPLATES["tokenizer"](record, tokenizer), tokenizer) for i in ids]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert ids == theirs.apply_chat_template(CALLED, tools=tools, tokenize=True, return_dict=False)
+
+
+def test_a_template_that_needs_the_date_is_refused_and_one_with_a_default_is_not(folder):
+    with pytest.raises(ValueError, match="fails: it asks for the date .*; write a date into it"):
+        check_own_template(load(folder, "{{ strftime_now('%Y-%m-%d') }}" + CHATML))
+    check_own_template(
+        load(folder, "{{ strftime_now('%d') if strftime_now is defined else '26' }}" + CHATML)
+    )
+
+
 @pytest.mark.parametrize(
     ("template", "what"),
     [
