@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     from megatron_chatflow.config import UsageError, nearest
+    from megatron_chatflow.engine.launch import LaunchError, node_name
     from megatron_chatflow.utils.errors import DataError
     from megatron_chatflow.utils.user_files import visible
 
@@ -55,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[0] not in COMMANDS:
             raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS) or '; the commands are ' + ', '.join(COMMANDS)}")
         return importlib.import_module(f"megatron_chatflow.commands.{words[0]}").main(words[1:])
+    except LaunchError as error:
+        where = _speaker(os.environ)
+        if where is None and not error.shared:  # the first process of the node may not be there
+            where = f" on {node_name()}"
+        if where is not None:
+            print(f"chatflow {words[0]}{where}: error: {visible(str(error))}", file=sys.stderr)
+        return error.exit_code
     except UsageError as error:
         where = _speaker(os.environ)
         if where is not None:

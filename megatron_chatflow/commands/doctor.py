@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     if args.full and launch is not None:
         from megatron_chatflow.commands.checkup.meeting import meeting
 
-        rows += meeting(launch, versions() | fingerprints(prefixes))
+        rows += meeting(launch, versions() | fingerprints(prefixes), config.parallel.init_timeout)
     wrong = [row for row in rows if row.wrong]
     if launch is None or launch.rank == 0:
         _print(rows, wrong)

@@ -75,7 +75,8 @@ _FIELDS = {
         "account_for_loss_in_pipeline_split pipeline_model_parallel_layout "
         "num_layers_per_virtual_pipeline_stage sequence_parallel use_distributed_optimizer "
         "overlap_grad_reduce ddp_bucket_size overlap_param_gather "
-        "distributed_backend distributed_timeout_minutes micro_batch_size recompute_granularity "
+        "distributed_backend distributed_timeout_minutes init_timeout micro_batch_size "
+        "recompute_granularity "
         "recompute_method recompute_num_layers "
         "recompute_modules"
     ),

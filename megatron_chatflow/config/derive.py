@@ -121,7 +121,7 @@ def _resolve_model(config: Config) -> None:
 def _check_layout(config: Config, world_size: int) -> int:
     m, p = config.model, config.parallel
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes"):
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes", "init_timeout"):
         _positive(p, name)
     for name, value in (
         ("num_attention_heads", m.num_attention_heads),

@@ -121,6 +121,9 @@ class ParallelSettings:
     """Transport of the collectives: nccl on CUDA, gloo on a CPU, by default."""
     distributed_timeout_minutes: int = 10
     """A collective that hangs longer than this brings the run down."""
+    init_timeout: int = 60
+    """Seconds within which all processes must come together at the start; a process that does not
+    come is reported by its rank, and the others end."""
 
 
 @dataclass

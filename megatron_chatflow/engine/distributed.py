@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import itertools
+import os
+import resource
 import warnings
 
 import torch
@@ -11,8 +14,13 @@ import torch.distributed as dist
 from megatron_chatflow.config.pipeline import virtual_pipeline_size
 from megatron_chatflow.config.settings import ParallelSettings
 from megatron_chatflow.engine import cpu, matmul
-from megatron_chatflow.engine.launch import Launch
-from megatron_chatflow.engine.lifeline import Lifeline
+from megatron_chatflow.engine.launch import Launch, LaunchError, node_name
+from megatron_chatflow.engine.lifeline import Lifeline, prepare
+from megatron_chatflow.engine.meeting import close as close_meeting
+from megatron_chatflow.engine.meeting import meet, require_agent
+
+_meetings = itertools.count()
+"""A number for each meeting of this process at the store of an agent of torchrun."""
 
 
 def hide_engine_warnings() -> None:
@@ -26,32 +34,111 @@ def device(local_rank: int) -> torch.device:
     return cpu.CPU if cpu.is_needed() else torch.device("cuda", local_rank)
 
 
-def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> None:
+def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> Lifeline | None:
     """Install the CPU redirection where it is needed, then make every process group.
 
-    A single process needs no launcher and no port: its groups live on an in-memory store.
+    A single process needs no port: its groups live on an in-memory store. Several meet first, and
+    what watches over them is returned; the caller closes it.
+
+    Raises:
+        LaunchError: the processes do not come together within `init_timeout`.
     """
     cpu.install()
+    # The import takes seconds, which are not those of --init-timeout.
+    from megatron.core import parallel_state  # noqa: F401
+
     where = device(launch.local_rank)
     backend = parallel.distributed_backend or ("gloo" if where.type == "cpu" else "nccl")
     if where.type == "cuda":
-        torch.cuda.set_device(where)
+        _use_gpu(launch.local_rank)
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-    sizes = {"rank": launch.rank, "world_size": launch.world_size, "timeout": timeout}
-    if launch.launcher == "single":
-        dist.init_process_group(backend, store=dist.HashStore(), **sizes)
-    elif launch.launcher == "slurm":
-        dist.init_process_group(backend, init_method=f"tcp://{launch.master_addr}:{launch.master_port}", **sizes)
-    else:
-        dist.init_process_group(backend, init_method="env://", **sizes)
-    if where.type == "cpu":
-        matmul.agree()
-    initialize_model_parallel(parallel, num_layers)
+    store, lifeline = dist.HashStore(), None
+    if launch.world_size > 1:
+        gpu = str(torch.cuda.get_device_properties(where).uuid) if backend == "nccl" else None
+        store, lifeline = _meet(launch, parallel.init_timeout, gpu)
+        store.set_timeout(timeout)
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        )
+        dist.all_reduce(torch.ones(1, device=where))  # connects what connects at the first use
+        if where.type == "cpu":
+            matmul.agree()
+        initialize_model_parallel(parallel, num_layers)
+        if lifeline is not None:
+            lifeline.joined()
+    except Exception as error:
+        if lifeline is None:
+            raise
+        message = lifeline.explain(error)
+        if message is None:
+            lifeline.fail(error)
+        lifeline.close()
+        raise LaunchError(f"the process groups cannot be made: {message}", exit_code=1) from None
+    return lifeline
 
 
-def watch(launch: Launch) -> Lifeline | None:
-    """The line that tells why a job of several processes came down; None where there is one process. The groups are initialised."""
-    return Lifeline(dist.distributed_c10d._get_default_store(), launch.rank, launch.world_size) if launch.world_size > 1 else None
+def _use_gpu(local_rank: int) -> None:
+    there = torch.cuda.device_count()
+    if local_rank >= there:
+        raise LaunchError(
+            f"LOCAL_RANK is {local_rank}, but this process sees {there} GPU{'s' * (there != 1)}; "
+            "start as many processes on a node as it has GPUs, and let each see all of them"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[dist.Store, Lifeline]:
+    """The store of the job's process groups, and this rank's lifeline over a client of its own."""
+    timeout = datetime.timedelta(seconds=seconds)
+
+    def open_store(host: str, port: int, *, serve: bool = False) -> dist.TCPStore:
+        return dist.TCPStore(host, port, None, serve, timeout, wait_for_workers=False)
+
+    served: list[dist.TCPStore] = []
+
+    def serve() -> int:
+        _allow_connections(4 * launch.world_size)
+        served.append(open_store("localhost", 0, serve=True))
+        prepare(served[0], launch.world_size)
+        return served[0].port
+
+    def agent_port(own: int | None, left: float) -> int:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        require_agent(launch, left)
+        agent = open_store(launch.master_addr or "", launch.master_port or 0)
+        shared = dist.PrefixStore(f"chatflow/{attempt}/{next(_meetings)}", agent)
+        if own is not None:
+            return int(shared.compare_set("port", "", str(own)))
+        try:
+            shared.wait(["port"], datetime.timedelta(seconds=max(left, 1)))
+        except RuntimeError:
+            raise LaunchError(
+                f"rank 0 has not come within {seconds} s to the agent of torchrun at "
+                f"{launch.master_addr}, port {launch.master_port}; see what it printed",
+                exit_code=1,
+            ) from None
+        return int(shared.get("port"))
+
+    try:
+        met = meet(launch, seconds, serve, gpu, agent_port if launch.has_agent else None)
+        own = open_store(met.host, met.port)
+        store = served[0] if served else open_store(met.host, met.port)
+    except dist.DistError as error:
+        raise LaunchError(
+            f"rank {launch.rank} on {node_name()} cannot use the job's store: "
+            f"{str(error).splitlines()[0]}; the nodes must reach each other at every port",
+            exit_code=1,
+        ) from None
+    return store, Lifeline(own, launch.rank, met.names, seconds)
+
+
+def _allow_connections(count: int) -> None:
+    """Raise this process's limit of open files: rank 0 has some connections with every process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft if soft == resource.RLIM_INFINITY else max(soft, count + 1024)
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def initialize_model_parallel(parallel: ParallelSettings, num_layers: int) -> None:
@@ -76,6 +163,7 @@ def data_parallel() -> tuple[int, int]:
 
 def shut_down() -> None:
     """Leave every process group; a second call does nothing."""
+    close_meeting()
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state

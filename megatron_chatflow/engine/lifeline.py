@@ -1,7 +1,11 @@
-"""Why a job of several processes came down: which rank, on which host, for what reason, said once and within a minute.
+"""Why a job of several processes ends: which rank, on which host, for what reason, printed once and
+within a minute.
 
-Every rank writes a sign of life into the job's store each second. A rank that fails says so there. What the other ranks then get is only a broken or
-a late collective; before they speak they look into the store for who failed first, who has gone silent, and who did not come.
+Every rank writes a heartbeat into the job's store each second. A rank that fails writes why. What
+the other ranks then get is only a broken or a late collective; before they report it they look in
+the store for who failed first, whose heartbeat has stopped, and who did not come. Rank 0 watches
+the heartbeats of all, the others that of rank 0, which holds the store: where it does not answer,
+a thread that asks nothing of it ends the process.
 """
 
 from __future__ import annotations
@@ -9,128 +13,211 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable, Sequence
 
 import torch.distributed as dist
 
 from megatron_chatflow.utils.errors import DataError
 
 BEAT = 1.0
-"""Seconds between signs of life."""
-SILENT = 30.0
-"""Seconds without one after which a rank counts as gone though no collective has failed (it may be stopped, or its host cut off)."""
+"""Seconds between heartbeats."""
+SILENT = 30
+"""Beats without a change after which a rank counts as gone though no collective has failed (it may
+be stopped, or its host cut off). Beats of the rank that watches: a job that is suspended and
+continued has not been silent."""
 PATIENCE = 5.0
 """Seconds in which the others' reasons are awaited after a collective has failed."""
-_BROKEN = re.compile(r"connection (closed|reset|refused)|timed out|timeout|gloo|nccl|broken pipe|socket|recvbytes|sendbytes", re.IGNORECASE)
+_LEFT = b"left"
+_BROKEN = re.compile(
+    r"connection (closed|reset|refused)|timed out|timeout|gloo|nccl|broken pipe|socket|recvbytes"
+    r"|sendbytes",
+    re.IGNORECASE,
+)
 
 
 class Lifeline:
-    """This rank's line into the job's store; a daemon thread keeps it alive."""
+    """This rank's connection to the job's store; two daemon threads serve it.
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._store, self._rank, self._size = dist.PrefixStore("lifeline", store), rank, size
-        self._stop = threading.Event()
-        self._store.set(f"host/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
-        self._store.set(f"beat/{rank}", "0")
-        self._thread = threading.Thread(target=self._live, name="lifeline", daemon=True)
-        self._thread.start()
+    Until `joined` the process groups are being made, for `init_timeout` seconds at most.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, names: Sequence[str], init_timeout: float
+    ) -> None:
+        """Args:
+        store: a client of the job's store that nothing else uses: a call that waits for the store
+            blocks all others of the same client.
+        names: what messages call each rank (`meeting.Meeting`).
+        """
+        self._store, self._rank, self._size = prefixed(store), rank, len(names)
+        self._names, self._init_timeout = names, init_timeout
+        self._watched = [r for r in range(self._size) if r != rank] if rank == 0 else [0]
+        self._joined, self._rounds = False, 0
+        self._stop, self._closed = threading.Event(), threading.Event()
+        self._threads = [
+            threading.Thread(target=target, name="lifeline", daemon=True)
+            for target in (self._live, self._guard)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def joined(self) -> None:
+        """Report that this rank has its process groups."""
+        self._store.set(f"joined/{self._rank}", "")
+        self._joined = True
 
     def close(self) -> None:
-        """Leave in peace: this rank is no longer watched."""
+        """End without a reason: this rank is no longer watched. Rank 0 holds the store, so it waits
+        for the others."""
         self._stop.set()
-        self._thread.join()
+        self._threads[0].join(2 * PATIENCE)
+        try:
+            self._store.set(f"beat/{self._rank}", _LEFT)
+            self._linger("closed")
+        except Exception:  # rank 0 is gone, and had no reason to report
+            pass
+        self._closed.set()
+
+    def explain(self, error: BaseException) -> str | None:
+        """Who is behind an error that a failed collective gives on this rank; None for any other
+        error."""
+        reason = f"{type(error).__name__}: {error}".strip()
+        if not isinstance(error, dist.DistError | RuntimeError | OSError):
+            return None
+        if not _BROKEN.search(reason):
+            return None
+        try:
+            return self._look_around(reason.split("\n")[0])
+        except Exception:  # the store is gone with rank 0
+            return f"{self._names[0]}, which holds the job's store, is gone"
 
     def fail(self, error: BaseException) -> None:
-        """Say why the job ends, if nobody has said so yet, and end this process with exit code 1. Does not return."""
-        reason = f"{type(error).__name__}: {error}".strip()
-        detail = "" if isinstance(error, DataError) else "\n" + "".join(traceback.format_exception(error))
+        """Say why the job ends, if nobody has yet, and end this process with exit code 1. Does not
+        return."""
+        message = self.explain(error)
+        if message is None:
+            message = f"{self._names[self._rank]}, failed: {type(error).__name__}: {error}".strip()
+            if not isinstance(error, DataError):
+                message += "\n" + "".join(traceback.format_exception(error))
+        self._end(message)
+
+    def _end(self, message: str) -> None:
         try:
-            if isinstance(error, dist.DistError | RuntimeError | OSError) and _BROKEN.search(reason):
-                sentence = self._look_around(reason)
-            else:
-                sentence = f"rank {self._rank} on {self._host(self._rank)} failed: {reason}"
-            if self._claim(sentence):
-                _say(f"{sentence}{detail}")
-            self._linger()
-        except Exception:  # the store is gone with the rank that held it
-            _say(f"rank {self._rank} on {socket.gethostname()} lost the rank that holds the job's store, and failed: {reason}")
+            if self._claim(message):
+                _say(message)
+            self._linger("left")
+        except Exception:
+            _say(message)
         os._exit(1)
 
-    def _linger(self) -> None:
-        """Rank 0 holds the store, where the others still look for the reason: it leaves last."""
-        self._store.add("left", 1)
+    def _linger(self, key: str) -> None:
+        """Rank 0 holds the store, where the others still look for the reason: it exits last."""
+        self._store.add(key, 1)
         end = time.monotonic() + 2 * PATIENCE
-        while self._rank == 0 and time.monotonic() < end and self._store.add("left", 0) < self._size:
+        while self._rank == 0 and time.monotonic() < end and self._store.add(key, 0) < self._size:
             time.sleep(0.1)
 
+    def _limit(self) -> float:
+        return SILENT if self._joined else min(SILENT, self._init_timeout)
+
     def _live(self) -> None:
-        """The thread: give signs of life; on rank 0 watch for those of the others."""
-        seen: dict[int, tuple[bytes, float]] = {}
-        lost_since: float | None = None
-        count = 0
+        """The first thread: write heartbeats and read those that are watched."""
+        seen: dict[int, tuple[bytes, int]] = {}
+        count, ending = 0, 0
         while not self._stop.wait(BEAT):
-            count, now = count + 1, time.monotonic()
+            count += 1
             try:
                 self._store.set(f"beat/{self._rank}", str(count))
-                if self._rank == 0:
-                    silent = [rank for rank, beat in self._beats().items() if self._unchanged(seen, rank, beat, now) > SILENT]
-                    if silent and not self._stop.is_set():
-                        sentence = "; ".join(f"rank {rank} on {self._host(rank)} has given no sign of life for {SILENT:.0f} s" for rank in silent)
-                        if self._claim(sentence):
-                            _say(sentence)
-                        os._exit(1)
-                lost_since = None
+                ending += self._store.check(["reason"])
+                if ending > PATIENCE:  # the main thread has not met a failed collective
+                    self._end("")
+                gone = [r for r, n in self._unchanged(seen).items() if n > self._limit()]
+                if gone and not self._stop.is_set():
+                    self._end(self._each(gone, f"has given no heartbeat for {self._limit():.0f} s"))
+                if not self._joined and count > self._init_timeout and not self._stop.is_set():
+                    self._end(self._who_has_not_joined())
+                self._rounds += 1
             except Exception:
-                lost_since = lost_since or now
-                if now - lost_since > SILENT and not self._stop.is_set():
-                    _say(f"rank {self._rank} on {socket.gethostname()} has had no answer from the rank that holds the job's store for {SILENT:.0f} s")
-                    os._exit(1)
+                continue  # the store does not answer; the other thread counts for how long
 
-    @staticmethod
-    def _unchanged(seen: dict[int, tuple[bytes, float]], rank: int, beat: bytes, now: float) -> float:
-        """Seconds since this rank's sign of life last changed."""
-        if rank not in seen or seen[rank][0] != beat:
-            seen[rank] = (beat, now)
-        return now - seen[rank][1]
+    def _guard(self) -> None:
+        """The second thread: end the process where the first one gets no answers."""
+        rounds, quiet = -1, 0
+        while not self._closed.wait(BEAT):
+            quiet = 0 if self._rounds != rounds else quiet + 1
+            rounds = self._rounds
+            if quiet > self._limit():
+                holder = f"{self._names[0]}, which holds the job's store,"
+                _say(f"{holder} has not answered {self._names[self._rank]}, for {quiet} s")
+                os._exit(1)
+
+    def _unchanged(self, seen: dict[int, tuple[bytes, int]]) -> dict[int, int]:
+        """{watched rank: for how many beats of this one its own has not changed}."""
+        beats = self._store.multi_get([f"beat/{rank}" for rank in self._watched])
+        for rank, beat in zip(self._watched, beats, strict=True):
+            before, times = seen.get(rank, (beat, 0))
+            seen[rank] = (beat, 0 if beat in (_LEFT, b"") or beat != before else times + 1)
+        return {rank: times for rank, (_, times) in seen.items()}
 
     def _look_around(self, reason: str) -> str:
-        """Who is behind a collective that failed here: who said so, else who is silent, else who is alive and did not come."""
+        """Who is behind a collective that failed here: who said so, else whose heartbeat has
+        stopped, else who is alive and did not come."""
         self._store.set(f"waits/{self._rank}", reason)
         others = [rank for rank in range(self._size) if rank != self._rank]
-        before, end = self._beats(), time.monotonic() + PATIENCE
+        keys = [f"beat/{rank}" for rank in others]
+        before, end = self._store.multi_get(keys), time.monotonic() + PATIENCE
         while time.monotonic() < end:
             if self._store.check(["reason"]):
                 return self._store.get("reason").decode()
             time.sleep(0.2)
-        now = self._beats()
-        silent = [rank for rank in others if now[rank] == before[rank]]
-        if silent:
-            return "; ".join(f"rank {rank} on {self._host(rank)} is gone: no sign of life for {PATIENCE:.0f} s" for rank in silent)
+        now = self._store.multi_get(keys)
+        gone = [r for r, a, b in zip(others, before, now, strict=True) if a == b]
+        if gone:
+            return self._each(gone, f"is gone: no heartbeat for {PATIENCE:.0f} s")
         absent = [rank for rank in others if not self._store.check([f"waits/{rank}"])]
         if absent:
-            return "; ".join(f"rank {rank} on {self._host(rank)} is alive and did not come to a collective" for rank in absent) + f" ({reason})"
-        return f"rank {self._rank} on {self._host(self._rank)}: a collective failed: {reason}"
+            return self._each(absent, "is alive and did not come to a collective") + f" ({reason})"
+        return f"{self._names[self._rank]}, a collective failed: {reason}"
 
-    def _beats(self) -> dict[int, bytes]:
-        return dict(enumerate(self._store.multi_get([f"beat/{rank}" for rank in range(self._size)])))
+    def _who_has_not_joined(self) -> str:
+        absent = [r for r in range(self._size) if not self._store.check([f"joined/{r}"])]
+        return (
+            self._each(absent, f"has not joined the process groups within {self._init_timeout} s")
+            + "; the nodes must reach each other at every port: see GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME, or raise --init-timeout"
+        )
 
-    def _host(self, rank: int) -> str:
-        return self._store.get(f"host/{rank}").decode()
+    def _each(self, ranks: Iterable[int], what: str, most: int = 8) -> str:
+        ranks = list(ranks)
+        more = f"; and {len(ranks) - most} more" if len(ranks) > most else ""
+        return "; ".join(f"{self._names[rank]}, {what}" for rank in ranks[:most]) + more
 
-    def _claim(self, sentence: str) -> bool:
-        """Whether this rank is the first to say why; the sentence is kept for the others."""
+    def _claim(self, message: str) -> bool:
+        """Whether this rank is the first to say why; the message is kept for the others."""
         if self._store.add("claims", 1) != 1:
             return False
-        self._store.set("reason", sentence)
+        self._store.set("reason", message)
         return True
 
 
+def prefixed(store: dist.Store) -> dist.Store:
+    """The part of the job's store that heartbeats are in."""
+    return dist.PrefixStore("lifeline", store)
+
+
+def prepare(store: dist.Store, size: int) -> None:
+    """Called on rank 0 before any `Lifeline` begins: a read of what is missing would wait."""
+    keys = [f"beat/{rank}" for rank in range(size)]
+    prefixed(store).multi_set(keys, [b"0"] * size)
+
+
 def _say(text: str) -> None:
-    """Straight to standard error: the process is about to end without its usual clean-up, in which other threads and collectives may hang."""
+    """Straight to standard error: the process is about to end without its usual clean-up, in which
+    other threads and collectives may hang."""
     with contextlib.suppress(OSError):  # the terminal may be gone
         sys.stdout.flush()
         os.write(2, f"chatflow: the job ends: {text}\n".encode())

@@ -11,7 +11,7 @@ import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_chatflow.config import Config
+from megatron_chatflow.config import Config, UsageError
 from megatron_chatflow.engine import distributed
 from megatron_chatflow.engine.launch import Launch
 from megatron_chatflow.evaluation.subject import Subject
@@ -44,10 +44,18 @@ class Session:
 @contextlib.contextmanager
 def process_groups(config: Config, launch: Launch) -> Iterator[torch.device]:
     """Inside, the groups of this launch exist; gives the device of this process. Every model that is opened inside has the same layout."""
-    distributed.initialize(launch, config.parallel, config.model.num_layers)
+    lifeline = distributed.initialize(launch, config.parallel, config.model.num_layers)
     try:
         yield distributed.device(launch.local_rank)
+    except UsageError:
+        raise
+    except Exception as error:
+        if lifeline is None:
+            raise
+        lifeline.fail(error)
     finally:
+        if lifeline is not None:
+            lifeline.close()
         distributed.shut_down()
 
 

@@ -238,11 +238,11 @@ def claim(lease: Lease | None, say: Callable[[str], None]) -> None:
 
 
 def join(launch: Launch, config: Config) -> Lifeline | None:
-    """Make this process one of the job's, with megatron-core's process groups; what tells the others why it failed, where there are others."""
+    """Make this process one of the job's, with megatron-core's process groups; returns what reports
+    to the others why it failed, where there are others."""
     from megatron_chatflow.engine import distributed
 
-    distributed.initialize(launch, config.parallel, config.model.num_layers)
-    return distributed.watch(launch)
+    return distributed.initialize(launch, config.parallel, config.model.num_layers)
 
 
 def find_sound_start(config: Config, inputs: Inputs, start: Start) -> Start:

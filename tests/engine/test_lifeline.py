@@ -13,17 +13,16 @@ from pathlib import Path
 import pytest
 
 RANK = """
-import os, sys, time
+import datetime, sys, time
 from megatron_chatflow.engine import cpu, distributed
 from megatron_chatflow.engine.launch import read_launch
 cpu.install()
-import torch
-from megatron_chatflow.config.settings import ParallelSettings
+import torch, torch.distributed as dist
 launch, what = read_launch(), sys.argv[1]
-parallel = ParallelSettings(distributed_timeout_minutes=1)
-import datetime, torch.distributed as dist
-dist.init_process_group("gloo", init_method="env://", timeout=datetime.timedelta(seconds=8))
-lifeline = distributed.watch(launch)
+store, lifeline = distributed._meet(launch, 60, None)
+sizes = {"rank": launch.rank, "world_size": launch.world_size}
+dist.init_process_group("gloo", store=store, timeout=datetime.timedelta(seconds=int(sys.argv[2])), **sizes)
+lifeline.joined()
 print("up", flush=True)
 try:
     for i in range(10**6):
@@ -38,23 +37,26 @@ except Exception as error:
 """
 
 
-def run(what: str, then: int | None) -> tuple[list[int], str, float]:
-    """(exit codes, what was written to standard error, seconds from the fault to the end). `then`: a signal for rank 2 after it is up."""
+def run(what: str, then: int | None, who: int = 2, timeout: int = 8) -> tuple[list[int], str, float]:
+    """(exit codes of the others, what they wrote to standard error, seconds from the failure to the end).
+
+    `then`: a signal for rank `who` after it is up. `timeout`: seconds that a collective may take.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = os.environ | {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = str(Path(__file__).parents[2])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, what], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, **pipes) for r in range(3)]
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, what, str(timeout)], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, **pipes) for r in range(3)]
     try:
         assert [rank.stdout.readline() for rank in ranks] == ["up\n"] * 3
         time.sleep(1.5)
         begin = time.monotonic()
         if then is not None:
-            ranks[2].send_signal(then)
-        watched = ranks if then is None and what != "stuck" else ranks[:2]
-        texts = [rank.communicate(timeout=60)[1] for rank in watched]
+            ranks[who].send_signal(then)
+        watched = ranks if then is None and what != "stuck" else [rank for i, rank in enumerate(ranks) if i != who]
+        texts = [rank.communicate(timeout=90)[1] for rank in watched]
         return [rank.returncode for rank in watched], "".join(texts), time.monotonic() - begin
     finally:
         for rank in ranks:
@@ -66,10 +68,10 @@ def run(what: str, then: int | None) -> tuple[list[int], str, float]:
 @pytest.mark.parametrize(
     ("what", "then", "sentence"),
     [
-        ("raise", None, "rank 2 on {} failed: ValueError: the corpus is gone"),
-        ("killed", signal.SIGKILL, "rank 2 on {} is gone: no sign of life"),
-        ("stopped", signal.SIGSTOP, "rank 2 on {} is gone: no sign of life"),
-        ("stuck", None, "rank 2 on {} is alive and did not come to a collective"),
+        ("raise", None, "rank 2 on {}, failed: ValueError: the corpus is gone"),
+        ("killed", signal.SIGKILL, "rank 2 on {}, is gone: no heartbeat"),
+        ("stopped", signal.SIGSTOP, "rank 2 on {}, is gone: no heartbeat"),
+        ("stuck", None, "rank 2 on {}, is alive and did not come to a collective"),
     ],
 )
 def test_a_rank_that_fails_brings_the_job_down_within_a_minute_and_is_named(what: str, then: int | None, sentence: str) -> None:
@@ -77,4 +79,24 @@ def test_a_rank_that_fails_brings_the_job_down_within_a_minute_and_is_named(what
     assert set(codes) == {1} and seconds < 60, (codes, text)
     told = [line for line in text.splitlines() if line.startswith("chatflow: the job ends:")]
     before, after = sentence.split("{}")
+    assert "Traceback" not in text or what != "killed"
     assert len(told) == 1 and before in told[0] and after in told[0] and socket.gethostname() in told[0], text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 2])
+def test_a_stopped_rank_ends_the_job_within_a_minute_though_no_collective_fails(who: int) -> None:
+    """Rank 0 holds the store: what asks it for anything waits, without a deadline."""
+    codes, text, seconds = run("stopped", signal.SIGSTOP, who, timeout=600)
+    assert codes == [1, 1] and seconds < 60, (codes, seconds, text)
+    lines = [line for line in text.splitlines() if line.startswith("chatflow: the job ends:")]
+    what = "which holds the job's store, has not answered rank" if who == 0 else "has given no heartbeat for 30 s"
+    assert len(lines) == (2 if who == 0 else 1), text
+    assert all(f"rank {who} on {socket.gethostname()}, process " in line and what in line for line in lines), text
+
+
+@pytest.mark.slow
+def test_rank_0_that_is_killed_is_named_by_the_others() -> None:
+    codes, text, seconds = run("killed", signal.SIGKILL, 0)
+    assert codes == [1, 1] and seconds < 60 and "Traceback" not in text, (codes, seconds, text)
+    assert text.count(f"rank 0 on {socket.gethostname()}, process ") == 2, text
