@@ -43,11 +43,15 @@ class Pool:
 
     def _start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
+        new = len(self._workers)
         for _ in range(count):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there,), daemon=False)
             process.start()
             self._workers.append((process, here))
+        for process, pipe in self._workers[new:]:  # the ranks of a job wait a minute for each other
+            if not pipe.poll(240) or pipe.recv() != "ready":
+                raise RuntimeError(f"a rank of the tests, process {process.pid}, does not start")
 
     def close(self) -> None:
         """End every process."""
@@ -73,6 +77,9 @@ def _work(pipe: Any) -> None:
 
     torch.set_num_threads(1)
     cpu.install()
+    import megatron_chatflow.training.loop  # noqa: F401  as the ranks before have it
+
+    pipe.send("ready")
     while (job := pipe.recv()) is not None:
         function, args, rank, world_size, port = job
         launch = (

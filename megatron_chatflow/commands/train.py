@@ -71,11 +71,12 @@ def main(argv: Sequence[str]) -> int:
                     say(note)
                 run = assemble(launch, inputs, start, outlook, say)
                 from megatron_chatflow.training.loop import train
+                from megatron_chatflow.training.replicas import ReplicaError
                 from megatron_chatflow.training.step import NonFiniteError
 
                 try:
                     return 0 if train(run, stop, saver) else EXIT_PREEMPTED
-                except NonFiniteError as error:
+                except (NonFiniteError, ReplicaError) as error:
                     return stopped(error)
     except UsageError:
         raise

@@ -81,7 +81,8 @@ _FIELDS = {
         "recompute_modules"
     ),
     AtResume.CONTROL: (
-        "max_nonfinite_iterations exit_interval exit_duration_in_mins "
+        "max_nonfinite_iterations check_weight_hash_across_dp_replicas_interval "
+        "exit_interval exit_duration_in_mins "
         "override_opt_param_scheduler use_checkpoint_opt_param_scheduler save load "
         "save_interval save_retain_interval most_recent_k async_save exit_on_failed_save "
         "ckpt_step finetune no_load_optim no_save_optim "

@@ -221,7 +221,7 @@ def _check_batches(config: Config, dp: int) -> None:
                 )
     for name in (
         "save_interval", "save_retain_interval", "most_recent_k", "eval_interval", "log_interval", "tensorboard_log_interval", "exit_interval",
-        "exit_duration_in_mins",
+        "exit_duration_in_mins", "check_weight_hash_across_dp_replicas_interval",
     ):  # fmt: skip
         section = next(s for s in (config.checkpoint, config.validation, config.logging, t) if hasattr(s, name))
         if getattr(section, name) is not None and getattr(section, name) < 1:

@@ -77,7 +77,7 @@ _GROUPS: dict[str, str] = {
     ),
     "not measured here; drop the flag": (
         "--log-params-norm --log-num-zeros-in-grad --log-max-attention-logit --log-memory-to-tensorboard --log-memory-interval --log-energy "
-        "--log-straggler --straggler-ctrlr-port --straggler-minmax-count --check-weight-hash-across-dp-replicas-interval"
+        "--log-straggler --straggler-ctrlr-port --straggler-minmax-count"
     ),
     "run the command under a profiler of your choice; drop the flag": (
         "--profile --profile-step-start --profile-step-end --use-pytorch-profiler --record-memory-history"

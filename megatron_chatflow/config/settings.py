@@ -160,6 +160,9 @@ class TrainingSettings:
     max_nonfinite_iterations: int = 3
     """So many iterations in a row whose loss or gradient norm is not finite, or in which no token has loss, are skipped (their samples count as
     read, the weights stay); one more stops the run, naming its samples."""
+    check_weight_hash_across_dp_replicas_interval: int | None = None
+    """Compare the hashes of the weights of all data-parallel replicas after every so many iterations, and look whether the weights are finite; the
+    run stops, naming ranks and weights, where they are not. Off by default: each time copies all weights to the host."""
     iterations_to_skip: list[int] | None = None
     """Iterations whose samples are passed over without training, e.g. those that a loss spike was traced to."""
     train_new_rows_samples: int = 0

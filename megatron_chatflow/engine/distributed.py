@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import itertools
 import os
 import resource
@@ -106,7 +107,9 @@ def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[dist.Store, Li
     def agent_port(own: int | None, left: float) -> int:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         require_agent(launch, left)
+        faulthandler.dump_traceback_later(seconds, exit=True)  # a stopped agent has no other end
         agent = open_store(launch.master_addr or "", launch.master_port or 0)
+        faulthandler.cancel_dump_traceback_later()
         shared = dist.PrefixStore(f"chatflow/{attempt}/{next(_meetings)}", agent)
         if own is not None:
             return int(shared.compare_set("port", "", str(own)))

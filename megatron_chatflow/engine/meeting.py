@@ -159,24 +159,20 @@ def _answer_later(listener: socket.socket, me: Process) -> None:
 
 
 def require_agent(launch: Launch, seconds: float) -> None:
-    """Wait until the agent of torchrun at the master's port answers; raises LaunchError where it
-    does not. torch's client of its store would wait without a deadline."""
+    """Wait until the agent of torchrun listens at the master's port; raises LaunchError where it
+    does not."""
     reason, end = "not tried", time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         try:
             port = launch.master_port or 0
-            with connect(resolve(launch.master_addr or "", port, end), left) as connection:
-                connection.settimeout(max(0.1, end - time.monotonic()))
-                with suppress(ConnectionError):
-                    connection.sendall(line({}))
-                    connection.recv(1)  # a store ends the connection of what is not its client
-                return
+            connect(resolve(launch.master_addr or "", port, end), left).close()
+            return
         except OSError as error:
             reason = reason_of(error)
         time.sleep(max(0.0, min(0.5, end - time.monotonic())))
     raise LaunchError(
-        f"rank {launch.rank} on {node_name()} gets no answer within {seconds} s from torchrun's "
-        f"agent at {launch.master_addr}, port {launch.master_port} ({reason}); start torchrun on "
+        f"rank {launch.rank} on {node_name()} does not reach torchrun's agent within {seconds:.0f} "
+        f"s at {launch.master_addr}, port {launch.master_port} ({reason}); start torchrun on "
         "that node, or raise --init-timeout",
         exit_code=1,
     )

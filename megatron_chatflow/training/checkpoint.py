@@ -12,7 +12,7 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_chatflow.config import UsageError
-from megatron_chatflow.training import main_parameters, manifest, optimizer_form
+from megatron_chatflow.training import fit, main_parameters, manifest, optimizer_form
 from megatron_chatflow.training.average import WeightAverage, mean_instead
 from megatron_chatflow.training.chosen_weights import check_running_mean
 from megatron_chatflow.training.loading import load as load_state
@@ -119,6 +119,7 @@ def load(
             part._init_optimizer_states_with_dummy_values()
     group = None
     wanted = sharded_state(model, optimizer, average, is_loading=True)
+    fit.check_weights(reader, {name: wanted[name] for name in _names(model)})
     state = {"optimizer": wanted.pop("optimizer")} if optimizer is not None else {}
     if optimizer is not None:
         (part,) = optimizer.chained_optimizers
@@ -141,6 +142,22 @@ def load(
     return group
 
 
+def check_unrecorded(
+    folder: Path, vocab_size: int | None, optimizer: str | None, *, exact: bool
+) -> None:
+    """Compare, by a checkpoint's tensors, what it does not record; None is not compared.
+
+    Called by every rank. Raises UsageError where it differs.
+    """
+    if vocab_size is None and optimizer is None:
+        return
+    reader = CheckpointReader(folder)
+    if vocab_size is not None:
+        fit.check_vocabulary(reader, vocab_size, exact=exact)
+    if optimizer is not None:
+        fit.check_optimizer_kind(reader, optimizer)
+
+
 def load_average(folder: Path, model: list[MegatronModule]) -> None:
     """Load the running mean of the weights (--ema-decay) of a checkpoint in place of its weights.
 
@@ -148,6 +165,7 @@ def load_average(folder: Path, model: list[MegatronModule]) -> None:
     """
     reader = _open(folder, verified=False)
     check_running_mean(folder)
+    fit.check_weights(reader, _weights(model))
     wanted = {name: mean_instead(entries) for name, entries in _weights(model).items()}
     _load_weights(model, load_state(reader, wanted))
 

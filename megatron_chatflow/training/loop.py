@@ -19,6 +19,7 @@ from megatron_chatflow.training import checkpoint
 from megatron_chatflow.training.keeper import Keeper
 from megatron_chatflow.training.length import count_iterations
 from megatron_chatflow.training.new_rows import forget_moments
+from megatron_chatflow.training.replicas import check_replicas
 from megatron_chatflow.training.reporter import Reporter
 from megatron_chatflow.training.saver import Saver
 from megatron_chatflow.training.setup import Run
@@ -33,6 +34,7 @@ def train(run: Run, stop: Stop, saver: Saver | None) -> bool:
 
     Raises:
         NonFiniteError: losses or gradients are not finite, or no token has loss, in more iterations in a row than are skipped; names the samples.
+        ReplicaError: replicas of the weights differ, or are not finite.
         SaveError: the last checkpoint could not be written, or any with --exit-on-failed-save.
         LeaseLostError: the run directory is another run's by now.
         UsageError, WriteError: the files that describe the run cannot be written.
@@ -71,6 +73,10 @@ def _train(run: Run, stop: Stop, reporter: Reporter, loader: Loader, keeper: Kee
         failures = failures + 1 if _iterate(run, reporter, loader, keeper, failures) else 0
         why = stop.agreed(run.device)
         keeper.poll()
+        every = config.training.check_weight_hash_across_dp_replicas_interval
+        if every and run.iteration % every == 0:
+            checkpoint.gather_weights(run.model)
+            check_replicas(run.model, run.iteration)
         run.validated = not (interval and run.iteration % interval == 0)
         if not why and not run.validated:
             latest, why = _validate(run, reporter, stop)

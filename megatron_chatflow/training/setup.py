@@ -21,7 +21,12 @@ from megatron_chatflow.training.durable import WriteError, unwritable
 from megatron_chatflow.training.inputs import Inputs, make_plan
 from megatron_chatflow.training.ledger import check_identity, check_seq_length, data_identity, resume_plan
 from megatron_chatflow.training.length import Batches, batch_history, fix_length
-from megatron_chatflow.training.resume import check_finetune, check_optimizer_group, resume_settings
+from megatron_chatflow.training.resume import (
+    check_finetune,
+    check_optimizer_group,
+    resume_settings,
+    saved_settings,
+)
 from megatron_chatflow.training.run_directory import find_checkpoint, find_sound_checkpoint, read_state
 from megatron_chatflow.training.token_map import new_row_ids
 
@@ -306,6 +311,13 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
         with_optimizer = start.state is not None and start.state["optimizer"] and not config.checkpoint.no_load_optim
         with_average = average is not None and start.state is not None and start.state.get("ema_decay") is not None
         wanted = (optimizer if with_optimizer else None, average if with_average else None)
+        recorded = saved_settings(start.checkpoint, start.state or read_state(start.checkpoint))
+        checkpoint.check_unrecorded(
+            start.checkpoint,
+            None if "vocab_size" in recorded else inputs.vocab_size,
+            config.optimizer.optimizer if with_optimizer and "optimizer" not in recorded else None,
+            exact=start.state is not None,
+        )
         group = checkpoint.load(start.checkpoint, model, *wanted, verified=True)
         old = with_optimizer and "settings" not in start.state
         if old and (note := check_optimizer_group(group, config)):
