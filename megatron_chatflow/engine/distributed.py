@@ -107,21 +107,23 @@ def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[dist.Store, Li
     def agent_port(own: int | None, left: float) -> int:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         require_agent(launch, left)
-        faulthandler.dump_traceback_later(seconds, exit=True)  # a stopped agent has no other end
-        agent = open_store(launch.master_addr or "", launch.master_port or 0)
-        faulthandler.cancel_dump_traceback_later()
-        shared = dist.PrefixStore(f"chatflow/{attempt}/{next(_meetings)}", agent)
-        if own is not None:
-            return int(shared.compare_set("port", "", str(own)))
+        # torch's client waits without a deadline for an agent that is stopped.
+        faulthandler.dump_traceback_later(seconds + 5, exit=True)
         try:
+            agent = open_store(launch.master_addr or "", launch.master_port or 0)
+            shared = dist.PrefixStore(f"chatflow/{attempt}/{next(_meetings)}", agent)
+            if own is not None:
+                return int(shared.compare_set("port", "", str(own)))
             shared.wait(["port"], datetime.timedelta(seconds=max(left, 1)))
-        except RuntimeError:
+            return int(shared.get("port"))
+        except dist.DistStoreError:
             raise LaunchError(
                 f"rank 0 has not come within {seconds} s to the agent of torchrun at "
                 f"{launch.master_addr}, port {launch.master_port}; see what it printed",
                 exit_code=1,
             ) from None
-        return int(shared.get("port"))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     try:
         met = meet(launch, seconds, serve, gpu, agent_port if launch.has_agent else None)

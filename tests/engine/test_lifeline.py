@@ -48,7 +48,8 @@ def run(what: str, then: int | None, who: int = 2, timeout: int = 8) -> tuple[li
     env = os.environ | {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = str(Path(__file__).parents[2])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, what, str(timeout)], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, **pipes) for r in range(3)]
+    words = [sys.executable, "-c", RANK, what, str(timeout)]
+    ranks = [subprocess.Popen(words, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, **pipes) for r in range(3)]
     try:
         assert [rank.stdout.readline() for rank in ranks] == ["up\n"] * 3
         time.sleep(1.5)
