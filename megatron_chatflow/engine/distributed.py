@@ -20,6 +20,7 @@ from megatron_chatflow.engine.lifeline import Lifeline, prepare
 from megatron_chatflow.engine.meeting import close as close_meeting
 from megatron_chatflow.engine.meeting import meet, require_agent
 
+_lifeline: Lifeline | None = None
 _meetings = itertools.count()
 """A number for each meeting of this process at the store of an agent of torchrun."""
 
@@ -39,11 +40,12 @@ def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> L
     """Install the CPU redirection where it is needed, then make every process group.
 
     A single process needs no port: its groups live on an in-memory store. Several meet first, and
-    what watches over them is returned; the caller closes it.
+    what watches over them is returned; `shut_down` closes it.
 
     Raises:
         LaunchError: the processes do not come together within `init_timeout`.
     """
+    global _lifeline
     cpu.install()
     # The import takes seconds, which are not those of --init-timeout.
     from megatron.core import parallel_state  # noqa: F401
@@ -58,6 +60,7 @@ def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> L
         gpu = str(torch.cuda.get_device_properties(where).uuid) if backend == "nccl" else None
         store, lifeline = _meet(launch, parallel.init_timeout, gpu)
         store.set_timeout(timeout)
+        _lifeline = lifeline
     try:
         dist.init_process_group(
             backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
@@ -74,7 +77,7 @@ def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> L
         message = lifeline.explain(error)
         if message is None:
             lifeline.fail(error)
-        lifeline.close()
+        shut_down()
         raise LaunchError(f"the process groups cannot be made: {message}", exit_code=1) from None
     return lifeline
 
@@ -168,6 +171,10 @@ def data_parallel() -> tuple[int, int]:
 
 def shut_down() -> None:
     """Leave every process group; a second call does nothing."""
+    global _lifeline
+    if _lifeline is not None:
+        _lifeline.close()
+        _lifeline = None
     close_meeting()
     if not dist.is_initialized():
         return

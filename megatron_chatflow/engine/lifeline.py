@@ -72,7 +72,9 @@ class Lifeline:
 
     def close(self) -> None:
         """End without a reason: this rank is no longer watched. Rank 0 holds the store, so it waits
-        for the others."""
+        for the others. A second call does nothing."""
+        if self._stop.is_set():
+            return
         self._stop.set()
         self._threads[0].join(2 * PATIENCE)
         try:

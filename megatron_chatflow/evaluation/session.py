@@ -54,8 +54,6 @@ def process_groups(config: Config, launch: Launch) -> Iterator[torch.device]:
             raise
         lifeline.fail(error)
     finally:
-        if lifeline is not None:
-            lifeline.close()
         distributed.shut_down()
 
 

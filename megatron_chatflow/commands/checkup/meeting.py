@@ -20,17 +20,15 @@ def meeting(launch: Launch, facts: Mapping[str, str], init_timeout: int) -> list
     from megatron_chatflow.engine import distributed
     from megatron_chatflow.engine.agreement import differences, gather_facts
 
-    begin, lifeline = time.perf_counter(), None
+    begin = time.perf_counter()
     try:
-        lifeline = distributed.initialize(launch, ParallelSettings(distributed_timeout_minutes=TIMEOUT_MINUTES, init_timeout=init_timeout), 1)
+        distributed.initialize(launch, ParallelSettings(distributed_timeout_minutes=TIMEOUT_MINUTES, init_timeout=init_timeout), 1)
         total = torch.ones(1, device=distributed.device(launch.local_rank))
         torch.distributed.all_reduce(total)
         gathered = gather_facts(facts)
     except Exception as error:  # what a backend raises when the network, the driver or a peer fails is not one class
         return [Row("meeting", "failed", f"rank {launch.rank}: {' '.join(str(error).split())}", wrong=True)]
     finally:
-        if lifeline is not None:
-            lifeline.close()
         distributed.shut_down()
     count, hosts = int(total.item()), len({host for host, _ in gathered})
     reason = f"{hosts} host{'s' * (hosts > 1)}, {torch.distributed.Backend.NCCL if total.is_cuda else torch.distributed.Backend.GLOO}"
