@@ -83,11 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _speaker(env: Mapping[str, str]) -> str | None:
     """How a process names itself in an error: the first one not at all, one of each further node by the node; None keeps the others silent.
 
-    What is wrong may be wrong on one node only, so the first process cannot speak for all.
+    What is wrong may be wrong on one node only, so the first process cannot speak for all. Where no launcher started them, each may differ.
     """
     if env.get("RANK", env.get("SLURM_PROCID", "0")) == "0":
         return ""
-    if env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0")) != "0":
+    launched = "TORCHELASTIC_RUN_ID" in env or "RANK" not in env
+    if launched and env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0")) != "0":
         return None
     from megatron_chatflow.engine.launch import node_name
 

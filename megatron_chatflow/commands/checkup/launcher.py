@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
+import time
 
 from megatron_chatflow.commands.checkup import Row
 from megatron_chatflow.config import UsageError
 from megatron_chatflow.engine.launch import Launch, read_launch
+from megatron_chatflow.engine.sockets import resolve
 
 _TOLD = {
     "single": "neither torchrun's nor SLURM's variables are set",
@@ -26,13 +27,13 @@ def launcher() -> tuple[Launch | None, list[Row]]:
         return None, [Row("launcher", "broken", str(error), wrong=True), _slurm()]
     rows = [Row("launcher", launch.launcher, f"{_TOLD[launch.launcher]}; rank {launch.rank} of {launch.world_size}")]
     if launch.master_addr is not None:
-        rows.append(_meeting_point(launch.master_addr, launch.master_port))
+        rows.append(_meeting_point(launch.master_addr, launch.master_port or 0))
     return launch, [*rows, _slurm()]
 
 
-def _meeting_point(host: str, port: int | None) -> Row:
+def _meeting_point(host: str, port: int) -> Row:
     try:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+        address = resolve(host, port, time.monotonic() + 5)[0][4][0]
     except OSError as error:
         return Row("meeting point", f"{host}:{port}", f"{host} is not a name that this machine knows ({error.strerror}); set MASTER_ADDR", wrong=True)
     return Row("meeting point", f"{host}:{port}", f"{host} is {address}")
