@@ -57,7 +57,8 @@ def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> L
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     store, lifeline = dist.HashStore(), None
     if launch.world_size > 1:
-        gpu = str(torch.cuda.get_device_properties(where).uuid) if backend == "nccl" else None
+        own_gpu = backend == "nccl" and where.type == "cuda"  # gloo can share one
+        gpu = str(torch.cuda.get_device_properties(where).uuid) if own_gpu else None
         store, lifeline = _meet(launch, parallel.init_timeout, gpu)
         store.set_timeout(timeout)
         _lifeline = lifeline

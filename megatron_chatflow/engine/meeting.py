@@ -290,7 +290,7 @@ class _Host:
         message = (
             f"{len(here)} of {size} processes came within "
             f"{time.monotonic() - self._begin:.0f} s: {_some(map(str, self._came.values()))}; "
-            f"rank{'s' * (missing > 1)} {_some(absent)} did not: "
+            f"rank{'s' * (missing > 1)} {_some(absent)} did not; "
             "start all of them, see what they printed, or raise --init-timeout"
         )
         return message + ("" if self._launch.has_agent else self._address_note())

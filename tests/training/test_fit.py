@@ -29,7 +29,10 @@ def without_settings(run: Path, to: Path) -> Path:
     ("words", "messages"),
     [
         ("--vocab-size 8192", ["vocab_size is 8192 here, and ", " has rows for 4096 tokens; give"]),
-        ("--num-layers 3", ["fc1.weight is [3, 192, 48] here and [4, 192, 48]", "proj.weight is [3"]),
+        (
+            "--num-layers 3",
+            ["fc1.weight is [3, 192, 48] here and [4, 192, 48]", "proj.weight is [3"],
+        ),
         (
             "--hidden-size 64 --kv-channels 12",
             ["final_layernorm.weight is [64] here and [48] in the checkpoint", "qkv.weight is [4"],
@@ -50,7 +53,10 @@ def without_settings(run: Path, to: Path) -> Path:
             "--no-untie-embeddings-and-output-weights",
             ["output_layer.weight is [4096, 48] in the checkpoint and not here; give the settings"],
         ),
-        ("--optimizer sgd", ["optimizer is sgd here and adam in the checkpoint", "--no-load-optim"]),
+        (
+            "--optimizer sgd",
+            ["optimizer is sgd here and adam in the checkpoint", "--no-load-optim"],
+        ),
         ("--optimizer sgd --sgd-momentum 0", ["optimizer is sgd here and adam in the checkpoint"]),
     ],
 )
