@@ -290,7 +290,7 @@ class _Host:
         message = (
             f"{len(here)} of {size} processes came within "
             f"{time.monotonic() - self._begin:.0f} s: {_some(map(str, self._came.values()))}; "
-            f"rank{'s' * (missing > 1)} {_some(absent)} did not; "
+            f"rank{'s' * (missing > 1)} {_some(absent, ', ')} did not; "
             "start all of them, see what they printed, or raise --init-timeout"
         )
         return message + ("" if self._launch.has_agent else self._address_note())
@@ -382,7 +382,7 @@ def _listen_to_host(
     return Meeting(connection.getpeername()[0], verdict["port"], verdict["names"])
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
+def _some(names: Iterable[str], separator: str = "; ", most: int = 8) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return "; ".join(names[:most]) + more
+    return separator.join(names[:most]) + more

@@ -112,7 +112,7 @@ def test_who_came_and_who_did_not_is_named_everywhere(job: Job) -> None:
     assert answer.startswith("error 1 4 of 9 processes came within 2 s: rank 0 on ")
     for process, rank in zip(job.processes, (0, 2, 3, 7), strict=True):
         assert f"rank {rank} on {HOST}, process {process.pid}" in answer
-    assert "ranks 1; 4 to 6; 8 did not; start all of them" in answer
+    assert "ranks 1, 4 to 6, 8 did not; start all of them" in answer
 
 
 def test_the_process_that_waits_longest_ends_the_meeting(job: Job) -> None:
