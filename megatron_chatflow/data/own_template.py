@@ -200,6 +200,8 @@ def _render(messages: Any, tools: Any, steps: list[tuple[int, bool]], tokenizer:
     spelled = {token: spelling for spelling, token in tokenizer.control_tokens().items()}
     names = {"bos_token": spelled.get(tokenizer.bos, ""), "eos_token": spelled.get(tokenizer.eod, ""), "pad_token": spelled.get(tokenizer.pad, "")}
     sandbox = _sandbox(tokenizer)
+    # As in transformers: templates take a key without a value for text, and write "None".
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
         return sandbox.render({"messages": messages, "tools": tools, **names}, steps)
     except TemplateLimit as error:

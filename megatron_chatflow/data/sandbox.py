@@ -60,6 +60,7 @@ class Sandbox:
 
     Raises:
         TemplateLimit: the template is not Jinja, or too long.
+        TemplateRefusal: a constant in it cannot be computed.
     """
 
     def __init__(self, template: str) -> None:
@@ -73,7 +74,11 @@ class Sandbox:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet)
         threading.Thread(target=_watch, args=[weakref.ref(self)], daemon=True).start()
         limits = {"seconds": SECONDS, "memory": MEMORY, "output": OUTPUT}
-        self.marks = bool(self._ask({"template": template, **limits})["marks"])
+        try:
+            self.marks = bool(self._ask({"template": template, **limits})["marks"])
+        except TemplateRefusal:
+            self.close()
+            raise
 
     def render(self, values: dict[str, Any], steps: list[tuple[int, bool]]) -> list[tuple[str, list[tuple[int, int]]]]:
         """Renders the first messages of a conversation, for each of `steps`.

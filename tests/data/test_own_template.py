@@ -247,6 +247,18 @@ def test_values_become_json_as_by_transformers(folder, options):
     assert ids == theirs.apply_chat_template(CALLED, tools=tools, tokenize=True, return_dict=False)
 
 
+@pytest.mark.parametrize("content", ["m.content", "m.content | trim", "m['content'] | string"])
+def test_a_call_without_text_writes_what_transformers_writes(folder, content):
+    import transformers
+
+    tokenizer = load(folder, TOOLS.replace("m.content or ''", content))
+    record = parse_conversation({"messages": CALLED, "tools": ADD})
+    ids = [i for _, ids in encoded(CHAT_TEMPLATES["tokenizer"](record, tokenizer), tokenizer) for i in ids]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert ids == theirs.apply_chat_template(CALLED, tools=ADD, tokenize=True, return_dict=False)
+    assert "None" not in tokenizer.decode(ids)
+
+
 def test_a_template_that_needs_the_date_is_refused_and_one_with_a_default_is_not(folder):
     with pytest.raises(ValueError, match="fails: it asks for the date .*; write a date into it"):
         check_own_template(load(folder, "{{ strftime_now('%Y-%m-%d') }}" + CHATML))
