@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.config import pad_vocab_size
@@ -21,6 +22,7 @@ from megatron_chatflow.tokenizer.extend import EXTENDABLE, SENTENCEPIECE, Outcom
 from megatron_chatflow.tokenizer.fertility import Comparison, compare
 from megatron_chatflow.tokenizer.token_map import token_map
 from megatron_chatflow.tokenizer.vocabulary import Vocabulary
+from megatron_chatflow.training.lease import Lease
 from megatron_chatflow.utils.user_files import check_name
 
 _EXAMPLES = """
@@ -126,7 +128,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code that `--help` tells."""
     try:
-        _run(parse_arguments(sys.argv[1:] if argv is None else argv))
+        settings = parse_arguments(sys.argv[1:] if argv is None else argv)
+        with Lease.beside(Path(settings.output), "output") as lease:
+            lease.acquire(_say)
+            _run(settings)
     except ValueError as error:
         return _refuse(2, str(error))
     except OSError as error:

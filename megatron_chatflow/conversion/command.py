@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -115,8 +114,7 @@ def _convert(argv: list[str]) -> int:
 
     hide_engine_warnings()
     check_target(save)
-    place = Path(os.path.abspath(save))
-    with Lease(save, "save-dir", place.with_name(place.name + ".lease")) as lease:
+    with Lease.beside(save, "save-dir") as lease:
         lease.acquire(_say)
         use = _write(arguments, methods, is_run)
     _say(f"{save}: written in {time.perf_counter() - begin:.1f} s; {use}")

@@ -86,6 +86,12 @@ class Lease:
         self._thread: threading.Thread | None = None
         self._lost: str | None = None
 
+    @classmethod
+    def beside(cls, folder: Path, setting: str) -> Lease:
+        """The lease of a folder that is made, or replaced, as one: its files are FOLDER.lease-*."""
+        place = Path(os.path.abspath(folder))
+        return cls(folder, setting, place.with_name(place.name + ".lease"))
+
     def __enter__(self) -> Lease:
         return self
 

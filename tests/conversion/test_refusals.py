@@ -208,7 +208,7 @@ def test_of_two_conversions_into_one_folder_the_second_is_refused(
     from megatron_chatflow.training.lease import Lease
 
     for load in (folders("mistral"), runs("qwen2")):
-        with Lease(tmp_path / "out", "save-dir", tmp_path / "out.lease") as lease:
+        with Lease.beside(tmp_path / "out", "save-dir") as lease:
             lease.acquire()
             ((code, _, err),) = pool.run(1, tool, "--load-dir", load, "--save-dir", tmp_path / "out")
         assert code == 2 and "save-dir" in err and "another process writes there" in err, err

@@ -13,6 +13,7 @@ import sentencepiece
 
 from megatron_chatflow.commands.extend_tokenizer import is_held_out, main
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.training.lease import Lease
 from tests.tokenizer import bases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,6 +160,15 @@ def test_what_cannot_be_is_refused_with_one_sentence_and_nothing_is_written(mode
 def test_a_folder_with_other_files_is_not_written_into(model, capsys):
     assert main([str(word) for word in flags(model, model.parent, "--new-tokens", 5)]) == 2
     assert "holds other files: name a new folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_process_writes_is_refused(model, tmp_path, capsys):
+    output = tmp_path / "new"
+    with Lease.beside(output, "output") as lease:
+        lease.acquire()
+        assert main([str(word) for word in flags(model, output, "--new-tokens", 20)]) == 2
+    assert f"output {output}: another process writes there" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_shows_examples():
