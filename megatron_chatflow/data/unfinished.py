@@ -14,10 +14,11 @@ import glob
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_chatflow.data.manifest import manifest_path
 from megatron_chatflow.data.packing_cache import cache_pattern
@@ -25,6 +26,7 @@ from megatron_chatflow.data.spool import Counts
 from megatron_chatflow.utils.user_files import load_json
 
 _STATE = "state.json"
+_ATTEMPTS = 1000
 
 
 @dataclass(frozen=True)
@@ -80,20 +82,56 @@ def claimed(folder: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds the lock.
     """
-    with _made(os.path.dirname(folder)):
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "lock"), "wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"another process is writing into {folder}: wait for it, or give another --output-prefix") from error
-            except OSError:
-                pass  # a file system without locks
-            try:
-                yield
-            finally:
-                if not has_state(folder):
-                    shutil.rmtree(folder)
+    with _made(os.path.dirname(folder)), _lock(folder):
+        try:
+            yield
+        finally:
+            if not has_state(folder):
+                _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Remove the folder, its lock last: then another process may make it again."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        elif name != "lock":
+            os.unlink(path)
+    os.unlink(os.path.join(folder, "lock"))
+    with suppress(OSError):
+        os.rmdir(folder)
+
+
+def _lock(folder: str) -> BinaryIO:
+    """Make the folder if there is none, and lock it until the returned file is closed."""
+    path = os.path.join(folder, "lock")
+    while True:
+        make_folder(folder)
+        try:
+            file = open(path, "a+b")  # noqa: SIM115 (closed by the caller)
+        except FileNotFoundError:  # the process that had the folder has just removed it
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read(200).decode(errors="replace")
+            file.close()
+            raise ValueError(
+                f"another process{who and f' ({who})'} is writing into {folder}: "
+                "wait for it, or give another --output-prefix"
+            ) from None
+        except OSError:  # a file system without locks
+            return file
+        with suppress(FileNotFoundError):  # else it was removed before it was locked
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()
+    file.truncate(0)
+    file.write(f"{socket.gethostname()}, process {os.getpid()}".encode())
+    file.flush()
+    return file
 
 
 @contextmanager
@@ -174,6 +212,16 @@ def publish(path: str, prefix: str) -> None:
         with suppress(FileNotFoundError):
             os.replace(path + suffix, prefix + suffix)
     sync_folder(os.path.dirname(prefix) or ".")
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder and those above it, where there are none; others may remove them meanwhile."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return os.makedirs(path, exist_ok=True)
+        except (FileExistsError, FileNotFoundError):  # it existed a moment ago, or will
+            if os.path.lexists(path) or attempt == _ATTEMPTS - 1:
+                raise
 
 
 def sync_folder(path: str) -> None:

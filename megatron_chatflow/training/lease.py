@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chatflow.config import UsageError
+from megatron_chatflow.data.unfinished import make_folder
 from megatron_chatflow.training.holder import Holder, kernel, read_holder
 
 BEAT = 5.0
@@ -234,7 +235,7 @@ class Lease:
     def _make_folder(self) -> None:
         where = self._prefix.parent
         missing = [path for path in (where, *where.parents) if not path.exists()]
-        where.mkdir(parents=True, exist_ok=True)
+        make_folder(where)
         self._made = list(dict.fromkeys([*self._made, *reversed(missing)]))
 
     def _is_mine(self) -> bool:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,27 @@ def test_what_a_run_left_that_saved_no_state_is_replaced(tmp_path, settings):
     assert (tmp_path / "out" / "x_text_document.unfinished").is_dir()
     preprocess(PreprocessSettings(**given))
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".bin", ".idx", ".json"}
+
+
+def test_processes_that_come_and_go_never_have_one_folder_at_once(tmp_path):
+    folder, marker = str(tmp_path / "x.unfinished"), str(tmp_path / "marker")
+    children = []
+    for _ in range(3):
+        if pid := os.fork():
+            children.append(pid)
+            continue
+        code, end = 1, time.monotonic() + 1.5
+        try:
+            while time.monotonic() < end:
+                with suppress(ValueError), claimed(folder):
+                    os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+                    os.listdir(folder)
+                    os.unlink(marker)
+            code = 0
+        finally:
+            os._exit(code)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+    assert os.listdir(tmp_path) == []
 
 
 def test_resume_without_an_unfinished_run_starts_at_the_beginning_and_says_so(settings):

@@ -235,7 +235,7 @@ def test_a_second_interrupt_ends_the_command_at_once(tmp_path):
     code += "preprocess.discard_state = lambda *a: (end(), time.sleep(60));"
     code += "preprocess.publish = end;"
     code += "import megatron_chatflow.data.unfinished as unfinished;"
-    code += "unfinished.shutil.rmtree = lambda *a: (end(), time.sleep(60));"
+    code += "unfinished._remove = lambda *a: (end(), time.sleep(60));"
     code += f"sys.exit(command.main({[*arguments('--workers', '1')]}))"
     begin = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
