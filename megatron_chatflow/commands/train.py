@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from megatron_chatflow.commands.common import usage_errors
@@ -57,10 +57,15 @@ def main(argv: Sequence[str]) -> int:
     from megatron_chatflow.training.stop import EXIT_PREEMPTED, Stop
 
     lifeline, save = None, config.checkpoint.save
-    try:
-        with Lease(Path(save)) if save else nullcontext() as lease, saving(config, lease) as saver:
-            lifeline = join(launch, config)
-            with Stop(config.training.exit_duration_in_mins, lease) as stop:
+    with ExitStack() as signals:  # handled to the very end: torchrun ends ranks that look for a reason
+        try:
+            with (
+                Lease(Path(save)) if save else nullcontext() as lease,
+                saving(config, lease) as saver,
+            ):
+                lifeline = join(launch, config)
+                limit = config.training.exit_duration_in_mins
+                stop = signals.enter_context(Stop(limit, lease))
                 claim(lease, say)
                 with usage_errors():
                     if lease is not None:  # another run may have saved since
@@ -78,15 +83,15 @@ def main(argv: Sequence[str]) -> int:
                     return 0 if train(run, stop, saver) else EXIT_PREEMPTED
                 except (NonFiniteError, ReplicaError) as error:
                     return stopped(error)
-    except UsageError:
-        raise
-    except (WriteError, LeaseLostError) as error:
-        return stopped(error)
-    except Exception as error:
-        if lifeline is None:
+        except UsageError:
             raise
-        lifeline.fail(error)
-    finally:
-        if lifeline is not None:
-            lifeline.close()
-        shut_down()
+        except (WriteError, LeaseLostError) as error:
+            return stopped(error)
+        except Exception as error:
+            if lifeline is None:
+                raise
+            lifeline.fail(error)
+        finally:
+            if lifeline is not None:
+                lifeline.close()
+            shut_down()

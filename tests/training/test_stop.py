@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 
 from tests.pool import Pool
@@ -163,6 +164,38 @@ def test_a_run_whose_terminal_is_gone_saves_and_exits(sample: Path, tmp_path: Pa
     iteration = int((run / "latest_checkpointed_iteration.txt").read_text())
     assert 3 <= iteration == len(metrics(run)) < 2000
     assert not list(run.glob("lease*"))
+
+
+def rank_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("RANK") if process.nice() < 19 else None
+    except psutil.Error:
+        return None
+
+
+@pytest.mark.slow
+def test_under_torchrun_the_others_say_that_rank_0_was_killed(sample: Path, tmp_path: Path) -> None:
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["-m", "megatron_chatflow", "train", "--config", str(sample / "run.yaml")]
+    words += ["--train-iters", "2000", "--lr-decay-iters", "20", "--save", str(tmp_path / "run")]
+    words += ["--log-interval", "1"]
+    with open(tmp_path / "log", "wb") as log:
+        job = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log)
+    try:
+        while "iteration        3/" not in (tmp_path / "log").read_text():
+            assert job.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        ranks = psutil.Process(job.pid).children(recursive=True)
+        (first,) = [rank for rank in ranks if rank_of(rank) == "0"]
+        first.kill()
+        assert job.wait(60) == 1
+    finally:
+        job.terminate()
+        job.wait()
+    text = (tmp_path / "log").read_text()
+    reasons = [line for line in text.splitlines() if line.startswith("chatflow: the job ends: ")]
+    assert len(reasons) == 1 and f"process {first.pid} is gone" in reasons[0], text
+    assert "rank 0 on " in reasons[0], text
 
 
 @pytest.mark.slow
