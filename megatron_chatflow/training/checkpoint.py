@@ -142,18 +142,16 @@ def load(
     return group
 
 
-def check_unrecorded(
-    folder: Path, vocab_size: int | None, optimizer: str | None, *, exact: bool
-) -> None:
+def check_unrecorded(folder: Path, vocab_size: int | None, optimizer: str | None) -> None:
     """Compare, by a checkpoint's tensors, what it does not record; None is not compared.
 
-    Called by every rank. Raises UsageError where it differs.
+    Raises UsageError where it differs.
     """
     if vocab_size is None and optimizer is None:
         return
     reader = CheckpointReader(folder)
     if vocab_size is not None:
-        fit.check_vocabulary(reader, vocab_size, exact=exact)
+        fit.check_vocabulary(reader, vocab_size)
     if optimizer is not None:
         fit.check_optimizer_kind(reader, optimizer)
 

@@ -51,26 +51,15 @@ def check_weights(reader: CheckpointReader, wanted: dict[str, Any]) -> None:
         raise UsageError(message)
 
 
-def check_vocabulary(reader: CheckpointReader, vocab_size: int, *, exact: bool) -> None:
-    """Compare a vocabulary with the rows of the checkpoint's embedding. Called by every rank.
-
-    Rows of padding are zeros. With `exact` no other row may be beyond the vocabulary; without, a
-    converted model may have more rows than its tokenizer has tokens.
-
-    Raises UsageError, on every rank.
-    """
-    if EMBEDDING not in reader.tensors:
-        return
-    found = [reader.tensors[EMBEDDING].size[0]]
-    if exact and found[0] > vocab_size:
-        if dist.get_rank() == 0:
-            used = reader.tensor(EMBEDDING)[vocab_size:].any(dim=1).nonzero()
-            found = [vocab_size + 1 + int(used[-1]) if len(used) else vocab_size]
-        dist.broadcast_object_list(found, src=0)
-    if found[0] < vocab_size or (exact and found[0] != vocab_size):
+def check_vocabulary(reader: CheckpointReader, vocab_size: int) -> None:
+    """Compare a vocabulary with the rows of the checkpoint's embedding, which may have more, as
+    padding. Raises UsageError."""
+    entry = reader.tensors.get(EMBEDDING)
+    if entry is not None and entry.size[0] < vocab_size:
         raise UsageError(
-            f"vocab_size is {vocab_size} here, and {reader.folder} has rows for {found[0]} tokens; "
-            "give the checkpoint's tokenizer or --vocab-size, or convert its weights for the new one"
+            f"vocab_size is {vocab_size} here, and {reader.folder} has rows for {entry.size[0]} "
+            "tokens; give the checkpoint's tokenizer or --vocab-size, or convert its weights for "
+            "the new one"
         )
 
 

@@ -316,7 +316,6 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
             start.checkpoint,
             None if "vocab_size" in recorded else inputs.vocab_size,
             config.optimizer.optimizer if with_optimizer and "optimizer" not in recorded else None,
-            exact=start.state is not None,
         )
         group = checkpoint.load(start.checkpoint, model, *wanted, verified=True)
         old = with_optimizer and "settings" not in start.state

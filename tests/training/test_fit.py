@@ -79,30 +79,3 @@ def test_the_same_model_is_loaded_with_a_note_on_any_padding_and_layout(
     results = pool.run(2, train, sample, *words)
     assert [code for code, _, _ in results] == [0, 0], results
     assert "does not record" in results[0][1]
-
-
-def test_a_smaller_vocabulary_is_found_by_the_rows_in_use(
-    pool: Pool, sample: Path, reference: Path, tmp_path: Path
-) -> None:
-    """Of the same length with padding, so the shapes are the same."""
-    run = without_settings(reference, tmp_path / "run")
-    (message,) = pool.run(1, refused_vocabulary, next(run.glob("iter_*")), 4090)
-    assert message.startswith("vocab_size is 4090 here, and ") and " has rows for 4096 " in message
-    assert pool.run(1, refused_vocabulary, next(run.glob("iter_*")), 4096) == [""]
-
-
-def refused_vocabulary(folder: Path, vocab_size: int) -> str:
-    from megatron_chatflow.config import UsageError
-    from megatron_chatflow.config.settings import ParallelSettings
-    from megatron_chatflow.engine import distributed
-    from megatron_chatflow.engine.launch import read_launch
-    from megatron_chatflow.training.checkpoint import check_unrecorded
-
-    distributed.initialize(read_launch(), ParallelSettings(), 1)
-    try:
-        check_unrecorded(folder, vocab_size, None, exact=True)
-    except UsageError as error:
-        return str(error)
-    finally:
-        distributed.shut_down()
-    return ""
