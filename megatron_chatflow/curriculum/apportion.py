@@ -1,13 +1,17 @@
-"""The order of the samples in one piece of the plan: whole samples apportioned to domains, most behind first, at the points of a binary grid.
+"""The order of the samples in one piece of the plan.
 
-A domain's error is the number of its samples so far less the integral of its share. The counts at a point of the grid are found from those at
-known points around it: no domain may have less than at the point before or more than at the point after, and within these limits the domains
-that are most behind get the samples. The points 1, 2, 4, 8, ... come one from another, with nothing known after them; the middle of two
-neighboring points comes from both, down to single samples. So the counts at sample n take about 2 log2(n) steps, whatever else is read, they
-never decrease, and what happens later in the piece, or where it ends, decides nothing.
+Whole samples are apportioned to domains, most behind first, at the points of a binary grid.
 
-With m domains, no domain is ever more than (m - 1) / 2 samples off, whatever the shares, the stages and the amendments are, and no other method
-can promise less. README.md has both proofs.
+A domain's error is the number of its samples so far less the integral of its share. The counts at a
+point of the grid are found from those at known points around it: no domain may have less than at
+the point before or more than at the point after, and within these limits the domains that are most
+behind get the samples. The points 1, 2, 4, 8, ... come one from another, with nothing known after
+them; the middle of two neighboring points comes from both, down to single samples. So the counts at
+sample n take about 2 log2(n) steps, whatever else is read, they never decrease, and what happens
+later in the piece, or where it ends, decides nothing.
+
+With m domains, no domain is ever more than (m - 1) / 2 samples off, whatever the shares, the stages
+and the amendments are, and no other method can promise less. README.md has both proofs.
 """
 
 from __future__ import annotations
@@ -35,11 +39,20 @@ class Apportionment:
         before, after: shares: float64 [K]; each domain has a positive sum of both.
         pacing: how the shares move, as a function of x, the samples since the knot before.
         origin: x at the first sample of the piece.
-        owed: samples by which each domain is behind at `origin` (negative: ahead), adding up to 0: float64 [K].
+        owed: samples by which each domain is behind at `origin` (negative: ahead), adding up to 0:
+            float64 [K].
     """
 
-    def __init__(self, before: np.ndarray, after: np.ndarray, pacing: Pacing, origin: float, owed: np.ndarray) -> None:
-        self.before, self.after, self.pacing, self.origin, self.owed = before, after, pacing, float(origin), owed
+    def __init__(
+        self, before: np.ndarray, after: np.ndarray, pacing: Pacing, origin: float, owed: np.ndarray
+    ) -> None:
+        self.before, self.after, self.pacing, self.origin, self.owed = (
+            before,
+            after,
+            pacing,
+            float(origin),
+            owed,
+        )
         self.size = len(before)
         self._area = pacing.area(np.asarray(self.origin))
         self._points = [0]  # 0, 1, 2, 4, 8, ... as far as they were needed
@@ -48,7 +61,10 @@ class Apportionment:
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Domain (its number among the K) and ordinal of samples start .. stop - 1, all counted from the start of the piece: int64 [n] each."""
+        """Domain (its number among the K) and ordinal of samples start .. stop - 1: int64 [n] each.
+
+        All are counted from the start of the piece.
+        """
         domains, ordinals = [], []
         while start < stop:
             points, counts = self._block(start)
@@ -64,15 +80,20 @@ class Apportionment:
 
     def counts(self, n: int) -> np.ndarray:
         """How many of the first n samples of the piece each domain gets: int64 [K]."""
-        return self._around(n, max(n & -n, 1))[1][0]  # its lowest bit: n is a point of the grid of that width
+        return self._around(n, max(n & -n, 1))[1][
+            0
+        ]  # its lowest bit: n is a point of the grid of that width
 
     def _target(self, n: np.ndarray) -> np.ndarray:
-        """Samples that each domain should have after n of the piece, those it was owed included: float64 [len(n), K]."""
+        """Samples that each domain should have after n of the piece: float64 [len(n), K].
+
+        Those that it was owed are included.
+        """
         area = (self.pacing.area(n + self.origin) - self._area)[:, None]
         return self.owed + self.before * (n[:, None] - area) + self.after * area
 
     def _block(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Two neighboring points around sample n, at most BLOCK apart, and the counts there: int64 [2] and [2, K]."""
+        """Points around sample n, at most BLOCK apart, and the counts there: int64 [2], [2, K]."""
         number = n // BLOCK
         if number not in self._blocks:
             if number == 0:
@@ -83,17 +104,28 @@ class Apportionment:
         return self._blocks[number]
 
     def _around(self, n: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Two neighboring points around sample n, `width` (a power of two) apart at most, and the counts there: int64 [2] and [2, K]."""
-        # The points on the way to n: those of 1, 2, 4, 8, ... that are not known yet, then the middles of ever smaller intervals around n.
+        """Points around sample n, `width` apart at most, and the counts there: int64 [2], [2, K].
+
+        `width` is a power of two.
+        """
+        # The points on the way to n: those of 1, 2, 4, 8, ... that are not known yet, then the
+        # middles of ever smaller intervals around n.
         new = [1 << k for k in range(len(self._points) - 1, n.bit_length() + 1)]
         i = n.bit_length()
         first, last = (1 << i) >> 1, 1 << i
-        halves = (1 << k for k in range((last - first).bit_length() - 2, width.bit_length() - 2, -1))
+        halves = (
+            1 << k for k in range((last - first).bit_length() - 2, width.bit_length() - 2, -1)
+        )
         middles = [n - n % (2 * half) + half for half in halves]
         target = self._target(np.array([*new, *middles], np.int64))
         nearest = _nearest(target)
         if self._few:
-            apportion, no_limit, target, nearest = _apportion_few, [_NO_LIMIT] * self.size, target.tolist(), nearest.tolist()
+            apportion, no_limit, target, nearest = (
+                _apportion_few,
+                [_NO_LIMIT] * self.size,
+                target.tolist(),
+                nearest.tolist(),
+            )
         else:
             apportion, no_limit = _apportion_one, np.full(self.size, _NO_LIMIT)
         for j, point in enumerate(new):
@@ -110,9 +142,16 @@ class Apportionment:
 
 
 def _refine(
-    target: Callable[[np.ndarray], np.ndarray], points: np.ndarray, counts: np.ndarray, start: int, stop: int
+    target: Callable[[np.ndarray], np.ndarray],
+    points: np.ndarray,
+    counts: np.ndarray,
+    start: int,
+    stop: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Halves intervals until every sample from start to stop is a point; the points that are left and the counts there."""
+    """Halve intervals until every sample from start to stop is a point.
+
+    Returns the points that are left and the counts there.
+    """
     while True:
         first = int(np.searchsorted(points, start, side="right")) - 1
         last = max(int(np.searchsorted(points, stop)), first)
@@ -123,7 +162,10 @@ def _refine(
         split = np.flatnonzero(gaps == gaps.max())
         middle = (points[split] + points[split + 1]) // 2
         between = _apportion(target(middle), counts[split], counts[split + 1], middle)
-        points, counts = np.insert(points, split + 1, middle), np.insert(counts, split + 1, between, axis=0)
+        points, counts = (
+            np.insert(points, split + 1, middle),
+            np.insert(counts, split + 1, between, axis=0),
+        )
 
 
 def _nearest(target: np.ndarray) -> np.ndarray:
@@ -131,7 +173,9 @@ def _nearest(target: np.ndarray) -> np.ndarray:
     return np.floor(target + 0.5).astype(np.int64)
 
 
-def _apportion_one(target: np.ndarray, nearest: np.ndarray, low: np.ndarray, high: np.ndarray, total: int) -> np.ndarray:
+def _apportion_one(
+    target: np.ndarray, nearest: np.ndarray, low: np.ndarray, high: np.ndarray, total: int
+) -> np.ndarray:
     """`_apportion` of a single row, quicker: arrays are [K], `nearest` is the rounded target."""
     counts = np.minimum(np.maximum(nearest, low), high)
     missing = total - int(np.add.reduce(counts))
@@ -139,34 +183,46 @@ def _apportion_one(target: np.ndarray, nearest: np.ndarray, low: np.ndarray, hig
         counts[np.where(counts < high, counts - target, np.inf).argmin()] += 1
         missing -= 1
     while missing < 0:
-        counts[len(counts) - 1 - np.where(counts > low, counts - target, -np.inf)[::-1].argmax()] -= 1
+        counts[
+            len(counts) - 1 - np.where(counts > low, counts - target, -np.inf)[::-1].argmax()
+        ] -= 1
         missing += 1
     return counts
 
 
-def _apportion_few(target: list[float], nearest: list[int], low: list[int], high: list[int], total: int) -> list[int]:
+def _apportion_few(
+    target: list[float], nearest: list[int], low: list[int], high: list[int], total: int
+) -> list[int]:
     """`_apportion_one` in plain Python, which is quicker for a few domains."""
     counts = [a if n < a else b if n > b else n for n, a, b in zip(nearest, low, high, strict=True)]
     missing = total - sum(counts)
     while missing > 0:
-        errors = [n - t if n < b else math.inf for n, t, b in zip(counts, target, high, strict=True)]
+        errors = [
+            n - t if n < b else math.inf for n, t, b in zip(counts, target, high, strict=True)
+        ]
         counts[errors.index(min(errors))] += 1
         missing -= 1
     while missing < 0:
-        errors = [n - t if n > a else -math.inf for n, t, a in zip(reversed(counts), reversed(target), reversed(low), strict=True)]
+        errors = [
+            n - t if n > a else -math.inf
+            for n, t, a in zip(reversed(counts), reversed(target), reversed(low), strict=True)
+        ]
         counts[len(counts) - 1 - errors.index(max(errors))] -= 1
         missing += 1
     return counts
 
 
-def _apportion(target: np.ndarray, low: np.ndarray, high: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Whole numbers between `low` and `high` that add up to `total`, given to the domains that are most behind their target.
+def _apportion(
+    target: np.ndarray, low: np.ndarray, high: np.ndarray, total: np.ndarray
+) -> np.ndarray:
+    """Whole numbers between `low` and `high` that add up to `total`.
 
-    The result is such that a domain above its lower limit is at most 1 further ahead than any that is below its upper one.
+    They go to the domains that are most behind their target: a domain above its lower limit is at
+    most 1 further ahead than any that is below its upper one.
 
     Args:
         target: float64 [B, K].
-        low, high: int64 [B, K]; the sums of `low` are at most, and those of `high` at least, `total`.
+        low, high: int64 [B, K]; the sums of `low` are at most `total`, those of `high` at least.
         total: int64 [B].
     """
     counts = np.clip(_nearest(target), low, high)
@@ -177,7 +233,9 @@ def _apportion(target: np.ndarray, low: np.ndarray, high: np.ndarray, total: np.
         error = some - target[rows]
         more = missing[rows] > 0
         most_behind = np.where(some < high[rows], error, np.inf).argmin(1)
-        most_ahead = error.shape[1] - 1 - np.where(some > low[rows], error, -np.inf)[:, ::-1].argmax(1)
+        most_ahead = (
+            error.shape[1] - 1 - np.where(some > low[rows], error, -np.inf)[:, ::-1].argmax(1)
+        )
         step = np.where(more, 1, -1)
         counts[rows, np.where(more, most_behind, most_ahead)] += step
         missing[rows] -= step

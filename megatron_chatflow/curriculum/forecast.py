@@ -128,11 +128,11 @@ def check_exhaustion(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> None:
                 f"domains.{name}: the plan draws {samples} samples and it can give {limit}; make the plan with capacities, so that others take over"
             )
         if cap is None:
-            allowed, cures = "on_exhausted is error, so it may be read once", "give it a max_epochs"
+            allowed, advice = "on_exhausted is error, so it may be read once", "give it a max_epochs"
         else:
-            allowed, cures = f"max_epochs is {cap:g}", "raise max_epochs"
+            allowed, advice = f"max_epochs is {cap:g}", "raise max_epochs"
         raise ValueError(
-            f"domains.{name}: the run reads it {samples / epoch:.4g} times ({samples} samples of {epoch} an epoch), and {allowed}; {cures}, "
+            f"domains.{name}: the run reads it {samples / epoch:.4g} times ({samples} samples of {epoch} an epoch), and {allowed}; {advice}, "
             "lower its weights, shorten the run, or write on_exhausted: redistribute or stop"
         )
 

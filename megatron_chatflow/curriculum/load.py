@@ -1,4 +1,4 @@
-"""Reads and checks a curriculum: whatever is wrong is one sentence that names file, key, value and cure. Nothing is guessed."""
+"""Read and check a curriculum: whatever is wrong is one message with file, key, value and what to do. Nothing is guessed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load_curriculum(path: str | Path) -> Curriculum:
     Only the text is checked: whether the corpora exist is for those who open them.
 
     Raises:
-        ValueError: the file is missing, not YAML, or says something wrong; one sentence with file, key, value and cure.
+        ValueError: the file is missing, not YAML, or says something wrong; one message with file, key, value and what to do.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -44,11 +44,11 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
         folder: against which relative paths of domains are resolved.
 
     Raises:
-        ValueError: something is wrong; one sentence with source, key, value and cure.
+        ValueError: something is wrong; one message with source, key, value and what to do.
     """
 
-    def fail(key: str, problem: str, cure: str) -> NoReturn:
-        raise ValueError(f"{source}: {key}: {problem}; {cure}")
+    def fail(key: str, problem: str, advice: str) -> NoReturn:
+        raise ValueError(f"{source}: {key}: {problem}; {advice}")
 
     if not isinstance(mapping, Mapping):
         fail("curriculum", f"a mapping is expected, found {_kind(mapping)}", "write clock, domains and stages")
@@ -126,8 +126,8 @@ def _validation(entries: Any, domains: Mapping[str, Domain], folder: Path, fail:
     for name, entry in entries.items():
         key = _entry_key("validation", "a validation set", name, entry, ("path", "kind"), fail)
         if name in domains:
-            cure = f"give it another name, or write the corpus as domains.{name}.valid"
-            fail(key, "a domain has the same name, and both are reported under it", cure)
+            advice = f"give it another name, or write the corpus as domains.{name}.valid"
+            fail(key, "a domain has the same name, and both are reported under it", advice)
         path = _prefix(entry.get("path"), f"{key}.path", folder, fail)
         sets[name] = Domain(name, path, _choice(entry.get("kind", "text"), KINDS, f"{key}.kind", fail))
     trained = {domain.path: name for name, domain in domains.items()}
@@ -139,7 +139,7 @@ def _validation(entries: Any, domains: Mapping[str, Domain], folder: Path, fail:
 
 
 def _entry_key(section: str, what: str, name: Any, entry: Any, keys: Sequence[str], fail: Any) -> str:
-    """The key of a named corpus, when its name and its keys are sound."""
+    """The key of a named corpus, when its name and its keys are valid."""
     if not isinstance(name, str):
         fail(section, f"the name {name!r} is {_kind(name)}, not text", "put it in quotes")
     if not valid_name(name):
@@ -187,7 +187,7 @@ def _stage(entry: Any, key: str, domains: Mapping[str, Domain], fail: Any) -> St
     checked = {}
     for domain, weight in weights.items():
         if domain not in domains:
-            fail(f"{key}.weights", f"domain {domain!r} is unknown{_nearest(domain, domains)}", "name it under domains, or mend the name")
+            fail(f"{key}.weights", f"domain {domain!r} is unknown{_nearest(domain, domains)}", "name it under domains, or correct the name")
         checked[domain] = _number(weight, f"{key}.weights.{domain}", fail)
         if checked[domain] < 0:
             fail(f"{key}.weights.{domain}", f"{weight} is negative", "write 0 or a positive number")

@@ -149,7 +149,7 @@ def open_domains(
         name -> domain, in the file's order.
 
     Raises:
-        ValueError: a corpus is missing, damaged, or not of the kind that the curriculum says: one sentence with domain, path and cure.
+        ValueError: a corpus is missing, damaged, or not of the kind that the curriculum says: one message with domain, path and what to do.
     """
     text = {
         "reset_position_ids": reset_position_ids,

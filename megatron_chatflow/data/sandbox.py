@@ -1,8 +1,10 @@
-"""Chat templates run in a process of their own, with limits of time, memory and output: a template is text from elsewhere.
+"""Chat templates run in a process of their own, with limits of time, memory and output.
 
-The process is fed one request per line and answers each with a line of JSON. It has Jinja's sandbox as `transformers` has it, a limit of CPU
-time for each rendering (SIGXCPU ends it, whatever it is doing), a limit of memory, and can neither write files nor start processes. So it does
-not matter which operator or filter asks for too much. This file is both sides; the process reads it alone, and imports nothing of the package.
+A template is text from elsewhere. The process gets one request per line and answers each with a
+line of JSON. It has Jinja's sandbox as `transformers` has it, a limit of CPU time for each
+rendering (SIGXCPU ends it, whatever it is doing), a limit of memory, and can neither write files
+nor start processes. So it does not matter which operator or filter asks for too much. This file is
+both sides; the process reads it alone, and imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -32,8 +34,13 @@ TEMPLATE = 1 << 20
 STOPPED_SECONDS = 30
 """How long the process may be stopped (SIGSTOP): then it uses no CPU time, and never answers."""
 _NO_DATE = "'strftime_now' is undefined"
-_ASKS_FOR_DATE = "it asks for the date (strftime_now), on which a corpus must not depend; write a date into it"
-_START = "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); runpy.run_path(sys.argv[2], run_name='__main__')"
+_ASKS_FOR_DATE = (
+    "it asks for the date (strftime_now), on which a corpus must not depend; write a date into it"
+)
+_START = (
+    "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "runpy.run_path(sys.argv[2], run_name='__main__')"
+)
 
 
 class TemplateRefusal(Exception):
@@ -42,11 +49,11 @@ class TemplateRefusal(Exception):
     def __init__(self, reason: str, *, always: bool) -> None:
         super().__init__(reason)
         self.always = always
-        """Whether it is an error of the template's own rather than its verdict about the conversation."""
+        """Whether it is an error of the template, not its verdict about the conversation."""
 
 
 class TemplateLimit(ValueError):
-    """The template cannot be read, or wants more than it may have: it is of no use for any conversation."""
+    """The template cannot be read, or wants more than it may have, for any conversation."""
 
 
 class Sandbox:
@@ -71,7 +78,9 @@ class Sandbox:
             raise TemplateLimit(f"has {len(template):,} characters, more than {TEMPLATE:,}")
         command = [sys.executable, "-c", _START, json.dumps(sys.path), __file__]
         quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet
+        )
         threading.Thread(target=_watch, args=[weakref.ref(self)], daemon=True).start()
         limits = {"seconds": SECONDS, "memory": MEMORY, "output": OUTPUT}
         try:
@@ -80,7 +89,9 @@ class Sandbox:
             self.close()
             raise
 
-    def render(self, values: dict[str, Any], steps: list[tuple[int, bool]]) -> list[tuple[str, list[tuple[int, int]]]]:
+    def render(
+        self, values: dict[str, Any], steps: list[tuple[int, bool]]
+    ) -> list[tuple[str, list[tuple[int, int]]]]:
         """Renders the first messages of a conversation, for each of `steps`.
 
         Args:
@@ -88,7 +99,7 @@ class Sandbox:
             steps: how many messages, and whether the prompt for an answer is added.
 
         Returns:
-            text, and where the parts marked with `{% generation %}` begin and end in it, for each step.
+            text, and where the parts marked with `{% generation %}` begin and end, for each step.
 
         Raises:
             TemplateRefusal: the template raises an error.
@@ -152,7 +163,11 @@ class _TooMuch(Exception):
 
 def _serve() -> None:
     """The process: a template, then requests."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they reach the whole group; the end of the input ends this process
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # they reach the whole group; the end of the input ends this process
         signal.signal(number, signal.SIG_IGN)
     import jinja2
     import jinja2.ext
@@ -166,7 +181,7 @@ def _serve() -> None:
     found = []
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %} ... {% endgeneration %}`: what is inside is the answer, for transformers' masks."""
+        """`{% generation %} ... {% endgeneration %}`: the answer, for transformers' masks."""
 
         tags = {"generation"}
 
@@ -194,14 +209,22 @@ def _serve() -> None:
         return json.dumps(value, ensure_ascii=ensure_ascii, **form)
 
     extensions = [Generation, jinja2.ext.loopcontrols]
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=extensions
+    )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    del environment.filters["random"], environment.globals["lipsum"]  # a corpus must not depend on chance
+    del (
+        environment.filters["random"],
+        environment.globals["lipsum"],
+    )  # a corpus must not depend on chance
     marks = re.compile(f"{opening}|{closing}")
 
     def limited(work: Any, size: int) -> dict[str, Any]:
-        resource.setrlimit(resource.RLIMIT_AS, (start["memory"] + 32 * size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_AS,
+            (start["memory"] + 32 * size, resource.getrlimit(resource.RLIMIT_AS)[1]),
+        )
         try:
             return work()
         except jinja2.TemplateSyntaxError as error:
@@ -215,13 +238,18 @@ def _serve() -> None:
         except (jinja2.exceptions.SecurityError, jinja2.TemplateError) as error:
             if str(error) == _NO_DATE:
                 return {"refused": _ASKS_FOR_DATE, "always": True}
-            return {"refused": str(error) or type(error).__name__, "always": isinstance(error, jinja2.exceptions.SecurityError)}
+            return {
+                "refused": str(error) or type(error).__name__,
+                "always": isinstance(error, jinja2.exceptions.SecurityError),
+            }
         except Exception as error:  # anything that Python raises in it is the template's
             return {"refused": f"{type(error).__name__}: {error}"[:500], "always": True}
 
     def timed() -> None:
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + start["seconds"], hard))
+        resource.setrlimit(
+            resource.RLIMIT_CPU, (math.ceil(time.process_time()) + start["seconds"], hard)
+        )
 
     def compiled() -> dict[str, Any]:
         nonlocal template
@@ -235,7 +263,9 @@ def _serve() -> None:
         for count, ask in request["steps"]:
             timed()
             pieces, length = [], 0
-            for piece in template.generate({**values, "messages": values["messages"][:count], "add_generation_prompt": ask}):
+            for piece in template.generate(
+                {**values, "messages": values["messages"][:count], "add_generation_prompt": ask}
+            ):
                 length += len(piece)
                 if length > start["output"] + 32 * size:
                     raise _TooMuch
@@ -244,7 +274,10 @@ def _serve() -> None:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                return {"refused": f"writes a lone surrogate at character {error.start}", "always": True}
+                return {
+                    "refused": f"writes a lone surrogate at character {error.start}",
+                    "always": True,
+                }
             result.append(unmarked(text))
         return {"rendered": result}
 

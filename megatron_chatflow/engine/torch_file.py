@@ -219,13 +219,17 @@ def _whole_numbers(numbers: Any) -> tuple[int, ...]:
 def _make_tensor(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, *more: Any
 ) -> torch.Tensor:
-    """A view of a storage: the arguments of torch's `_rebuild_tensor_v2` and `_rebuild_tensor_v3`."""
+    """A view of a storage, as torch's `_rebuild_tensor_v2` and `_rebuild_tensor_v3` make it."""
     if not isinstance(storage, Storage) or len(more) > 2:
         raise UnpicklingError("a tensor has no storage")
     dtype = storage.dtype if not more or more[0] is None else more[0]
     if not isinstance(dtype, torch.dtype):
         raise UnpicklingError("a tensor has no type")
-    size, stride, (offset,) = _whole_numbers(size), _whole_numbers(stride), _whole_numbers((offset,))
+    size, stride, (offset,) = (
+        _whole_numbers(size),
+        _whole_numbers(stride),
+        _whole_numbers((offset,)),
+    )
     stored, elements = len(storage.raw) // dtype.itemsize, math.prod(size)
     if len(size) != len(stride) or elements > stored:
         raise UnpicklingError("a tensor is larger than its storage")

@@ -100,7 +100,7 @@ def check_saved(reader: CheckpointReader) -> None:
     """Compare all main parameters of a checkpoint with its weights.
 
     Called by every rank; the ranks share the work, a layer's tensor at a time. What is compared is
-    what the files hold, in the types that they hold, whatever the optimizer of this run reads of it.
+    what the files hold, in the types that they hold, whatever this run's optimizer reads of it.
 
     Raises:
         UsageError: they differ, so the optimizer's state does not belong to the weights.

@@ -71,7 +71,10 @@ class CheckpointReader:
                     if file is None or place.relative_path != name:
                         if file is not None:
                             file.close()
-                        name, file = place.relative_path, open_inside(self.folder, place.relative_path)
+                        name, file = (
+                            place.relative_path,
+                            open_inside(self.folder, place.relative_path),
+                        )
                     found = read_torch_file(read_range(file, place.offset, place.length))
                     yield index, self._checked(index, found)
             finally:

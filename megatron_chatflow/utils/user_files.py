@@ -1,4 +1,4 @@
-"""YAML, JSON and words that users write: whatever is wrong with them is a ValueError with one message.
+"""YAML, JSON and words that users write: what is wrong with them is a ValueError with one message.
 
 Files come from anywhere, so nothing here recurses with their depth, and no text may hold what would
 start a new line of a log or of a script.
@@ -37,7 +37,7 @@ class _Events(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.2 reads as a number, as well as what YAML 1.1 reads as another type."""
+    """Quotes text that is a number in YAML 1.2, as well as what is of another type in YAML 1.1."""
 
 
 _Dumper.add_implicit_resolver(
@@ -107,7 +107,9 @@ def _build(text: str) -> Any:
             event.anchor = open_nodes.pop().anchor
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors:
-                raise ValueError(f"line {line} names *{event.anchor}, which is not known; write it out")
+                raise ValueError(
+                    f"line {line} names *{event.anchor}, which is not known; write it out"
+                )
             open_nodes[-1].add(anchors[event.anchor], line, plain=False)
             continue
         elif isinstance(event, yaml.DocumentStartEvent) and documents:
@@ -210,7 +212,10 @@ def check_line(key: str, text: str) -> None:
 
 
 def valid_name(name: str) -> bool:
-    """Return whether text can name a domain, a validation set or a text file: the name becomes part of metric names."""
+    """Return whether text can name a domain, a validation set or a text file.
+
+    The name becomes part of metric names.
+    """
     return bool(name) and name == name.strip() and "/" not in name and name.isprintable()
 
 
@@ -218,11 +223,12 @@ def check_name(key: str, name: str) -> None:
     """Check a name that a user gave.
 
     Raises:
-        ValueError: it is empty, begins or ends with white space, or holds a / or a character that is not printed.
+        ValueError: it is empty, begins or ends with white space, or holds a / or a character that
+            is not printed.
     """
     if not valid_name(name):
-        cure = "use letters, digits, - _ and . (it becomes part of metric names)"
-        raise ValueError(f"{key}: {name!r} is not a valid name; {cure}")
+        advice = "use letters, digits, - _ and . (it becomes part of metric names)"
+        raise ValueError(f"{key}: {name!r} is not a valid name; {advice}")
 
 
 def visible(text: str) -> str:
