@@ -1,7 +1,6 @@
 """Megatron's `.bin/.idx` in numpy: writing (the layout is described in `indexed.py`)."""
 
 import dataclasses
-import glob
 import os
 import shutil
 from array import array
@@ -12,7 +11,6 @@ import numpy as np
 
 from megatron_chatflow.data.indexed import CODES, HEADER, MAGIC, VERSION, IndexedDataset
 from megatron_chatflow.data.manifest import Manifest, file_crc32, manifest_path, write_manifest
-from megatron_chatflow.data.packing_cache import cache_pattern
 from megatron_chatflow.data.verify import index_faults
 
 Numbers = Sequence[int] | np.ndarray
@@ -174,7 +172,7 @@ class IndexedDatasetBuilder:
             os.fsync(file.fileno())
         if manifest is not None:
             manifest = dataclasses.replace(manifest, crc32={suffix[1:]: file_crc32(path) for suffix, path in self._temporary.items()})
-        for stale in (self.prefix + ".idx", manifest_path(self.prefix), *glob.glob(cache_pattern(self.prefix))):
+        for stale in (self.prefix + ".idx", manifest_path(self.prefix)):
             if os.path.exists(stale):
                 os.unlink(stale)
         os.replace(self._temporary[".bin"], self.prefix + ".bin")

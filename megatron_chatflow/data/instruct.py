@@ -6,8 +6,7 @@ import numpy as np
 
 from megatron_chatflow.data.domain import Batch, WindowDomain, ranges, segments
 from megatron_chatflow.data.indexed import IndexedDataset
-from megatron_chatflow.data.packing import positions
-from megatron_chatflow.data.packing_cache import cached_pack
+from megatron_chatflow.data.packing import pack, positions
 from megatron_chatflow.data.verify import index_faults
 
 _BLOCK = 1 << 18
@@ -42,8 +41,8 @@ class InstructDomain(WindowDomain):
     no label with loss, the conversation is left out, so every window has one. What is left of a window is padded with token 0, loss_mask 0,
     and a segment of its own.
 
-    The packing is a function of S and of the lengths of the conversations that are not left out, the same in every epoch, and kept next to
-    the corpus (`packing_cache.py`); the windows are shuffled as a text domain's are.
+    The packing is a function of S and of the lengths of the conversations that are not left out, the same in every epoch; it is made at
+    every opening. The windows are shuffled as a text domain's are.
 
     Args:
         name, dataset, seq_length, seed, documents: as in `WindowDomain`.
@@ -69,7 +68,7 @@ class InstructDomain(WindowDomain):
         lengths = np.diff(dataset.document_starts(np.arange(documents[0], documents[1] + 1)))
         trained, kept = self._count_trained(lengths)
         left_out = (lengths > 1) & (kept == 0)
-        self.packing = cached_pack(dataset.prefix, np.where(left_out, 0, lengths), seq_length)
+        self.packing = pack(np.where(left_out, 0, lengths), seq_length)
         self.num_samples = self.packing.num_windows
         total = int(trained.sum())
         self.losses = Losses(len(lengths), int(left_out.sum()), self.packing.num_cut, total, total - int(kept.sum()))

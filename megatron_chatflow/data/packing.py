@@ -49,7 +49,9 @@ def pack(lengths: np.ndarray, seq_length: int) -> Packing:
         The packing. Time is that of sorting n numbers, plus a term that depends on the number of different lengths.
     """
     sizes = positions(lengths, seq_length)
-    by_size = np.argsort(-sizes, kind="stable").astype(np.int32 if len(sizes) < 2**31 else np.int64)
+    room = (seq_length - sizes).astype(np.uint16 if seq_length < 2**16 else np.int64)
+    by_size = np.argsort(room, kind="stable")  # with 16 bits a radix sort
+    by_size = by_size.astype(np.int32 if len(sizes) < 2**31 else np.int64)
     num_skipped = int(np.count_nonzero(sizes == 0))
     by_size = by_size[: len(sizes) - num_skipped]
     order, starts = _lay_out(_group(np.bincount(sizes, minlength=seq_length + 1), seq_length), by_size)

@@ -10,7 +10,6 @@ A run that ends well moves its corpora to their places and removes the folder. O
 
 import dataclasses
 import fcntl
-import glob
 import json
 import os
 import shutil
@@ -21,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from megatron_chatflow.data.manifest import manifest_path
-from megatron_chatflow.data.packing_cache import cache_pattern
 from megatron_chatflow.data.spool import Counts
 from megatron_chatflow.utils.user_files import load_json
 
@@ -205,7 +203,7 @@ def publish(path: str, prefix: str) -> None:
         prefix: its place.
     """
     if os.path.exists(path + ".bin"):
-        for stale in (prefix + ".idx", manifest_path(prefix), *glob.glob(cache_pattern(prefix))):
+        for stale in (prefix + ".idx", manifest_path(prefix)):
             with suppress(FileNotFoundError):
                 os.unlink(stale)
     for suffix in (".bin", ".json", ".idx"):

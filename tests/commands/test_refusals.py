@@ -69,8 +69,7 @@ def copy(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _files(folder: Path) -> set[str]:
-    """What lies there, but for the packing of conversations: whatever looks at an instruction corpus may leave it beside the corpus, for the next."""
-    return {path.name for path in folder.iterdir() if ".packing-" not in path.name}
+    return {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -161,19 +161,3 @@ def test_a_damaged_manifest_is_refused_or_the_tokens_are_those_that_were_written
     folder = damaged(tmp_path_factory, content, ".json", damage, manifest=True)
     assert outcome(read_all, folder, kind) in (None, whole)
     outcome(faults, folder)
-
-
-@settings(max_examples=60)
-@given(DAMAGES)
-def test_a_damaged_packing_is_written_anew(sound, tmp_path_factory, damage):
-    kind, content, whole, _, _ = sound
-    folder = damaged(tmp_path_factory, content, None, damage, manifest=True)
-    assert read_all(folder, kind) == whole
-    caches = [path for path in folder.iterdir() if path.name.startswith("a.packing-")]
-    assert len(caches) == (kind == "instruct")
-    for cache in caches:
-        original = cache.read_bytes()
-        cache.unlink()
-        cache.write_bytes(damage.apply(original))
-        assert read_all(folder, kind) == whole
-        assert cache.read_bytes() == original

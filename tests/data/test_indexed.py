@@ -182,7 +182,6 @@ def test_a_new_corpus_takes_the_place_of_an_old_one_with_its_manifest(tmp_path):
         builder.add_document([4], [1])
         builder.finalize(old)
     assert dataclasses.replace(read_manifest(tmp_path / "a"), crc32=None) == old
-    (tmp_path / "a.packing-0-8").write_bytes(b"")
     with IndexedDatasetBuilder(tmp_path / "a", np.int32) as builder:
         builder.finalize()
     assert sorted(os.listdir(tmp_path)) == ["a.bin", "a.idx"]

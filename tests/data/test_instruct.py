@@ -1,6 +1,8 @@
 """The instruction domain, against a slow reading in plain Python."""
 
+import hashlib
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,3 +136,22 @@ def test_a_pointer_that_is_wrong_inside_the_index_is_refused(write_numbered):
         file.write(struct.pack("<q", 4))
     with pytest.raises(ValueError, match="sequence 1 "):
         InstructDomain("chat", IndexedDataset(prefix), seq_length=4, seed=1, documents=(0, 3))
+
+
+def test_nothing_is_written_and_no_kept_packing_is_read(write_numbered):
+    """Earlier versions kept the packing in a file with a checksum; here it holds another order."""
+    chats, modes = [[3, 4], [5, 2], [4, 4], [9]], [[1, 0], [1, 0], [1, 0], [0]]
+    prefix = write_numbered(chats, modes)
+    open_domain = lambda: InstructDomain("chat", IndexedDataset(prefix), seq_length=8, seed=1, documents=(0, 4))  # noqa: E731
+    first = open_domain()
+    lengths = np.diff(first.dataset.document_starts(np.arange(5)))
+    name = hashlib.sha256(struct.pack("<q", 1) + lengths.astype("<i8").tobytes()).hexdigest()[:32] + "-8"
+    order, starts = first.packing.order[::-1].astype("<i4"), first.packing.starts.astype("<i8")
+    body = struct.pack("<4q", len(starts), 4, 1, 0) + starts.tobytes() + order.tobytes()
+    seal = hashlib.sha256(name.encode() + body).digest()
+    kept = Path(f"{prefix}.packing-{name}")
+    kept.write_bytes(seal + body)
+    before = sorted(kept.parent.iterdir())
+    again = open_domain()
+    assert np.array_equal(again.packing.order, first.packing.order)
+    assert sorted(kept.parent.iterdir()) == before and kept.read_bytes() == seal + body
