@@ -72,9 +72,14 @@ def train(folder: Path, *words: str) -> tuple[int, str, str]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's iterations, without the times."""
+    """The records of a run's iterations, without the times and the branch."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in record.items() if key != "time"} for record in records if "lm loss" in record]
+    left_out = ("time", "branch")
+    return [
+        {key: value for key, value in record.items() if key not in left_out}
+        for record in records
+        if "lm loss" in record
+    ]
 
 
 def largest_difference(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_chatflow.report.records import read_records  # noqa: E402
 from megatron_chatflow.utils.user_files import load_json  # noqa: E402
 
 EPILOG = """examples:
@@ -58,13 +59,20 @@ def differences(a: Path, b: Path, last: int | None) -> Iterator[str]:
 
 
 def _records(run: Path, last: int | None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the times."""
+    """The lines of metrics.jsonl without what differs between equal runs: times and branches."""
+    path = run / "metrics.jsonl"
     try:
-        lines = [load_json(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        records = [{key: value for key, value in line.items() if key != "time"} for line in lines]
-        return [record for record in records if last is None or record["iteration"] <= last]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{run} is not a run directory: metrics.jsonl cannot be read ({error}); give what was --save of a training") from None
+        lines, bad = read_records(path)
+    except OSError as error:
+        raise InputError(
+            f"{run} is not a run directory: metrics.jsonl cannot be read ({error.strerror}); give what was --save of a training"
+        ) from None
+    if bad:
+        raise InputError(
+            f"{path}: line {bad[0]} is not a record; resume the run, which moves it to metrics.jsonl.bad"
+        )
+    records = [{k: v for k, v in line.items() if k not in ("time", "branch")} for line in lines]
+    return [record for record in records if last is None or record["iteration"] <= last]
 
 
 def _record_differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[str]:
@@ -77,7 +85,9 @@ def _record_differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Ite
 
 
 def _checkpoints(run: Path) -> dict[int, Path]:
-    return {int(path.name[5:]): path for path in run.glob("iter_*") if path.name[5:].isdigit() and (path / "state.json").is_file()}
+    from megatron_chatflow.training.run_directory import complete_iterations, iteration_folder
+
+    return {i: iteration_folder(run, i) for i in complete_iterations(run)}
 
 
 def _checkpoint_differences(a: Path, b: Path) -> Iterator[str]:
@@ -92,8 +102,9 @@ def _checkpoint_differences(a: Path, b: Path) -> Iterator[str]:
         common = [read_common(folder) for folder in (a, b)]
     except (OSError, ValueError, UsageError) as error:
         raise InputError(f"a checkpoint cannot be read: {error}") from None
-    # The settings, as config.yaml, are what the runs were asked for, not what came of it.
-    for key in sorted({*states[0], *states[1]} - {"settings"}):
+    # The settings, as config.yaml, are what the runs were asked for, not what came of it. The lineage
+    # has random names and shows whether a run was sent back.
+    for key in sorted({*states[0], *states[1]} - {"settings", "lineage"}):
         if states[0].get(key) != states[1].get(key):
             yield f"{a.name}/state.json: {key} is not the same"
     if names[0] != names[1]:

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_chatflow.report.plots import plot_run  # noqa: E402
-from megatron_chatflow.utils.user_files import load_json
+from megatron_chatflow.report.records import read_records  # noqa: E402
 
 EPILOG = """examples:
   python tools/plot_run.py runs/zh                       writes runs/zh/run.png
@@ -27,15 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     metrics, output = args.run / "metrics.jsonl", args.output or args.run / "run.png"
     try:
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        records = [load_json(line) for line in lines if line.endswith("\n")]  # a run that goes on may be writing the last one
+        records, bad = read_records(metrics)
         plot_run(output, records)
     except OSError as error:
         print(f"plot_run.py: error: {error.filename}: {error.strerror}; give the --save folder of a training", file=sys.stderr)
         return 2
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"a record is not what a run writes ({error!r}); remove it, or restore the file"
+        print(f"plot_run.py: error: {metrics}: {what}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"plot_run.py: error: {metrics}: {error}; train first, or restore the file", file=sys.stderr)
         return 2
+    if bad:
+        some = f"line {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
+        print(f"plot_run.py: {metrics}: {some}: not a record, left out", file=sys.stderr)
     print(f"{output}: {len(records):,} records drawn")
     return 0
 

@@ -12,12 +12,14 @@ from megatron_chatflow.training.average import PREFIX
 from megatron_chatflow.training.checkpoint_mean import mean
 from megatron_chatflow.training.chosen_weights import ChosenWeights
 from megatron_chatflow.training.reading import CheckpointReader
+from megatron_chatflow.training.safe_reading import missing_shard
 
 
 def check_files(chosen: ChosenWeights) -> None:
     """Read every file of every checkpoint. Raises UsageError for one that is damaged, or whose pickles hold what does not belong there."""
     for checkpoint in chosen.folders:
-        if wrong := manifest.damage(checkpoint, lambda name, size: True):
+        wrong = manifest.damage(checkpoint, lambda name, size: True) or missing_shard(checkpoint)
+        if wrong:
             raise UsageError(f"{checkpoint} is damaged: {wrong}; convert another one with --ckpt-step")
         CheckpointReader(checkpoint)
 

@@ -22,7 +22,7 @@ from megatron_chatflow.conversion.opened import Opened, open_folder
 from megatron_chatflow.conversion.torch_dist import Piece, write
 from megatron_chatflow.data.unfinished import sync_folder
 from megatron_chatflow.training.durable import write_atomically
-from megatron_chatflow.training.manifest import write_manifest
+from megatron_chatflow.training.manifest import seal_folder, write_manifest
 from megatron_chatflow.training.run_directory import POINTER, iteration_folder
 from megatron_chatflow.utils.user_files import dump_yaml, load_yaml
 
@@ -55,7 +55,7 @@ def convert(load: Path, save: Path, tokenizer_folder: Path | None, methods: dict
     source = {"type": "huggingface", "name": load.name}
     state = {"iteration": 0, "consumed_train_samples": 0, "sealed": True, "optimizer": False, "converted_from": source}
     write_atomically(folder / "state.json", json.dumps(state, indent=1))
-    write_manifest(folder, {})
+    write_manifest(folder, seal_folder(folder))
     _carry_files(model, partial / FILES)
     write_atomically(partial / "config.yaml", _yaml(model))
     write_atomically(partial / POINTER, "0\n")

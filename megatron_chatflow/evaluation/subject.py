@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_chatflow.config import Config, resolve_reading
 from megatron_chatflow.training.chosen_weights import ChosenWeights, choose_weights
-from megatron_chatflow.training.run_directory import read_state
+from megatron_chatflow.training.run_directory import iteration_of, read_state
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def _load(chosen: ChosenWeights, model: list[Any]) -> None:
 def split_reference(path: str) -> tuple[Path, int | None]:
     """(run directory, iteration or None) of ``RUN`` or ``RUN/iter_0000100``."""
     folder = Path(path).expanduser().resolve()
-    if folder.name.startswith("iter_") and folder.name[5:].isdigit():
-        return folder.parent, int(folder.name[5:])
+    if (iteration := iteration_of(folder.name)) is not None:
+        return folder.parent, iteration
     return folder, None
 
 

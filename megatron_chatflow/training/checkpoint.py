@@ -17,6 +17,7 @@ from megatron_chatflow.training.average import WeightAverage, mean_instead
 from megatron_chatflow.training.chosen_weights import check_running_mean
 from megatron_chatflow.training.loading import load as load_state
 from megatron_chatflow.training.reading import CheckpointReader
+from megatron_chatflow.training.safe_reading import missing_shard
 from megatron_chatflow.training.saver import SaveError, Saver
 
 
@@ -92,11 +93,18 @@ def save(
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, None where nothing is: every file's size and SHA-256, read once among all ranks, which all get the answer."""
+    """What is wrong with a checkpoint, None where nothing is; all ranks get the same answer.
+
+    The size and SHA-256 of every file are compared, read once among all ranks, and the files that
+    ``.metadata`` refers to must be among them.
+    """
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     mine = sorted(path.name for path in folder.iterdir())[rank::size]
     answers: list[str | None] = [None] * size
-    torch.distributed.all_gather_object(answers, manifest.damage(folder, lambda name, _: name in mine))
+    found = manifest.damage(folder, lambda name, _: name in mine)
+    if rank == 0 and found is None:
+        found = missing_shard(folder)
+    torch.distributed.all_gather_object(answers, found)
     return next(filter(None, answers), None)
 
 

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chatflow.config import UsageError
-from megatron_chatflow.training.run_directory import complete_iterations, find_checkpoint, iteration_folder, read_state
+from megatron_chatflow.training.lineage import listed, read_lineage
+from megatron_chatflow.training.run_directory import (
+    complete_iterations,
+    find_checkpoint,
+    iteration_folder,
+    on_course,
+    read_state,
+)
 
 
 @dataclass(frozen=True)
@@ -15,6 +22,8 @@ class ChosenWeights:
 
     folders: tuple[Path, ...]
     """Checkpoints to take the mean of, oldest first; one alone is taken as it is."""
+    left: tuple[int, ...]
+    """Iterations of checkpoints up to the newest that are not on its course."""
     use_ema: bool
     """Take the running mean of the weights (--ema-decay) in place of the weights."""
 
@@ -30,7 +39,9 @@ class ChosenWeights:
             return f"running mean of the weights in {self.newest}"
         if len(self.folders) == 1:
             return str(self.newest)
-        return f"mean of {', '.join(folder.name for folder in self.folders[:-1])} and {self.newest}"
+        others = ", ".join(folder.name for folder in self.folders[:-1])
+        without = f" (without {listed(self.left)}, not on its course)" if self.left else ""
+        return f"mean of {others} and {self.newest}{without}"
 
 
 def choose_weights(run: str | Path, ckpt_step: int | None, average: int = 1, use_ema: bool = False) -> ChosenWeights:
@@ -47,10 +58,10 @@ def choose_weights(run: str | Path, ckpt_step: int | None, average: int = 1, use
     """
     if use_ema and average != 1:
         raise UsageError(f"use_ema and average_checkpoints {average} are two ways to average; drop --use-ema or --average-checkpoints")
-    folders = tuple(_last_checkpoints(Path(run), ckpt_step, average))
+    folders, left = _last_checkpoints(Path(run), ckpt_step, average)
     if use_ema:
         check_running_mean(folders[-1])
-    return ChosenWeights(folders, use_ema)
+    return ChosenWeights(folders, left, use_ema)
 
 
 def check_running_mean(checkpoint: Path) -> None:
@@ -59,14 +70,26 @@ def check_running_mean(checkpoint: Path) -> None:
         raise UsageError(f"{checkpoint} holds no running mean of the weights: it was trained without --ema-decay; drop --use-ema to take its weights")
 
 
-def _last_checkpoints(run: Path, ckpt_step: int | None, count: int) -> list[Path]:
+def _last_checkpoints(
+    run: Path, ckpt_step: int | None, count: int
+) -> tuple[tuple[Path, ...], tuple[int, ...]]:
+    """The last `count` checkpoints of one course, oldest first, and the iterations not on it."""
     newest = find_checkpoint(run, ckpt_step)
     if newest is None:
         raise UsageError(f"load {run} holds no checkpoint; give a run directory that has one")
-    there = [iteration for iteration in sorted(complete_iterations(run)) if iteration <= int(newest.name[5:])]
-    if count < 1 or count > len(there):
+    if count == 1:
+        return (newest,), ()
+    last = int(newest.name[5:])
+    there = [iteration for iteration in sorted(complete_iterations(run)) if iteration <= last]
+    course = read_lineage(newest)
+    if course is None:
+        raise UsageError(f"{newest} is damaged: state.json is not what was written; load another checkpoint with --ckpt-step")
+    kept = on_course(run, course, there)
+    left = tuple(iteration for iteration in there if iteration not in kept)
+    if count < 1 or count > len(kept):
+        others = f", without {listed(left)}, not on its course" if left else ""
         raise UsageError(
-            f"average_checkpoints is {count}, and the complete checkpoints of {run} up to {newest.name} are {len(there)} (iteration "
-            f"{', '.join(map(str, there))}); give --average-checkpoints a number from 1 to {len(there)}"
+            f"average_checkpoints is {count}, and the complete checkpoints of {run} up to {newest.name} are {len(kept)} (iteration "
+            f"{', '.join(map(str, kept))}{others}); give --average-checkpoints a number from 1 to {len(kept)}"
         )
-    return [iteration_folder(run, iteration) for iteration in there[-count:]]
+    return tuple(iteration_folder(run, iteration) for iteration in kept[-count:]), left

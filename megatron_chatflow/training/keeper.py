@@ -57,7 +57,7 @@ class Keeper:
     def _begin(self) -> None:
         run, optimizer = self._run, None if self._where.no_save_optim else self._run.optimizer
         self._reporter.flush()
-        self._saver.begin(run.iteration, checkpoint.sharded_state(run.model, optimizer, run.average), _state(run))
+        self._saver.begin(run.iteration, checkpoint.sharded_state(run.model, optimizer, run.average), _state(run) | self._reporter.lineage)
 
     def _tell(self, saved: Any) -> None:
         if saved is None:

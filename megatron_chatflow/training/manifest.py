@@ -17,10 +17,32 @@ Seals = Mapping[str, Mapping[str, Any]]
 """{file name: {"bytes", "sha256"}}."""
 
 
-def write_manifest(folder: Path, known: Seals) -> None:
-    """Seal a complete checkpoint folder. `known`: the seals of files that were taken where these were written; the others are taken here."""
+REQUIRED = (".metadata", "common.pt", "metadata.json", "state.json")
+"""What every checkpoint has next to its shards."""
+
+
+def write_manifest(folder: Path, seals: Seals) -> None:
+    """Seal a checkpoint folder: `seals` are those of all its files, taken where they were written."""
+    write_atomically(folder / NAME, _render(seals))
+
+
+def seal_folder(folder: Path) -> Seals:
+    """The seals of all files that are in a folder, taken now."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    write_atomically(folder / NAME, _render({name: known.get(name) or seal_file(folder / name) for name in names}))
+    return {name: seal_file(folder / name) for name in names if name != NAME}
+
+
+def check_files(folder: Path, seals: Seals) -> None:
+    """Raise ValueError where the files in a folder are not exactly those of `seals`, by name and size."""
+    there = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    there.pop(NAME, None)
+    for name, wanted in seals.items():
+        if name not in there:
+            raise ValueError(f"{name} was written and is not there")
+        if there[name] != wanted["bytes"]:
+            raise ValueError(f"{name} has {there[name]} bytes, and {wanted['bytes']} were written")
+    if unknown := sorted(set(there) - set(seals)):
+        raise ValueError(f"{unknown[0]} was not written by this run")
 
 
 def read_manifest(folder: Path) -> Seals | None:
@@ -67,9 +89,9 @@ def damage(folder: Path, read: Any) -> str | None:
         seals = read_manifest(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{NAME} is damaged ({error})"
-    if seals is None:
-        return f"{NAME} is missing" if _was_sealed(folder) else None
-    for name, wanted in seals.items():
+    if seals is None and _was_sealed(folder):
+        return f"{NAME} is missing"
+    for name, wanted in (seals or {}).items():
         try:
             with open_inside(folder, name) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -83,4 +105,9 @@ def damage(folder: Path, read: Any) -> str | None:
             return f"{name} cannot be read ({error.strerror})"
         except ValueError as error:
             return f"{NAME} is damaged ({error})"
+    for name in REQUIRED:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if seals is not None and name not in seals:
+            return f"{NAME} does not list {name}"
     return None

@@ -15,11 +15,12 @@ from megatron_chatflow.engine.agreement import on_first_rank
 from megatron_chatflow.model.forward import SUMS
 from megatron_chatflow.model.gpt import flops_per_token
 from megatron_chatflow.report import console
+from megatron_chatflow.report.records import prepare_records
 from megatron_chatflow.report.writers import MetricsWriter, TensorBoardWriter
 from megatron_chatflow.training.domain_loss import by_domain, loss_values
 from megatron_chatflow.training.durable import WriteError, unwritable, write_atomically
 from megatron_chatflow.training.lease import Lease
-from megatron_chatflow.training.run_directory import METRICS, trim_metrics
+from megatron_chatflow.training.run_directory import METRICS, begin_course
 from megatron_chatflow.training.setup import Run
 from megatron_chatflow.training.spikes import SpikeWatch
 from megatron_chatflow.training.step import StepResult
@@ -40,6 +41,10 @@ class Reporter:
         self.active = run.is_first_rank
         self.metrics: MetricsWriter | None = None
         self.board: TensorBoardWriter | None = None
+        self.lineage: dict[str, Any] = {}
+        """What checkpoints record of the course that the run is on; nothing on other ranks."""
+        self.branch: dict[str, str] = {}
+        """What records show of it."""
         folder = Path(config.checkpoint.save) if config.checkpoint.save else None
         board = config.logging.tensorboard_dir or (folder / "tensorboard" if folder else None)
         on_first_rank(
@@ -62,10 +67,16 @@ class Reporter:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            course, notes = begin_course(folder, run.resumed_from, run.iteration)
+            self.lineage, self.branch = {"lineage": course.plain()}, {"branch": course.branch}
+            for note in notes:
+                console.say(note)
             write_atomically(folder / "config.yaml", to_yaml(run.config))
             write_atomically(folder / "plan.json", run.plan.to_json())
-            trim_metrics(folder, run.iteration, validated=run.validated)
-            self.metrics = MetricsWriter(folder / METRICS)
+            path, at, validated = folder / METRICS, run.iteration, run.validated
+            for note in prepare_records(path, at, validated=validated, course=course.has):
+                console.say(f"warning: {note}")
+            self.metrics = MetricsWriter(path)
         except OSError as error:
             raise unwritable("save", folder, error) from None
 
@@ -110,7 +121,9 @@ class Reporter:
         tokens_per_second = (stop - start) * run.config.data.seq_length / seconds
         throughput = tokens_per_second * self.flops / run.launch.world_size / 1e12
         if self._keeps_metrics():
-            self.metrics.add(record | {"time": {"iteration-time": seconds, "tokens-per-second": tokens_per_second, "throughput": throughput}})
+            times = {"iteration-time": seconds, "tokens-per-second": tokens_per_second}
+            times["throughput"] = throughput
+            self.metrics.add(record | self.branch | {"time": times})
         if self.board and run.iteration % run.config.logging.tensorboard_log_interval == 0:
             self._to_board(self._tags(record, seconds, tokens_per_second, throughput))
         self.window.append(record | {"seconds": seconds})
@@ -182,7 +195,7 @@ class Reporter:
                 tags |= {f"validation/{name}/{key}": values[key] for key in ("loss", "bits_per_byte")}
             self._to_board(tags)
         if self._keeps_metrics():
-            self.metrics.add({"iteration": self.run.iteration, "lm loss validation": total["loss"], "validation": results})
+            self.metrics.add({"iteration": self.run.iteration, "lm loss validation": total["loss"], "validation": results} | self.branch)
         return results
 
     def flush(self) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.config import UsageError
-from megatron_chatflow.training import manifest
+from megatron_chatflow.training import lineage, manifest
+from megatron_chatflow.training.durable import write_atomically
+from megatron_chatflow.training.lineage import Lineage, listed
 from megatron_chatflow.utils.user_files import load_json
 
 POINTER = "latest_checkpointed_iteration.txt"
@@ -21,21 +22,36 @@ def iteration_folder(run: Path, iteration: int) -> Path:
     return run / f"iter_{iteration:07d}"
 
 
+def iteration_of(name: str) -> int | None:
+    """The iteration of a checkpoint folder's name; None where it is another name."""
+    match = re.fullmatch(r"iter_([0-9]{7,18})", name)
+    iteration = int(match[1]) if match else None
+    return iteration if iteration is not None and name == f"iter_{iteration:07d}" else None
+
+
 def latest_iteration(run: Path) -> int | None:
-    """The iteration that the pointer names, or None where there is no checkpoint. Raises UsageError for a damaged pointer."""
+    """The iteration that the pointer names, or None where there is no pointer. Raises UsageError for a damaged pointer."""
+    path = run / POINTER
     try:
-        text = (run / POINTER).read_text(encoding="utf-8").strip()
+        with open(path, "rb") as file:
+            content = file.read(100)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if not text.isdigit():
-        raise UsageError(f"{run / POINTER} holds {text!r}, not an iteration; write the number of a complete iter_ folder into it")
-    return int(text)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read ({error.strerror}); make it a file with the number of a complete "
+            "iter_ folder"
+        ) from None
+    if not re.fullmatch(rb"\s*[0-9]{1,18}\s*", content):
+        text = repr(content)[1:] if len(content) < 40 else f"{content[:40]!r:.60}..."[1:]
+        raise UsageError(f"{path} holds {text}, not an iteration; write the number of a complete iter_ folder into it")
+    return int(content)
 
 
 def complete_iterations(run: Path) -> list[int]:
     """The iterations of all checkpoints in a run directory, newest first."""
-    names = (path.name for path in run.glob("iter_*") if (path / "state.json").is_file())
-    return sorted((int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,}", name)), reverse=True)
+    found = (iteration_of(path.name) for path in run.glob("iter_*") if (path / "state.json").is_file())
+    return sorted((iteration for iteration in found if iteration is not None), reverse=True)
 
 
 def find_checkpoint(run: str | Path, ckpt_step: int | None) -> Path | None:
@@ -45,8 +61,10 @@ def find_checkpoint(run: str | Path, ckpt_step: int | None) -> Path | None:
     """
     run = Path(run)
     iteration = ckpt_step if ckpt_step is not None else latest_iteration(run)
-    if iteration is None:
+    if iteration is None and not (found := complete_iterations(run)):
         return None
+    if iteration is None:
+        raise UsageError(f"{run / POINTER} is missing; give --ckpt-step one of {listed(found)}")
     folder = iteration_folder(run, iteration)
     if not (folder / "state.json").is_file():
         there = ", ".join(map(str, sorted(complete_iterations(run))))
@@ -75,25 +93,59 @@ def find_sound_checkpoint(run: str | Path, ckpt_step: int | None, damaged: Mappi
     there, passed = complete_iterations(run), []
     try:
         latest = latest_iteration(run)
-        if latest is None:
+        if latest is None and not there:
             return None, []
-        if latest not in there:
+        if latest is None:
+            passed.append(f"{run / POINTER} is missing")
+        elif latest not in there:
             passed.append(f"{run / POINTER} names iteration {latest}, which is not there")
     except UsageError as error:
-        latest = max(there, default=0)
+        latest = None
         passed.append(str(error).split(";")[0])
-    for iteration in there:
-        if iteration > latest:
-            continue
+    own = None if latest is None else lineage.read_lineage(iteration_folder(run, latest))
+    course = own or lineage.read_course(run)
+    intact: dict[int, Lineage] = {}
+    left = []
+    for iteration in there if latest is None else [i for i in there if i <= latest]:
         folder = iteration_folder(run, iteration)
-        wrong = damaged.get(folder) or manifest.damage_at_first_sight(folder)
-        if not wrong:
-            return folder, [f"{sentence}: going back to {folder}" for sentence in passed]
-        passed.append(f"{folder} is damaged ({wrong})")
-    raise UsageError(f"load {run} holds no sound checkpoint: {'; '.join(passed)}; restore one, or start afresh in another folder")
+        branch = own if iteration == latest else lineage.read_lineage(folder)
+        if course is not None and branch is not None and not course.contains(branch, iteration):
+            left.append(iteration)
+        elif wrong := damaged.get(folder) or manifest.damage_at_first_sight(folder):
+            passed.append(f"{folder} is damaged ({wrong})")
+        elif branch is None:
+            passed.append(f"{folder} is damaged (state.json holds no lineage)")
+        else:
+            intact[iteration] = branch
+            if course is not None:
+                break
+    if left:
+        passed.append(f"{listed(left)} of {run} {'are' if len(left) > 1 else 'is'} not on the course of the run")
+    if not intact:
+        raise UsageError(f"load {run} holds no sound checkpoint: {'; '.join(passed)}; restore one, or start afresh in another folder")
+    newest, branch = next(iter(intact.items()))
+    others = [i for i, other in intact.items() if not branch.contains(other, i)]
+    if others:
+        raise UsageError(
+            f"load {run}: the course that the run was on is not known ({'; '.join(passed)}), and "
+            f"iteration {newest} does not continue {listed(others)}; give --ckpt-step one of them"
+        )
+    folder = iteration_folder(run, newest)
+    return folder, [f"{sentence}: going back to {folder}" for sentence in passed]
 
 
-def outdated(iterations: Collection[int], most_recent_k: int | None, retain_interval: int | None) -> list[int]:
+def on_course(run: Path, course: Lineage, iterations: Iterable[int]) -> list[int]:
+    """Those of `iterations` whose checkpoints are on a course, in their order."""
+    return [
+        iteration
+        for iteration in iterations
+        if course.contains(lineage.read_lineage(iteration_folder(run, iteration)), iteration)
+    ]
+
+
+def outdated(
+    iterations: Collection[int], most_recent_k: int | None, retain_interval: int | None
+) -> list[int]:
     """Which checkpoints to remove: all but the newest `most_recent_k` and the multiples of `retain_interval`.
 
     With neither none is removed. With `retain_interval` alone the two newest are kept: the latest, and one to go back to.
@@ -104,44 +156,69 @@ def outdated(iterations: Collection[int], most_recent_k: int | None, retain_inte
     return sorted(i for i in iterations if i not in newest and not (retain_interval and i % retain_interval == 0))
 
 
+def outdated_on_course(
+    run: Path, course: Lineage, iteration: int, most_recent_k: int | None, retain_interval: int | None
+) -> list[int]:
+    """The `outdated` among the checkpoints up to `iteration` that are on a course.
+
+    Those of later iterations and of other courses are neither counted nor removed.
+    """
+    if most_recent_k is None and retain_interval is None:  # nothing is read
+        return []
+    there = [i for i in complete_iterations(run) if i <= iteration]
+    return outdated(on_course(run, course, there), most_recent_k, retain_interval)
+
+
+def begin_course(run: Path, checkpoint: Path | None, iteration: int) -> tuple[Lineage, list[str]]:
+    """Record in a run directory where its run continues, before anything else of it is written.
+
+    The pointer is set to what the run continues from. The branch is a new one where the run starts,
+    is sent back or continues another directory's: what the branch has saved beyond `iteration` is
+    then not on the course.
+
+    Args:
+        run: the directory that the run saves to.
+        checkpoint: what it continues from; None where it starts.
+        iteration: of `checkpoint`.
+
+    Returns:
+        The lineage of what the run saves, and what the user should see.
+    """
+    there = {i: lineage.read_lineage(iteration_folder(run, i)) for i in complete_iterations(run)}
+    if checkpoint is None:
+        course = Lineage.new()
+    else:
+        own = lineage.read_lineage(checkpoint) or lineage.UNKNOWN
+        recorded = lineage.read_course(run)
+        begun = recorded is not None and recorded.ancestors == own.leave(iteration).ancestors
+        course = recorded if recorded is not None and begun else own
+        is_here = checkpoint.parent.resolve() == run.resolve()
+        is_latest = is_here and _points_to(run, iteration)
+        later = any(i > iteration and course.contains(other, i) for i, other in there.items())
+        if own == lineage.UNKNOWN and not begun or not is_latest or later:
+            course = own.leave(iteration)
+        if is_here and not is_latest:
+            write_atomically(run / POINTER, f"{iteration}\n")
+    lineage.write_course(run, course)
+    left = [i for i, other in there.items() if other is not None and not course.contains(other, i)]
+    if not left:
+        return course, []
+    return course, [
+        f"not on the course of this run: {listed(left)} in {run}; only --ckpt-step loads them, a save "
+        "at the same iteration replaces them, nothing else removes them"
+    ]
+
+
+def _points_to(run: Path, iteration: int) -> bool:
+    try:
+        return latest_iteration(run) == iteration
+    except UsageError:
+        return False
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The plain part of a checkpoint: iteration, consumed samples, plan, schedule, identity of the data."""
     try:
         return load_json((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder / 'state.json'} cannot be read ({error}); load another checkpoint with --ckpt-step") from None
-
-
-def trim_metrics(run: Path, iteration: int, *, validated: bool) -> None:
-    """Cut lines of later iterations, and a half line, from the end of metrics.jsonl: a resumed run writes them again.
-
-    Unless `validated`, the validation of `iteration` itself is among them.
-    """
-    path = run / METRICS
-    if not path.exists():
-        return
-    with open(path, "rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = _line_start(file, end)
-            file.seek(start)
-            line = file.read(end - start)
-            if line.endswith(b"\n"):
-                record = load_json(line)
-                if record["iteration"] < iteration or (record["iteration"] == iteration and (validated or "validation" not in record)):
-                    break
-            end = start
-        file.truncate(end)
-
-
-def _line_start(file: Any, end: int) -> int:
-    """Where the line that ends before byte `end` starts."""
-    position, block = end - 1, 4096
-    while position > 0:
-        low = max(0, position - block)
-        file.seek(low)
-        cut = file.read(position - low).rfind(b"\n")
-        if cut >= 0:
-            return low + cut + 1
-        position = low
-    return 0

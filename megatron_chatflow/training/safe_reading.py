@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_chatflow.config import UsageError
 from megatron_chatflow.engine.strict_pickle import Known, Maker, StrictUnpickler
 from megatron_chatflow.engine.torch_file import DTYPES, TENSORS
+from megatron_chatflow.training.manifest import NAME as MANIFEST
+from megatron_chatflow.training.manifest import read_manifest
 from megatron_chatflow.utils.user_files import open_inside
 
 LARGEST_SMALL_FILE = 1 << 30
@@ -45,6 +47,13 @@ def refusing(folder: Path) -> Iterator[None]:
         yield
     except UsageError:
         raise
+    except OSError as error:
+        name = Path(error.filename).name if error.filename else "a file"
+        missing = isinstance(error, FileNotFoundError)
+        what = "is missing" if missing else f"cannot be read ({error.strerror})"
+        raise UsageError(
+            f"{folder} is damaged: {name} {what}; load another checkpoint with --ckpt-step"
+        ) from None
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
@@ -79,10 +88,7 @@ def read_small_file(folder: Path, name: str) -> torch.Tensor:
 
 def read_metadata(folder: Path) -> Metadata:
     """What a checkpoint says that it holds, and where; every place is inside of its files."""
-    data = read_small_file(folder, ".metadata").numpy().tobytes()
-    metadata = StrictUnpickler(data, _KNOWN, _BUILDERS, keys=(MetadataIndex,)).load()
-    if type(metadata) is not Metadata:
-        raise UnpicklingError(".metadata is something else")
+    metadata = _unpickle(folder)
     _check_places(folder, metadata.storage_data)
     stored = Counter(index.fqn for index in metadata.storage_data)
     for name, entry in metadata.state_dict_metadata.items():
@@ -93,6 +99,33 @@ def read_metadata(folder: Path) -> Metadata:
         elif type(entry) is not BytesStorageMetadata:
             raise UnpicklingError(f"{name} is a {type(entry).__name__}")
     return metadata
+
+
+def _unpickle(folder: Path) -> Metadata:
+    data = read_small_file(folder, ".metadata").numpy().tobytes()
+    metadata = StrictUnpickler(data, _KNOWN, _BUILDERS, keys=(MetadataIndex,)).load()
+    if type(metadata) is not Metadata:
+        raise UnpicklingError(".metadata is something else")
+    return metadata
+
+
+def missing_shard(folder: Path) -> str | None:
+    """What is wrong with the files that ``.metadata`` refers to: one is missing, or `manifest.json`
+    does not list it. None where nothing is, and where `.metadata` is not read, which opening the
+    checkpoint reports.
+    """
+    try:
+        places = _unpickle(folder).storage_data.values()
+        names = sorted({str(place.relative_path) for place in places})
+        seals = read_manifest(folder)
+    except Exception:
+        return None
+    for name in names:
+        if not (folder / name).is_file():
+            return f"{name}, which .metadata refers to, is missing"
+        if seals is not None and name not in seals:
+            return f"{name}, which .metadata refers to, is not in {MANIFEST}"
+    return None
 
 
 def _check_places(folder: Path, places: dict[MetadataIndex, _StorageInfo]) -> None:

@@ -24,10 +24,11 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
 from megatron_chatflow.data.unfinished import sync_folder
-from megatron_chatflow.training.durable import WriteError, write_atomically
+from megatron_chatflow.training.durable import WriteError, seal, seal_file, write_atomically
 from megatron_chatflow.training.lease import Lease, LeaseLostError
-from megatron_chatflow.training.manifest import write_manifest
-from megatron_chatflow.training.run_directory import POINTER, complete_iterations, iteration_folder, outdated
+from megatron_chatflow.training.lineage import Lineage
+from megatron_chatflow.training.manifest import REQUIRED, check_files, write_manifest
+from megatron_chatflow.training.run_directory import POINTER, iteration_folder, outdated_on_course
 from megatron_chatflow.training.shards import SealedShards, results_of_rank
 from megatron_chatflow.training.staging import without_views
 from megatron_chatflow.training.writer import Writer
@@ -44,6 +45,8 @@ class _Writing:
     state: dict[str, Any]
     begin: float
     problem: str | None = None
+    common: dict[str, Any] | None = None
+    """The seal of common.pt, which the first rank writes."""
     seconds: float = 0.0
     """How long the training stood still for it."""
 
@@ -115,6 +118,9 @@ class Saver:
         sharded, common = save_preprocess(sharded_state)
         try:
             TorchCommonSaveStrategy("torch", 1).save_common(common, str(self._writing.partial))
+            if torch.distributed.get_rank() == 0:
+                with open(self._writing.partial / "common.pt", "rb", buffering=0) as file:
+                    self._writing.common = seal(file)
         except (OSError, RuntimeError) as error:  # told at the end, when all ranks are there to hear it
             self._writing.problem = f"common.pt: {error}"
         without_views(sharded)
@@ -186,7 +192,7 @@ class Saver:
                 if writing.problem or problems:
                     raise OSError(writing.problem or "; ".join(problems))
                 self._publish(writer, metadata, everyone)
-            except (OSError, LeaseLostError) as error:
+            except (OSError, ValueError, LeaseLostError) as error:
                 shutil.rmtree(writing.partial, ignore_errors=True)
                 lost = isinstance(error, LeaseLostError)
                 verdict = [error if lost else _cannot_write(writing.iteration, error)]
@@ -197,20 +203,41 @@ class Saver:
         self._saved = Saved(iteration_folder(self._run, writing.iteration), 0.0, 0.0)
 
     def _publish(self, writer: Any, metadata: Any, everyone: list[Any]) -> None:
+        """Raises OSError or ValueError where it cannot be; then everything before is unchanged."""
         partial, iteration = self._writing.partial, self._writing.iteration
         writer.finish(metadata, [results for _, results, _ in everyone])
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
         write_atomically(partial / "state.json", json.dumps(self._writing.state | {"sealed": True}, indent=1))
-        write_manifest(partial, {name: seal for _, _, seals in everyone for name, seal in seals.items()})
-        folder = iteration_folder(self._run, iteration)
+        seals = {name: value for _, _, found in everyone for name, value in found.items()}
+        for place in metadata.storage_data.values():
+            written = seals.get(place.relative_path, {"bytes": 0})["bytes"]
+            if place.offset + place.length > written:
+                raise ValueError(
+                    f"a tensor is in {place.relative_path}, of which {written} bytes were written"
+                )
+        seals |= {name: seal_file(partial / name) for name in REQUIRED}
+        if seals["common.pt"] != self._writing.common:
+            raise ValueError("common.pt is not what was written")
+        check_files(partial, seals)
+        write_manifest(partial, seals)
+        folder, aside = iteration_folder(self._run, iteration), Path(f"{partial}.replaced")
         self._check_lease()
         if folder.exists():  # a damaged one, or one after which the run was sent back
-            os.rename(folder, f"{partial}.replaced")
-        os.rename(partial, folder)
+            os.rename(folder, aside)
+        try:
+            os.rename(partial, folder)
+            check_files(folder, seals)  # once more under the name that nothing sweeps
+        except (OSError, ValueError):
+            if not partial.exists():
+                os.rename(folder, partial)
+            if aside.exists():
+                os.rename(aside, folder)
+            raise
         sync_folder(self._run)
         write_atomically(self._run / POINTER, f"{iteration}\n")
-        there = [i for i in complete_iterations(self._run) if i <= iteration]
-        for old in outdated(there, self._most_recent_k, self._retain_interval):
+        course = Lineage.of(self._writing.state.get("lineage"))
+        kept = self._most_recent_k, self._retain_interval
+        for old in outdated_on_course(self._run, course, iteration, *kept):
             os.rename(iteration_folder(self._run, old), f"{iteration_folder(self._run, old)}.partial-removed")
         self._sweeper = threading.Thread(target=_sweep, args=(self._run,))  # large files take a while to go
         self._sweeper.start()
@@ -225,13 +252,17 @@ class Saver:
             self._sweeper = None
 
 
-def _cannot_write(iteration: int, error: OSError) -> SaveError:
-    what = f"the checkpoint of iteration {iteration} cannot be written"
-    return SaveError(f"{what} (is the disk full?): {error}")
+def _cannot_write(iteration: int, error: OSError | ValueError) -> SaveError:
+    what = f"the checkpoint of iteration {iteration}"
+    if isinstance(error, OSError):
+        return SaveError(f"{what} cannot be written (is the disk full?): {error}")
+    return SaveError(
+        f"{what} is not published: {error}; find out what else writes to the run directory"
+    )
 
 
 def _sweep(run: Path) -> None:
     """Remove what killed saves have left, and what was put aside."""
     for path in run.glob("iter_*.partial*"):
-        if re.match(r"iter_\d{7,}\.partial", path.name):
+        if re.match(r"iter_[0-9]{7,}\.partial", path.name):
             shutil.rmtree(path, ignore_errors=True)

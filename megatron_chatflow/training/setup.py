@@ -27,7 +27,7 @@ from megatron_chatflow.training.resume import (
     resume_settings,
     saved_settings,
 )
-from megatron_chatflow.training.run_directory import find_checkpoint, find_sound_checkpoint, read_state
+from megatron_chatflow.training.run_directory import complete_iterations, find_sound_checkpoint, read_state
 from megatron_chatflow.training.token_map import new_row_ids
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def find_start(
     checkpoint, notes = find_sound_checkpoint(where.load, where.ckpt_step, damaged) if where.load else (None, [])
     if where.load and checkpoint is None and (where.exit_on_missing_checkpoint or where.finetune or where.ckpt_step is not None):
         raise UsageError(f"load {where.load} holds no checkpoint; give a run directory that has one, or drop --load")
-    if where.save and not (where.load and Path(where.load).resolve() == Path(where.save).resolve()) and find_checkpoint(where.save, None) is not None:
+    if where.save and not (where.load and Path(where.load).resolve() == Path(where.save).resolve()) and complete_iterations(Path(where.save)):
         raise UsageError(f"save {where.save} already holds checkpoints of a run; add --load {where.save} to resume it, or give --save another folder")
     if config.data.amend_curriculum and (checkpoint is None or where.finetune):
         raise UsageError("amend_curriculum has no effect without a run to resume; drop --amend-curriculum or give --load")
@@ -175,6 +175,8 @@ class Run:
     """Whether the last iteration trained these alone."""
     validated: bool
     """Whether the validation that was due after the last iteration, or before the first, was made."""
+    resumed_from: Path | None
+    """The checkpoint that the run continues; None where it starts."""
 
     @property
     def plan(self) -> BlendPlan:
@@ -341,4 +343,5 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
         config, start.schedule, launch, inputs, start.blend, outlook, start.batches, device, impl, model, optimizer, scheduler, step, shape,
         start.iteration, start.consumed, average, NewRows(model, start.new_rows) if len(start.new_rows) else None,
         bool(start.state and start.state.get("only_new_rows")), bool(start.state) and start.state.get("validated", True),
+        start.checkpoint if start.state is not None else None,
     )  # fmt: skip

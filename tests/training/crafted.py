@@ -100,7 +100,7 @@ def seal(folder: Path) -> None:
     (folder / manifest.NAME).unlink(missing_ok=True)
     known = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({k: v for k, v in known.items() if k != "sealed"}))
-    manifest.write_manifest(folder, {})
+    manifest.write_manifest(folder, manifest.seal_folder(folder))
 
 
 def read_all(folder: Path) -> dict[str, Any]:

@@ -46,8 +46,9 @@ def test_manifests_of_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "state.json").write_text("{}")
-    (folder / "common.pt").write_bytes(b"data")
-    manifest.write_manifest(folder, {})
+    for name in ("common.pt", ".metadata", "metadata.json"):
+        (folder / name).write_bytes(b"data")
+    manifest.write_manifest(folder, manifest.seal_folder(folder))
     assert manifest.damage(folder, lambda name, size: True) is None
     seals = dict(manifest.read_manifest(folder) or {})
     entry = seal_file(folder / "state.json")

@@ -42,6 +42,19 @@ def test_resuming_gives_the_bits_of_a_run_never_stopped(pool: Pool, sample: Path
     assert texts[0] == texts[1] and len(texts[0]) == 3
 
 
+def test_bad_lines_of_the_metrics_do_not_stop_a_resume(pool: Pool, sample: Path, reference: Path) -> None:
+    """Half a line, zeros, invalid UTF-8, a comment and a number, in three places."""
+    run = half(reference, "bad metrics")
+    path, bad = run / "metrics.jsonl", [b'{"iteration": 5, "consu\n', b"\0" * 99 + b"\n", b"\xff\n", b"# hm\n", b"17\n"]
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*bad, *lines[:5], *bad, *lines[5:-1], *bad, lines[-1]]))
+    out = ok(pool.run(1, train, sample, "--save", str(run), "--load", str(run), "--exit-interval", "12"))
+    (warning,) = [line for line in out.splitlines() if "metrics.jsonl" in line and "warning" in line]
+    assert "15 lines are not records of this run; moved to metrics.jsonl.bad" in warning
+    assert (run / "metrics.jsonl.bad").read_bytes() == b"".join(bad * 3)
+    assert metrics(run) == metrics(reference)[:12]
+
+
 @pytest.mark.parametrize(
     ("name", "world", "flags"),
     [("TP2", 2, TP), ("PP2", 2, PP), ("DP2", 2, []), pytest.param("TP2PP2", 4, [*TP, *PP], marks=pytest.mark.slow)],

@@ -236,7 +236,7 @@ def test_no_code_of_a_checkpoint_is_run(pool: Pool, sample: Path, whole: Path, t
         (folder / manifest.NAME).unlink()
         state = json.loads((folder / "state.json").read_text())
         (folder / "state.json").write_text(json.dumps({key: value for key, value in state.items() if key != "sealed"}))
-        manifest.write_manifest(folder, {})  # an attacker has the hashes right
+        manifest.write_manifest(folder, manifest.seal_folder(folder))  # an attacker has the hashes right
         ((code, _, err),) = pool.run(1, train, sample, "--load", str(run), *SHORT)
         assert code == 2 and "is not read" in err, (code, err)
         assert not (tmp_path / "executed").exists()

@@ -132,23 +132,6 @@ def test_tokenizers_of_every_type(tmp_path: Path) -> None:
     assert found == [] and not (tmp_path / "executed").exists()
 
 
-def test_packings_of_conversations(tmp_path: Path) -> None:
-    import numpy as np
-
-    from megatron_chatflow.data.packing_cache import cached_pack
-
-    lengths = np.arange(1, 60)
-    first = cached_pack(str(tmp_path / "a"), lengths, 64)
-    (file,) = tmp_path.iterdir()
-    with recorded(tmp_path) as found:
-        again = cached_pack(str(tmp_path / "a"), lengths, 64)
-        file.unlink()  # `again` is a view of it
-        file.write_bytes(pickle.dumps(Evil(tmp_path / "executed")))
-        other = cached_pack(str(tmp_path / "a"), lengths, 64)
-    assert np.array_equal(first.order, again.order) and np.array_equal(first.order, other.order)
-    assert found == [] and not (tmp_path / "executed").exists()
-
-
 def without_state(folder: Path, evil: bytes) -> Path:
     """What Megatron-LM saves: a checkpoint in torch_dist and one in its older format."""
     write_small(folder / "iter_0000002")
