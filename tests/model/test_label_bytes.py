@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_chatflow.data.documents import Documents
-from megatron_chatflow.model.forward import label_bytes
+from megatron_chatflow.model.forward import label_bytes, make_forward_step
 from megatron_chatflow.tokenizer import TokenBytes, Tokenizer, load_tokenizer
 from tests.tokenizer import samples
 
@@ -172,3 +172,25 @@ def test_vocabularies_with_a_piece_for_the_space_have_no_byte_space(tmp_path: Pa
         load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tmp_path / "x.json").byte_space()
         is None
     )
+
+
+def test_the_forward_step_sums_these_bytes_where_the_mask_is_set(
+    found: dict[str, Tokenizer],
+) -> None:
+    tokenizer = found["no_prefix"]
+    ids = [tokenizer.eod, *tokenizer.encode("人 人 人")]
+    rows = torch.tensor([ids])
+    batch = {
+        "tokens": rows[:, :-1],
+        "labels": rows[:, 1:],
+        "segment_ids": torch.zeros_like(rows[:, 1:]),
+        "position_ids": torch.arange(len(ids) - 1)[None],
+        "loss_mask": (torch.arange(len(ids) - 1) < len(tokenizer.encode("人 人")))[None].float(),
+        "domain": torch.tensor([1]),
+    }
+    token_bytes = TokenBytes.of(tokenizer, tokenizer.vocab_size)
+    step = make_forward_step(2, token_bytes, False, torch.device("cpu"))
+    output, loss_function = step(iter([batch]), lambda *_, **__: torch.full((1, len(ids) - 1), 2.0))
+    sums = loss_function(output)[2]["sums"]
+    tokens = len(tokenizer.encode("人 人"))
+    assert sums.tolist() == [[0, 0, 0], [2 * tokens, tokens, len("人 人".encode())]]
