@@ -25,7 +25,8 @@ EPILOG = """examples:
   python tools/convert_checkpoint.py --load-dir runs/zh --average-checkpoints 6 --save-dir SmolLM2-135M-zh
   python tools/convert_checkpoint.py --load-dir runs/zh --use-ema --save-dir SmolLM2-135M-zh
 
-exit codes: 0 converted, 1 nothing converted because a disk failed, 2 nothing converted because the folders or the flags are wrong
+exit codes: 0 converted, 1 nothing converted because a disk failed, 2 nothing converted because the folders or the flags are wrong,
+130 interrupted
 """
 
 _METHODS = ("mean", "random", "mean_all")
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted, so nothing was converted", file=sys.stderr)
+        return 130
     except OSError as error:
         print(f"{PROG}: {error.filename or 'a file'}: {error.strerror}, so nothing was converted", file=sys.stderr)
         return 1

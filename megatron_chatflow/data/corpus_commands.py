@@ -17,7 +17,8 @@ def merge_main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="merge_datasets.py",
         description="All corpora of a folder as one, in the order of their names. Their manifests are merged too, and must name one tokenizer.",
-        epilog="exit codes: 0 written, 1 nothing written because a disk failed, 2 nothing written because the corpora or the flags are wrong",
+        epilog="exit codes: 0 written, 1 nothing written because a disk failed, "
+        "2 nothing written because the corpora or the flags are wrong, 130 interrupted",
         allow_abbrev=False,
     )
     parser.add_argument("--input", required=True, metavar="DIR", help="folder with a .bin and an .idx of each corpus")
@@ -36,6 +37,9 @@ def merge_main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"merge_datasets.py: {error.filename or arguments.output_prefix}: {error.strerror}, so nothing was written", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("merge_datasets.py: interrupted, so nothing was written", file=sys.stderr)
+        return 130
     files = ".bin, .idx and .json" if manifest else ".bin and .idx (no manifest, as none of the parts has one)"
     print(f"{merged.prefix}{files}: {len(prefixes)} corpora, {merged.num_documents:,} documents, {merged.num_tokens:,} tokens")
     return 0

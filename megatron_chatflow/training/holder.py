@@ -8,6 +8,7 @@ import os
 import socket
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -77,8 +78,12 @@ def read_holder(file: int) -> Holder | None:
 
 def kernel() -> tuple[str, str]:
     """(which kernel this is since it was booted, the namespace of process numbers)."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return boot, os.readlink("/proc/self/ns/pid")
+    boot, namespace = socket.gethostname(), ""  # in containers that hide the rest
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return boot, namespace
 
 
 def _process(pid: int) -> tuple[int | None, str | None]:
