@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from megatron_chatflow.curriculum.model import CLOCKS, KINDS, ON_EXHAUSTED, Curriculum, Domain, Stage
 from megatron_chatflow.curriculum.ramps import RAMPS, valid_ramp
-from megatron_chatflow.utils.user_files import control_character, load_yaml, valid_name
+from megatron_chatflow.utils.user_files import control_character, load_yaml, valid_name, visible
 
 _SUFFIXES = ("_text_document", "_document")
 
@@ -48,7 +48,7 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
     """
 
     def fail(key: str, problem: str, advice: str) -> NoReturn:
-        raise ValueError(f"{source}: {key}: {problem}; {advice}")
+        raise ValueError(visible(f"{source}: {key}: {problem}; {advice}"))
 
     if not isinstance(mapping, Mapping):
         fail("curriculum", f"a mapping is expected, found {_kind(mapping)}", "write clock, domains and stages")

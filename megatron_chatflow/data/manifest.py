@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_chatflow.utils.user_files import load_json
+from megatron_chatflow.utils.user_files import load_json, visible
 
 _TOKENIZER_TYPES = {"type": str, "name": str, "hash": str, "vocab_size": int, "eod": int | None}
 _TYPES = {
@@ -123,4 +123,4 @@ def _fits(value: Any, expected: Any) -> bool:
 
 
 def _refusal(path: str, problem: str) -> ValueError:
-    return ValueError(f"manifest {path} {problem}: preprocess the corpus again, or delete the manifest to read the corpus without it")
+    return ValueError(visible(f"manifest {path} {problem}: preprocess the corpus again, or delete the manifest to read the corpus without it"))

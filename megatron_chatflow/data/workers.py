@@ -123,8 +123,8 @@ def _result(future: "Future[Encoded]", pool: ProcessPoolExecutor) -> Encoded:
         try:
             return future.result(timeout=1)
         except TimeoutError:
-            if future.done():  # the worker's own error
-                raise
+            if future.done():
+                return future.result()
         stopped = [process.pid for process in pool._processes.values() if is_stopped(process.pid)]
         # Counted, not measured: this process may have been stopped with its workers.
         seconds = Counter({pid: seconds[pid] + 1 for pid in stopped})
