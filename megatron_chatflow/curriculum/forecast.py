@@ -10,14 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_chatflow.curriculum.model import Curriculum, Domain
+from megatron_chatflow.curriculum.model import MOST_SAMPLES, Curriculum, Domain
 from megatron_chatflow.curriculum.plan import BlendPlan
 
 MANY_EPOCHS = 4
 """Beyond this many epochs repeated text is worth much less than new text (Muennighoff et al. 2023, arXiv 2305.16264)."""
-
-_MOST_SAMPLES = 1 << 53
-"""No run is this long: a domain that can give so many never runs out."""
 
 
 class DomainForecast(NamedTuple):
@@ -160,7 +157,7 @@ def _limit(plan: BlendPlan, domain: Domain, epoch: int) -> int | None:
 
 
 def _epochs(times: float, epoch: int) -> int:
-    return min(int(Fraction(str(times)) * epoch), _MOST_SAMPLES)
+    return min(int(Fraction(str(times)) * epoch), MOST_SAMPLES)
 
 
 def _exhausted_at(plan: BlendPlan, domain: int, limit: int | None) -> int | None:

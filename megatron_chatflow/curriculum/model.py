@@ -10,6 +10,8 @@ from typing import Any
 CLOCKS = ("samples", "iterations", "tokens")
 KINDS = ("text", "instruct")
 ON_EXHAUSTED = ("repeat", "redistribute", "stop", "error")
+MOST_SAMPLES = 1 << 53
+"""Of a run: above it float64 skips whole numbers."""
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ import hashlib
 import itertools
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
 
-from megatron_chatflow.curriculum.model import ON_EXHAUSTED, Curriculum, Domain, Stage
+from megatron_chatflow.curriculum.model import KINDS, MOST_SAMPLES, ON_EXHAUSTED, Curriculum, Domain, Stage
 from megatron_chatflow.curriculum.pieces import Piece, Segment, build
 from megatron_chatflow.curriculum.ramps import valid_ramp
 from megatron_chatflow.curriculum.schedule import Knot, grid_shares, resolve
-from megatron_chatflow.utils.user_files import load_json
+from megatron_chatflow.utils.user_files import load_json, valid_name, visible
 
 PLAN_VERSION = 2
 """Raised by every change that moves the order of samples. Ledgers of `READ_VERSIONS` keep the order that they began with, amendments included."""
@@ -253,11 +253,13 @@ class BlendPlan:
             sizes = _sizes(ledger["num_samples"], ledger["global_batch_size"], ledger["seq_length"])
             domains = {name: Domain(name, **entry) for name, entry in ledger["domains"].items()}
             segments = tuple(Segment(s["start"], tuple(Knot(**knot) for knot in s["stages"]), s.get("capacities")) for s in ledger["segments"])
+            _check_domains(domains.values())
             _check_segments(segments, sizes[0], domains, ledger["on_exhausted"])
             curriculum = _curriculum(domains, segments[-1].knots, ledger["on_exhausted"])
             return cls.__new__(cls)._set(domains, curriculum, sizes, segments, (), ledger["version"])
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"the plan is damaged ({type(error).__name__}: {error}); restore plan.json from the checkpoint") from None
+            problem = f"the plan is damaged ({type(error).__name__}: {error}); restore plan.json from the checkpoint"
+            raise ValueError(visible(problem)) from None
 
     def fingerprint(self) -> str:
         """SHA-256 of what decides the order of the samples, as hex. Two plans of one fingerprint are the same function.
@@ -304,6 +306,8 @@ def _sizes(num_samples: int, global_batch_size: int, seq_length: int) -> tuple[i
     for key, value in sizes.items():
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
             raise ValueError(f"{key}: {value!r} is not a positive whole number; give at least 1")
+        if value > MOST_SAMPLES:
+            raise ValueError(f"{key}: {value} is more than 2^53; give a smaller number")
     return tuple(operator.index(value) for value in sizes.values())
 
 
@@ -316,7 +320,7 @@ def _segment(curriculum: Curriculum, start: int, sizes: tuple[int, int, int], ca
             raise ValueError(f"capacities: domain {name!r} is missing, and on_exhausted: redistribute reads it; give the samples it holds in all")
         if capacities[name] < 0:
             raise ValueError(f"capacities: {capacities[name]} of domain {name!r} is negative; give 0 or more samples")
-    return Segment(start, _in_force(knots, start), {name: operator.index(capacities[name]) for name in sorted(curriculum.domains)})
+    return Segment(start, _in_force(knots, start), {name: min(operator.index(capacities[name]), MOST_SAMPLES) for name in sorted(curriculum.domains)})
 
 
 def _in_force(knots: tuple[Knot, ...], start: int) -> tuple[Knot, ...]:
@@ -327,6 +331,21 @@ def _in_force(knots: tuple[Knot, ...], start: int) -> tuple[Knot, ...]:
 def _until(knots: tuple[Knot, ...], stop: int) -> tuple[Knot, ...]:
     """The knots that decide anything before sample `stop`: those before it, and the one after that they move to."""
     return knots[: 1 + next((i for i, knot in enumerate(knots) if knot.at >= stop), len(knots))]
+
+
+def _check_domains(domains: Iterable[Domain]) -> None:
+    """Raises KeyError where a ledger says what no plan writes."""
+    for domain in domains:
+        sound = (
+            valid_name(domain.name)
+            and isinstance(domain.path, str)
+            and domain.kind in KINDS
+            and isinstance(domain.valid, str | None)
+            and isinstance(domain.train_on_prompt, bool)
+            and (domain.max_epochs is None or (type(domain.max_epochs) in (int, float) and 0 < domain.max_epochs <= 1e300))
+        )
+        if not sound:
+            raise KeyError(domain.name)
 
 
 def _check_segments(segments: Sequence[Segment], num_samples: int, domains: Mapping[str, Domain], on_exhausted: str) -> None:
@@ -342,7 +361,16 @@ def _check_segments(segments: Sequence[Segment], num_samples: int, domains: Mapp
         and all(a.at < b.at for segment in segments for a, b in itertools.pairwise(segment.knots))
         and all(type(place) is int for place in (*starts, *(knot.at for knot in knots)))
         and all(valid_ramp(knot.ramp) and knot.weights and domains.keys() >= knot.weights.keys() for knot in knots)
-        and all(0 < weight <= 1e300 for knot in knots for weight in knot.weights.values())
+        and all(type(weight) in (int, float) and 0 < weight <= 1e300 for knot in knots for weight in knot.weights.values())
+        and all(isinstance(knot.name, str) for knot in knots)
+        and all(
+            segment.capacities is None
+            or (
+                domains.keys() >= segment.capacities.keys()
+                and all(type(value) is int and 0 <= value <= MOST_SAMPLES for value in segment.capacities.values())
+            )
+            for segment in segments
+        )
     )
     if not sound:
         raise KeyError("segments")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def is_stopped(pid: int) -> bool:
-    """Return whether a process is stopped by a signal (SIGSTOP), on Linux; a debugger's does not count."""
+    """Return whether a process is stopped by a signal (Linux); one in a debugger does not count."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -24,7 +24,17 @@ BYTES = {"tokenizer_type": "ByteLevelTokenizer"}
 
 def _chunks(count: int, size: int = 20):
     for number in range(1, count + 1):
-        yield 0, Chunk(number, number + 1, json.dumps({"text": "x" * size}).encode() + b"\n", "jsonl", 0, "")
+        yield (
+            0,
+            Chunk(
+                number,
+                number + 1,
+                json.dumps({"text": "x" * size}).encode() + b"\n",
+                "jsonl",
+                0,
+                "",
+            ),
+        )
 
 
 def _workers(others: set[psutil.Process]) -> set[psutil.Process]:
@@ -35,7 +45,7 @@ def _workers(others: set[psutil.Process]) -> set[psutil.Process]:
 
 @pytest.fixture
 def signalled(monkeypatch):
-    """A function: signal, chunks -> what `encode` gives when the first worker gets the signal in the midst of them."""
+    """A function: signal, chunks -> what `encode` gives when the workers get the signal."""
     monkeypatch.setattr(workers, "STOPPED_SECONDS", 2)
     others = set(psutil.Process().children())
 
@@ -61,7 +71,9 @@ def signalled(monkeypatch):
 
 def test_a_stopped_worker_ends_the_run_and_is_named(signalled):
     began = time.monotonic()
-    with pytest.raises(WorkerDied, match=r"worker process \d+ is stopped \(SIGSTOP\) for 2 s: .*kill -CONT"):
+    with pytest.raises(
+        WorkerDied, match=r"worker process \d+ is stopped \(SIGSTOP\) for 2 s: .*kill -CONT"
+    ):
         signalled(signal.SIGSTOP, _chunks(100))
     assert time.monotonic() - began < 20
 
@@ -90,13 +102,37 @@ def test_a_stopped_worker_ends_the_command_with_what_to_do_and_a_slow_one_does_n
     with open(tmp_path / "a.jsonl", "w") as file:
         for _ in range(12):
             file.write(json.dumps({"text": "free and equal " * 70_000}) + "\n")
-    command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", "a.jsonl", "--output-prefix", "out/x", "--workers", "2"]
-    command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", ROOT / "examples" / "quickstart" / "tokenizer.model"]
+    command = [
+        sys.executable,
+        ROOT / "tools" / "preprocess_data.py",
+        "--input",
+        "a.jsonl",
+        "--output-prefix",
+        "out/x",
+        "--workers",
+        "2",
+    ]
+    command += [
+        "--tokenizer-type",
+        "SentencePieceTokenizer",
+        "--tokenizer-model",
+        ROOT / "examples" / "quickstart" / "tokenizer.model",
+    ]
     process = psutil.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while not (found := [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]):
+    while not (
+        found := [
+            child for child in process.children() if "spawn_main" in " ".join(child.cmdline())
+        ]
+    ):
         time.sleep(0.1)
     os.kill(found[0].pid, signal.SIGSTOP)
     _, message = process.communicate(timeout=100)
-    assert process.returncode == 1 and f"worker process {found[0].pid} is stopped" in message and "Traceback" not in message
-    subprocess.run([*command, "--resume"], cwd=tmp_path, check=True, capture_output=True, timeout=100)
+    assert (
+        process.returncode == 1
+        and f"worker process {found[0].pid} is stopped" in message
+        and "Traceback" not in message
+    )
+    subprocess.run(
+        [*command, "--resume"], cwd=tmp_path, check=True, capture_output=True, timeout=100
+    )
     assert (tmp_path / "out" / "x_text_document.idx").exists()

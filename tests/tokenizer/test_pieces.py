@@ -92,7 +92,9 @@ def test_prose_is_encoded_in_pieces_of_about_the_size(tokenizer, monkeypatch):
 @pytest.mark.parametrize("pattern", [None, bases.LLAMA3])
 @pytest.mark.parametrize("ignore_merges", [False, True])
 def test_split_patterns_do_not_depend_on_the_pieces(tmp_path, small_pieces, pattern, ignore_merges):
-    backend = tokenizers.Tokenizer.from_str(bases.english_bytes(1000, pattern, ignore_merges).decode())
+    backend = tokenizers.Tokenizer.from_str(
+        bases.english_bytes(1000, pattern, ignore_merges).decode()
+    )
     backend.normalizer = tokenizers.normalizers.NFC()
     backend.add_special_tokens(["<|endoftext|>"])
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -103,9 +105,19 @@ def test_split_patterns_do_not_depend_on_the_pieces(tmp_path, small_pieces, patt
 
 
 @pytest.mark.parametrize("name", ["nmt_nfkc", "nfkc_cf", "identity"])
-@pytest.mark.parametrize("options", [{}, {"add_dummy_prefix": False}, {"remove_extra_whitespaces": False}, {"split_by_whitespace": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"add_dummy_prefix": False},
+        {"remove_extra_whitespaces": False},
+        {"split_by_whitespace": False},
+    ],
+)
 def test_normalizers_do_not_depend_on_the_pieces(tmp_path, small_pieces, name, options):
-    model = samples.write_sentencepiece(tmp_path / "a.model", normalization_rule_name=name, **options)
+    model = samples.write_sentencepiece(
+        tmp_path / "a.model", normalization_rule_name=name, **options
+    )
     tokenizer = load_tokenizer("SentencePieceTokenizer", tokenizer_model=model)
     for seed in range(3):
         _pieces_of(tokenizer, _long_text(seed, SNIPPETS, 10_000))
