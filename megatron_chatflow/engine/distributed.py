@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import itertools
 import os
 import resource
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -111,28 +113,26 @@ def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[dist.Store, Li
     def agent_port(own: int | None, left: float) -> int:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         require_agent(launch, left)
-        # torch's client waits without a deadline for an agent that is stopped.
-        faulthandler.dump_traceback_later(seconds + 5, exit=True)
         try:
-            agent = open_store(launch.master_addr or "", launch.master_port or 0)
-            shared = dist.PrefixStore(f"chatflow/{attempt}/{next(_meetings)}", agent)
-            if own is not None:
-                return int(shared.compare_set("port", "", str(own)))
-            shared.wait(["port"], datetime.timedelta(seconds=max(left, 1)))
-            return int(shared.get("port"))
+            with _deadline(seconds + 5):
+                agent = open_store(launch.master_addr or "", launch.master_port or 0)
+                shared = dist.PrefixStore(f"chatflow/{attempt}/{next(_meetings)}", agent)
+                if own is not None:
+                    return int(shared.compare_set("port", "", str(own)))
+                shared.wait(["port"], datetime.timedelta(seconds=max(left, 1)))
+                return int(shared.get("port"))
         except dist.DistStoreError:
             raise LaunchError(
                 f"rank 0 has not come within {seconds} s to the agent of torchrun at "
                 f"{launch.master_addr}, port {launch.master_port}; see what it printed",
                 exit_code=1,
             ) from None
-        finally:
-            faulthandler.cancel_dump_traceback_later()
 
     try:
         met = meet(launch, seconds, serve, gpu, agent_port if launch.has_agent else None)
-        own = open_store(met.host, met.port)
-        store = served[0] if served else open_store(met.host, met.port)
+        with _deadline(seconds + 5):
+            own = open_store(met.host, met.port)
+            store = served[0] if served else open_store(met.host, met.port)
     except dist.DistError as error:
         raise LaunchError(
             f"rank {launch.rank} on {node_name()} cannot use the job's store: "
@@ -140,6 +140,17 @@ def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[dist.Store, Li
             exit_code=1,
         ) from None
     return store, Lifeline(own, launch.rank, met.names, seconds)
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """End the process if what is inside takes longer: torch's client of a store that is stopped
+    waits without an end, and lets no other thread run."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _allow_connections(count: int) -> None:
