@@ -61,7 +61,20 @@ class TikToken(Tokenizer):
         super().__init__(type=type, name=name, vocab_size=size, eod=eod, bos=bos, pad=pad, fingerprint=digest("tiktoken", content, size, eod))
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        """Return the ids of `text`.
+
+        Raises:
+            ValueError: the library fails on it, as on white space of a million characters.
+        """
+        try:
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # no subclass of Exception
+                raise
+            raise ValueError(
+                f"{self.type}: the library cannot split a text of {len(text):,} characters that begins with "
+                f"{text[:40]!r} ({error}): take it out, or shorten its white space"
+            ) from None
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         if num_threads == 1:

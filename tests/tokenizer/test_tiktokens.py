@@ -93,3 +93,10 @@ def test_files_of_another_kind_are_refused(tmp_path, content, reason):
     with pytest.raises(ValueError, match=r"x\.json is not a tiktoken vocabulary in JSON .*: give Megatron's list") as error:
         load(tmp_path / "x.json")
     assert reason in str(error.value)
+
+
+def test_a_text_that_the_library_cannot_split_is_one_message(files):
+    tokenizer = load_tokenizer("TikTokenizer", tokenizer_model=files / "tiktoken.json")
+    with pytest.raises(ValueError, match="the library cannot split a text of 1,000,001 characters that begins with 'x ") as error:
+        tokenizer.encode("x" + " " * 1_000_000)
+    assert "\n" not in str(error.value)

@@ -88,6 +88,29 @@ def test_a_pipe_of_which_the_end_is_missing_is_refused(folder):
     assert result.returncode == 2 and b"cannot be read to its end" in result.stderr and b"Traceback" not in result.stderr
 
 
+_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy
+from megatron_chatflow.data.preprocess_command import main
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+sys.exit(main())
+"""
+
+
+def test_too_little_memory_is_one_message(folder):
+    (folder / "a.jsonl").write_bytes(b'{"text": "' + b"x" * (40 << 20) + b'"}\n')
+    command = [sys.executable, "-c", _LITTLE_MEMORY, *arguments("--workers", "1")]
+    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
+    result = subprocess.run(command, cwd=folder, capture_output=True, env=environment, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.decode() == (
+        "preprocess_data.py: not enough memory: try fewer --workers, or a smaller "
+        "--max-document-bytes; nothing was written: start it again\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
