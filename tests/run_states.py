@@ -1,0 +1,377 @@
+"""The run directory against a simple model of what must be loadable: hypothesis chooses what happens to it.
+
+    python tests/run_states.py                      # a minute
+    python tests/run_states.py --minutes 30         # thirty
+
+Every step is the installed command in a process of its own: training on, with synchronous or
+asynchronous saves, killed at a file operation of the run directory or left alone; back to an older
+checkpoint; with iterations skipped; with another curriculum; with old checkpoints removed; and
+between them checkpoints and the pointer are damaged, and checkpoints are averaged.
+
+The model knows for each checkpoint what its weights were trained on: for every iteration the
+curriculum in force and whether it was skipped (a *history*). After each step
+
+- the pointer names a checkpoint that is there and, unless this test damaged it, intact;
+- checkpoints of equal histories have equal bits, whatever happened in between;
+- the run continued from the newest intact checkpoint of its own history, or from the one asked for;
+- metrics.jsonl has each iteration up to the pointer's once, with the loss of that history;
+- nothing printed a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+BATCH, LONGEST = 16, 20
+VERSIONS = (
+    [{"name": "a", "at": 0, "weights": {"en": 0.7, "zh": 0.3}}],
+    [{"name": "b", "at": 0, "weights": {"en": 0.2, "zh": 0.8}}],
+)
+"""Curricula that the run may have; each in force from an iteration on."""
+MODEL = {
+    "num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 32,
+    "position_embedding_type": "rope", "normalization": "RMSNorm", "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+}  # fmt: skip
+
+Amendments = tuple[tuple[int, int], ...]
+"""((iteration after which it is in force, number in VERSIONS), ...)."""
+History = tuple[tuple[Amendments, bool], ...]
+"""For each iteration the amendments known to it, and whether it was skipped."""
+
+
+def command(log: Path, words: list[str], fault: tuple[Any, ...] | None) -> None:
+    """In a process of its own: `chatflow WORDS`, its output in `log`, killed at a file operation where `fault` says."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1)
+    from megatron_chatflow.__main__ import main
+    from tests.fault_points import kill_at
+
+    try:
+        if fault:
+            kill_at(*fault)
+        code = main(words)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+@dataclasses.dataclass
+class Saved:
+    """A checkpoint folder as the model knows it."""
+
+    history: History
+    stamp: int
+    """When its state.json was written: tells a replaced folder."""
+    branch: int
+    """The branch that it was made on; see `RunDirectory.course`."""
+    damaged: bool = False
+
+
+class World:
+    """What all examples share: corpora, processes to fork from, and the bits of each history."""
+
+    def __init__(self, folder: Path) -> None:
+        import yaml
+
+        from tests.audit import TINY
+        from tests.chaos import preload
+        from tests.sample import DOMAINS, build
+
+        self.folder, self.context = folder, preload()
+        (folder / "corpora").mkdir()
+        build(folder / "corpora")
+        training = {"micro_batch_size": BATCH, "global_batch_size": BATCH, "train_samples": LONGEST * BATCH}
+        run = TINY | {"model": MODEL, "training": training, "logging": {"log_interval": 1}, "validation": {"eval_iters": 0}}
+        run["data"] = run["data"] | {"seq_length": 16}
+        (folder / "run.yaml").write_text(yaml.safe_dump(run))
+        for number, stages in enumerate(VERSIONS):
+            domains = {name: {"path": str(folder / "corpora" / DOMAINS[name][0])} for name in ("en", "zh")}
+            (folder / f"curriculum{number}.yaml").write_text(yaml.safe_dump({"domains": domains, "stages": stages}))
+        self.bits: dict[History, str] = {}
+        self.losses: dict[History, float | None] = {}
+        self.counts: Counter[str] = Counter()
+        self.instants: Counter[str] = Counter()
+
+
+world: World
+
+
+class RunDirectory(RuleBasedStateMachine):
+    """One run directory."""
+
+    @initialize()
+    def start(self) -> None:
+        self.run = Path(tempfile.mkdtemp(prefix="run-", dir=world.folder)) / "run"
+        self.log = self.run.parent / "log"
+        self.saved: dict[int, Saved] = {}
+        self.pointer: int | None = None
+        self.pointer_damaged = False
+        self.launches = 0
+        self.course: list[tuple[int, int]] = []
+        """The current course: (branch, last iteration that belongs to it), oldest first."""
+        self.course_file: bytes | None = None
+        """What the run has written of it."""
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.run.parent, ignore_errors=True)
+
+    # --- what happens -------------------------------------------------------------------------
+
+    @rule(
+        more=st.integers(1, 4),
+        asynchronous=st.booleans(),
+        version=st.sampled_from([0, 0, 0, 1]),
+        skip=st.sets(st.integers(1, 3), max_size=1),
+        back=st.one_of(st.none(), st.none(), st.integers(0, 30)),
+        keep=st.sampled_from([None, None, 2]),
+        fault=st.one_of(st.none(), st.integers(1, 120)),
+    )
+    def train(self, more: int, asynchronous: bool, version: int, skip: set[int], back: int | None, keep: int | None, fault: int | None) -> None:
+        """Go on by some iterations, from an older checkpoint where `back` is given, killed at an operation where `fault` is."""
+        intact = sorted(i for i, s in self.saved.items() if not s.damaged)
+        step = intact[back % len(intact)] if back is not None and intact else None
+        if step is None and self.pointer is not None and not self.candidates():
+            self.refused(version)
+            return
+        begin = step if step is not None else max(self.candidates(), default=0)
+        stop = min(begin + more, LONGEST)
+        words = ["train", "--config", str(world.folder / "run.yaml"), "--curriculum", str(world.folder / f"curriculum{version}.yaml")]
+        words += ["--save", str(self.run), "--load", str(self.run), "--save-interval", "2", "--exit-interval", str(stop or 1)]
+        words += ["--amend-curriculum"] if self.saved else []
+        words += ["--async-save"] if asynchronous else []
+        words += ["--most-recent-k", str(keep)] if keep else []
+        words += ["--ckpt-step", str(step)] if step is not None else []
+        skipped = sorted(begin + s for s in skip)
+        words += ["--iterations-to-skip", *map(str, skipped)] if skipped else []
+        note = self.run.parent / "instant"
+        note.unlink(missing_ok=True)
+        code, said = self.command(words, (self.run, fault, note) if fault else None)
+        world.counts["trained" + (", back" if step is not None else "") + (", skipping" if skipped else "")] += 1
+        killed = note.exists()
+        if killed:
+            world.counts["killed"] += 1
+            world.instants[re.sub(r"[0-9a-f]{6,}|\d+", "N", note.read_text().strip())] += 1
+        assert code in ((-9, 0, 1) if killed else (0,)), said
+        if code != -9 or "loaded" in said:
+            from_ = re.search(r"going on after iteration (\d+)", said)
+            assert from_ is None or int(from_[1]) == begin, (begin, said)
+            assert (from_ is not None) == (begin > 0) or killed or begin == stop, (begin, said)
+        self.observe(begin, stop, version, set(skipped), step is not None, keep, killed, said)
+
+    @rule(which=st.integers(0, 30), how=st.sampled_from(["flip", "cut", "remove"]), file=st.integers(0, 30))
+    def damage(self, which: int, how: str, file: int) -> None:
+        """Damage one file of a checkpoint."""
+        if not self.saved:
+            return
+        iteration = sorted(self.saved)[which % len(self.saved)]
+        files = sorted(path for path in self.folder(iteration).iterdir() if path.is_file())
+        path = files[file % len(files)]
+        if how == "remove":
+            path.unlink()
+        else:
+            data = bytearray(path.read_bytes())
+            if how == "cut":
+                del data[len(data) // 2 :]
+            else:
+                data[len(data) // 3] ^= 0x10
+            path.write_bytes(bytes(data))
+        self.saved[iteration].damaged = True
+        if path.name == "state.json" and how == "remove":
+            del self.saved[iteration]  # without it the folder is no checkpoint
+        world.counts[f"damaged: {how}"] += 1
+
+    @rule(content=st.sampled_from([b"", b"\xff\xfe", "\u0663".encode(), b"9999", b"-1", None]))
+    def damage_pointer(self, content: bytes | None) -> None:
+        """Write something else into the pointer, or remove it; the next launch that saves writes it again."""
+        if self.pointer is None or content is None:
+            return
+        (self.run / "latest_checkpointed_iteration.txt").write_bytes(content)
+        self.pointer_damaged = True
+        world.counts["pointer damaged"] += 1
+
+    @rule(count=st.integers(1, 3))
+    def average(self, count: int) -> None:
+        """The mean of the last checkpoints is of this course and of intact ones alone, or refused."""
+        if self.pointer is None or self.pointer_damaged:
+            return
+        from megatron_chatflow.config import UsageError
+        from megatron_chatflow.training.chosen_weights import choose_weights
+
+        world.counts["averaged"] += 1
+        try:
+            folders = choose_weights(self.run, None, count).folders
+        except UsageError:
+            return
+        latest = self.saved[self.pointer].history
+        for folder in folders:
+            history = self.saved[int(folder.name[5:])].history
+            assert history == latest[: len(history)], f"{folder} is of another course"
+
+    def refused(self, version: int) -> None:
+        """Nothing of this course can be loaded: one message, nothing is written, and a person starts again."""
+        before = sorted(path.relative_to(self.run) for path in self.run.rglob("*"))
+        words = ["train", "--config", str(world.folder / "run.yaml"), "--curriculum", str(world.folder / f"curriculum{version}.yaml")]
+        code, said = self.command([*words, "--save", str(self.run), "--load", str(self.run), "--amend-curriculum"])
+        assert code == 2 and "no sound checkpoint" in said and len(said.strip().splitlines()) == 1, said
+        assert before == sorted(path.relative_to(self.run) for path in self.run.rglob("*"))
+        world.counts["refused: nothing intact"] += 1
+        self.teardown()
+        self.start()
+
+    # --- the model ----------------------------------------------------------------------------
+
+    def written_course(self) -> bytes | None:
+        path = self.run / "lineage.json"
+        return path.read_bytes() if path.exists() else None
+
+    def folder(self, iteration: int) -> Path:
+        return self.run / f"iter_{iteration:07d}"
+
+    def command(self, words: list[str], fault: tuple[Any, ...] | None = None) -> tuple[int, str]:
+        """Exit code and output of a command."""
+        process = world.context.Process(target=command, args=(self.log, words, fault))
+        process.start()
+        process.join(120)
+        hangs = process.exitcode is None
+        if hangs:
+            process.kill()
+            process.join()
+        said = self.log.read_text(errors="replace") if self.log.exists() else ""
+        assert not hangs, f"hangs: {words}\n{said}"
+        assert "Traceback" not in said, f"{words}\n{said}"
+        return process.exitcode, said
+
+    def candidates(self) -> list[int]:
+        """The iterations of intact checkpoints that the current course went through."""
+        if self.pointer is None:
+            return []
+        limits = dict(self.course)
+        return [i for i, s in self.saved.items() if not s.damaged and i <= limits.get(s.branch, -1) and (self.pointer_damaged or i <= self.pointer)]
+
+    def history(self, begin: int, stop: int, version: int, skipped: set[int]) -> History:
+        """The history of a launch that goes from iteration `begin` to `stop`."""
+        past: History = self.saved[begin].history if begin else ()
+        amendments = past[-1][0] if past else ((0, version),)
+        if amendments[-1][1] != version:
+            amendments = (*amendments, (begin, version))
+        return (*past, *((amendments, i in skipped) for i in range(begin + 1, stop + 1)))
+
+    def observe(self, begin: int, stop: int, version: int, skipped: set[int], back: bool, keep: int | None, killed: bool, said: str) -> None:
+        """Compare the folder with what may have happened, and take over what did."""
+        from megatron_chatflow.training import manifest
+        from megatron_chatflow.training.run_directory import complete_iterations, latest_iteration
+
+        history = self.history(begin, stop, version, skipped)
+        left = [i for i in self.candidates() if i > begin]
+        branched = self.written_course() != self.course_file
+        assert branched or killed or not left, f"no new branch from {begin}, with {left} left behind\n{said}"
+        if branched:
+            self.launches += 1
+            self.course = [(branch, min(last, begin)) for branch, last in self.course] + [(self.launches, LONGEST)]
+            self.course_file = self.written_course()
+        there = {i: os.stat(self.folder(i) / "state.json").st_mtime_ns for i in complete_iterations(self.run)} if self.run.exists() else {}
+        fresh = {i for i, stamp in there.items() if i not in self.saved or self.saved[i].stamp != stamp}
+        gone = set(self.saved) - set(there)
+        assert fresh <= {i for i in range(begin + 1, stop + 1) if i % 2 == 0 or i == stop}, (fresh, begin, stop, said)
+        assert not gone or keep, (gone, said)
+        if not killed and stop > begin:
+            assert stop in fresh, (fresh, begin, stop, said)
+        for i in gone:
+            del self.saved[i]
+        for i in fresh:
+            self.saved[i] = Saved(history[:i], there[i], self.course[-1][0])
+        pointer = latest_iteration(self.run) if fresh or not self.pointer_damaged else self.pointer
+        assert pointer in {None if self.pointer is None else self.pointer, *fresh}, (pointer, self.pointer, fresh, said)
+        if not killed and fresh:
+            assert pointer == stop, (pointer, stop, said)
+        self.pointer_damaged = self.pointer_damaged and not fresh
+        self.pointer = pointer
+        for i in fresh:
+            wrong = manifest.damage(self.folder(i), lambda *_: True)
+            assert wrong is None, wrong
+            digest = digest_of(self.folder(i))
+            assert world.bits.setdefault(history[:i], digest) == digest, f"other bits at iteration {i}: {history[:i]}\n{said}"
+        if pointer is not None and pointer in fresh and not killed:
+            self.compare_metrics(history[:pointer])
+
+    def compare_metrics(self, history: History) -> None:
+        """Each iteration once, with the loss that this history has always had."""
+        lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [record for record in map(json.loads, lines) if "samples" in record]
+        assert [record["iteration"] for record in records] == list(range(1, len(history) + 1)), [r["iteration"] for r in records]
+        for i, record in enumerate(records, 1):
+            loss = record.get("lm loss")
+            assert world.losses.setdefault(history[:i], loss) == loss, (i, loss, world.losses[history[:i]])
+
+
+def digest_of(folder: Path) -> str:
+    """A hash of the weights, the optimizer state and the place in the run."""
+    from megatron_chatflow.training.reading import read_tensors
+
+    digest = hashlib.sha256()
+    for name, tensor in read_tensors(folder):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().reshape(-1).view(dtype=__import__("torch").uint8).numpy().tobytes())
+    state = json.loads((folder / "state.json").read_text())
+    digest.update(json.dumps([state["iteration"], state["consumed_train_samples"]]).encode())
+    return digest.hexdigest()
+
+
+def explore(folder: Path, minutes: float, number: int) -> dict[str, Any]:
+    """Let hypothesis play for so many minutes; returns what was done. Raises AssertionError with the steps where the model is contradicted."""
+    global world
+    world = World(folder)
+    end, examples = time.monotonic() + 60 * minutes, 0
+    while time.monotonic() < end:
+        chosen = settings(
+            max_examples=3, stateful_step_count=12, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink] if minutes > 5 else [Phase.generate], print_blob=False,
+        )  # fmt: skip
+        run_state_machine_as_test(seed(number + examples)(type("Machine", (RunDirectory,), {})), settings=chosen)
+        examples += 1
+    return {
+        "examples": 3 * examples, "steps": dict(world.counts), "histories": len(world.bits), "instants of kills": len(world.instants),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory(prefix="states-") as folder:
+        result = explore(Path(folder), args.minutes, args.seed)
+    from tests.chaos import markdown
+
+    print(markdown({"steps": world.counts, "killed before": world.instants}))
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
