@@ -32,16 +32,14 @@ def kill_at(folder: Path, number: int, note: Path, only: str = "") -> None:
         note: a file, outside of `folder`, that gets the operation's kind and path.
         only: count operations of this kind alone; all kinds where it is empty.
     """
-    below, count = os.path.abspath(folder), multiprocessing.Value("l", 0)
+    below, count = os.path.abspath(folder), multiprocessing.RawValue("l", 0)
     inner = [False]
 
     def happens(kind: str, path: str) -> None:
         if only and kind != only:
             return
-        with count.get_lock():
-            count.value += 1
-            reached = count.value == number
-        if reached:
+        count.value += 1  # shared, without a lock that a killed process would leave behind
+        if count.value == number:
             inner[0] = True
             note.write_text(f"{kind} {os.path.relpath(path, below)}\n", encoding="utf-8")
             os.kill(os.getpid(), signal.SIGKILL)

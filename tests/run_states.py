@@ -200,8 +200,11 @@ class RunDirectory(RuleBasedStateMachine):
                 data[len(data) // 3] ^= 0x10
             path.write_bytes(bytes(data))
         self.saved[iteration].damaged = True
-        if path.name == "state.json" and how == "remove":
-            del self.saved[iteration]  # without it the folder is no checkpoint
+        if path.name == "state.json":
+            if how == "remove":
+                del self.saved[iteration]  # without it the folder is not a checkpoint
+            else:
+                self.saved[iteration].stamp = path.stat().st_mtime_ns
         world.counts[f"damaged: {how}"] += 1
 
     @rule(content=st.sampled_from([b"", b"\xff\xfe", "\u0663".encode(), b"9999", b"-1", None]))
@@ -305,7 +308,8 @@ class RunDirectory(RuleBasedStateMachine):
         for i in fresh:
             self.saved[i] = Saved(history[:i], there[i], self.course[-1][0])
         pointer = latest_iteration(self.run) if fresh or not self.pointer_damaged else self.pointer
-        assert pointer in {None if self.pointer is None else self.pointer, *fresh}, (pointer, self.pointer, fresh, said)
+        sent_back = {begin} if branched and begin else set()
+        assert pointer in {self.pointer, *sent_back, *fresh}, (pointer, self.pointer, fresh, said)
         if not killed and fresh:
             assert pointer == stop, (pointer, stop, said)
         self.pointer_damaged = self.pointer_damaged and not fresh
