@@ -146,7 +146,7 @@ def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[dist.Store, Li
 def _deadline(seconds: float) -> Iterator[None]:
     """End the process if what is inside takes longer: torch's client of a store that is stopped
     waits without an end, and lets no other thread run."""
-    faulthandler.dump_traceback_later(seconds, exit=True)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # sys.stderr may be no file
     try:
         yield
     finally:
