@@ -137,7 +137,7 @@ def flip(run: Path) -> None:
         (lambda r: edit_yaml(r / "config.yaml", "model", untie_embeddings_and_output_weights=True), "has no output_layer.weight"),
         (lambda r: edit_yaml(r / "config.yaml", "tokenizer", vocab_size=1000), "embedding.word_embeddings.weight is [512, 72]"),
         (lambda r: shutil.rmtree(r / "huggingface"), "is not there"),
-        (lambda r: (r / "latest_checkpointed_iteration.txt").unlink(), "holds no checkpoint"),
+        (lambda r: (r / "latest_checkpointed_iteration.txt").unlink(), "latest_checkpointed_iteration.txt is missing"),
         (lambda r: (r / "iter_0000000" / "state.json").unlink(), "is not a complete checkpoint"),
     ],
 )

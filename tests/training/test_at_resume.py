@@ -191,7 +191,9 @@ def save(sample: Path, reference: Path, inputs: Inputs, tmp_path: Path) -> Any:
     def make(before: str = "") -> Saved:
         config = settings(sample, before)
         folder = tmp_path / "run" / "iter_0000010"
-        folder.mkdir(parents=True)
+        shutil.copytree(
+            reference / "iter_0000010", folder, ignore=shutil.ignore_patterns("manifest.json")
+        )
         (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("10\n")
         state = json.loads((reference / "iter_0000010" / "state.json").read_text())
         state["settings"] = settings_to_save(config, inputs.vocab_size, Schedule.of(config))
