@@ -218,6 +218,8 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         try:
             return os.makedirs(path, exist_ok=True)
         except (FileExistsError, FileNotFoundError):  # it existed a moment ago, or will
+            if os.path.isdir(path):  # made again since
+                return None
             if os.path.lexists(path) or attempt == _ATTEMPTS - 1:
                 raise
 
