@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -218,9 +219,11 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         try:
             return os.makedirs(path, exist_ok=True)
         except (FileExistsError, FileNotFoundError):  # it existed a moment ago, or will
-            if os.path.isdir(path):  # made again since
-                return None
-            if os.path.lexists(path) or attempt == _ATTEMPTS - 1:
+            with suppress(FileNotFoundError):  # one look: it may come and go between two
+                if stat.S_ISDIR(os.stat(path).st_mode):
+                    return None
+                raise
+            if attempt == _ATTEMPTS - 1:
                 raise
 
 
