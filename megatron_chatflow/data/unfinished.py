@@ -13,8 +13,8 @@ import fcntl
 import json
 import os
 import shutil
-import stat
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
