@@ -31,6 +31,7 @@ SMALLER = {
 NOT_RUN = {
     r"pip install -e \.": "the tests run in an environment that has it",
     r"bash tests/run\.sh": "it runs the tests",
+    r"python tests/.*": "it is a test",
     r"bash examples/quickstart/run\.sh": "tests/test_quickstart.py runs it",
     r"docker build .*": "needs docker",
     r"srun .*": "needs SLURM",

@@ -141,6 +141,7 @@ def test_the_image_installs_every_pin_but_what_nvidia_built():
     assert "pip install --no-deps \"$(grep '^megatron-core==' requirements.txt)\"" in recipe
 
 
+@pytest.mark.slow
 def test_the_environment_script_makes_one_once_and_works_in_a_folder_with_a_space(tmp_path: Path):
     project = tmp_path / "a project"
     (project / "tools").mkdir(parents=True)

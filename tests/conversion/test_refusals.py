@@ -202,6 +202,7 @@ def alone(*words: object) -> tuple[int, str, str]:
         os.environ["MASTER_PORT"] = "0"
 
 
+@pytest.mark.slow
 def test_of_two_conversions_into_one_folder_the_second_is_refused(
     pool: Pool, folders: Folders, runs: Folders, tmp_path: Path
 ) -> None:

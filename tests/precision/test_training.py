@@ -99,6 +99,7 @@ def test_delayed_scaling_resumes_to_the_same_bits_whenever_it_is_validated(pool:
     assert parts == whole
 
 
+@pytest.mark.slow
 def test_checkpoints_pass_between_fp8_and_bfloat16(pool: Pool, sample: Path, one: dict, bf16: list[dict]) -> None:
     flags = ["--finetune", "--train-iters", "2", "--eval-interval", "2"]
     for source, name, words in (("delayed", "into-bf16", []), ("bf16", "into-delayed", RECIPES["delayed"]), ("delayed", "into-mx", RECIPES["mxfp8"])):

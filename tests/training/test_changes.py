@@ -127,6 +127,7 @@ def test_a_run_that_was_finished_is_lengthened(story: Story) -> None:
     story.audit(400, (0, STAGES))
 
 
+@pytest.mark.slow
 def test_a_longer_run_with_knots_in_percent_tells_another_past_and_is_amended(pool: Pool, sample: Path, tmp_path: Path) -> None:
     story = Story(pool, sample, tmp_path / "story")
     story.write(percent(STAGES, 320))
@@ -139,6 +140,7 @@ def test_a_longer_run_with_knots_in_percent_tells_another_past_and_is_amended(po
     story.audit(640, (0, STAGES), (128, doubled))
 
 
+@pytest.mark.slow
 def test_knots_in_iterations_move_with_the_batch_size_and_are_amended(pool: Pool, sample: Path, tmp_path: Path) -> None:
     story = Story(pool, sample, tmp_path / "story")
     story.write([stage | {"at": stage["at"] // 16} for stage in STAGES], clock="iterations")
