@@ -14,7 +14,8 @@ curriculum in force and whether it was skipped (a *history*). After each step
 - the pointer names a checkpoint that is there and, unless this test damaged it, intact;
 - checkpoints of equal histories have equal bits, whatever happened in between;
 - the run continued from the newest intact checkpoint of its own history, or from the one asked for;
-- metrics.jsonl has each iteration up to the pointer's once, with the loss of that history;
+- metrics.jsonl has each iteration up to the pointer's once, with the loss of that history (records
+  of a course are cut when it is left: those are missing where the run is sent back to it);
 - nothing printed a traceback.
 """
 
@@ -135,6 +136,8 @@ class RunDirectory(RuleBasedStateMachine):
         """The current course: (branch, last iteration that belongs to it), oldest first."""
         self.course_file: bytes | None = None
         """What the run has written of it."""
+        self.missing: set[int] = set()
+        """Iterations that may have no record: it was cut when their course was left, and the run was sent back to it."""
 
     def teardown(self) -> None:
         shutil.rmtree(self.run.parent, ignore_errors=True)
@@ -167,6 +170,8 @@ class RunDirectory(RuleBasedStateMachine):
         words += ["--ckpt-step", str(step)] if step is not None else []
         skipped = sorted(begin + s for s in skip)
         words += ["--iterations-to-skip", *map(str, skipped)] if skipped else []
+        if step is not None and step not in self.candidates():
+            self.missing = set(range(1, begin + 1))
         note = self.run.parent / "instant"
         note.unlink(missing_ok=True)
         code, said = self.command(words, (self.run, fault, note) if fault else None)
@@ -292,6 +297,7 @@ class RunDirectory(RuleBasedStateMachine):
         left = [i for i in self.candidates() if i > begin]
         branched = self.written_course() != self.course_file
         assert branched or killed or not left, f"no new branch from {begin}, with {left} left behind\n{said}"
+        self.missing = {i for i in self.missing if i <= begin}
         if branched:
             self.launches += 1
             self.course = [(branch, min(last, begin)) for branch, last in self.course] + [(self.launches, LONGEST)]
@@ -308,7 +314,7 @@ class RunDirectory(RuleBasedStateMachine):
         for i in fresh:
             self.saved[i] = Saved(history[:i], there[i], self.course[-1][0])
         pointer = latest_iteration(self.run) if fresh or not self.pointer_damaged else self.pointer
-        sent_back = {begin} if branched and begin else set()
+        sent_back = {begin} if begin else set()  # written before the course is
         assert pointer in {self.pointer, *sent_back, *fresh}, (pointer, self.pointer, fresh, said)
         if not killed and fresh:
             assert pointer == stop, (pointer, stop, said)
@@ -322,12 +328,19 @@ class RunDirectory(RuleBasedStateMachine):
         if pointer is not None and pointer in fresh and not killed:
             self.compare_metrics(history[:pointer])
 
+    def records(self) -> list[dict[str, Any]]:
+        """The records of iterations in metrics.jsonl, but for a half line at its end."""
+        path = self.run / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [record for record in (json.loads(line) for line in lines if line.endswith("\n")) if "samples" in record]
+
     def compare_metrics(self, history: History) -> None:
         """Each iteration once, with the loss that this history has always had."""
-        lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [record for record in map(json.loads, lines) if "samples" in record]
-        assert [record["iteration"] for record in records] == list(range(1, len(history) + 1)), [r["iteration"] for r in records]
-        for i, record in enumerate(records, 1):
+        records = self.records()
+        found = [record["iteration"] for record in records]
+        assert found == [i for i in range(1, len(history) + 1) if i in found or i not in self.missing], found
+        for record in records:
+            i = record["iteration"]
             loss = record.get("lm loss")
             assert world.losses.setdefault(history[:i], loss) == loss, (i, loss, world.losses[history[:i]])
 
