@@ -359,7 +359,7 @@ def digest_of(folder: Path) -> str:
 
 
 def explore(folder: Path, minutes: float, number: int) -> dict[str, Any]:
-    """Let hypothesis play for so many minutes; returns what was done. Raises AssertionError with the steps where the model is contradicted."""
+    """Run hypothesis for N minutes; returns what was done. Raises AssertionError with the steps where the model is contradicted."""
     global world
     world = World(folder)
     end, examples = time.monotonic() + 60 * minutes, 0

@@ -159,8 +159,8 @@ def _main(argv: Sequence[str]) -> int:
     except WorkerDied as error:
         return _refuse(1, f"{error}; {_what_is_left(settings)}")
     except MemoryError:
-        cure = "try fewer --workers, or a smaller --max-document-bytes"
-        return _refuse(1, f"not enough memory: {cure}; {_what_is_left(settings)}")
+        advice = "try fewer --workers, or a smaller --max-document-bytes"
+        return _refuse(1, f"not enough memory: {advice}; {_what_is_left(settings)}")
     except OSError as error:
         where = error.filename or "the output"
         return _refuse(1, f"{where} cannot be written ({error.strerror}): check the path and the space on the disk; {_what_is_left(settings)}")

@@ -144,7 +144,7 @@ class Sandbox:
 
 
 def _watch(reference: weakref.ref[Sandbox]) -> None:
-    """End the process of a sandbox when it is stopped: whoever waits for it then gets an answer."""
+    """End the process of a sandbox when it is stopped, so that the process waiting for it continues."""
     from megatron_chatflow.utils.processes import is_stopped
 
     seconds = 0

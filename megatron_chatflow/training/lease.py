@@ -253,7 +253,7 @@ class Lease:
         while not self._closed.wait(BEAT):
             if not self.holds():
                 return
-            with suppress(OSError):  # tried again; whoever publishes checks for itself
+            with suppress(OSError):  # tried again; a save checks for itself
                 os.utime(self._file)
 
     def _wait_for_end(self, path: Path, say: Callable[[str], None]) -> _Seen | None:

@@ -122,7 +122,7 @@ def find_sound_checkpoint(run: str | Path, ckpt_step: int | None, damaged: Mappi
     if left:
         passed.append(f"{listed(left)} of {run} {'are' if len(left) > 1 else 'is'} not on the course of the run")
     if not intact:
-        raise UsageError(f"load {run} holds no sound checkpoint: {'; '.join(passed)}; restore one, or start afresh in another folder")
+        raise UsageError(f"load {run} holds no sound checkpoint: {'; '.join(passed)}; restore one, or start from scratch in another folder")
     newest, branch = next(iter(intact.items()))
     others = [i for i, other in intact.items() if not branch.contains(other, i)]
     if others:
