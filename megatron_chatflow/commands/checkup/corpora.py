@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 from megatron_chatflow.commands.checkup import Row
@@ -68,8 +67,6 @@ def _corpus(name: str, prefix: str) -> Row:
     if fault:
         return Row(title, value, fault, wrong=True)
     notes = [prefix] if manifest else [prefix, "no manifest: bytes and tokenizer are not known"]
-    if header.multimodal and not os.access(Path(prefix).parent, os.W_OK):
-        notes.append("the folder cannot be written to, so conversations are packed anew at every start")
     return Row(title, value, "; ".join(notes))
 
 
