@@ -1,12 +1,15 @@
-"""bf16 against float32 on this CPU, in training, evaluation and generation, side by side in one run.
+"""bf16 against float32 on this CPU, in training, evaluation and generation, side by side in one
+run.
 
     python benchmarks/bf16_on_cpu.py                 # a table, then one JSON object
     python benchmarks/bf16_on_cpu.py --rounds 2      # quicker
 
-The model has the shape of SmolLM2-135M (30 layers, hidden 576, 9 heads, 3 groups, feed-forward 1536, vocabulary 49,152); the weights are random.
-Training takes steps of one sequence of 128 tokens with AdamW, evaluation runs the forward pass of one such sequence, generation continues 32
-tokens by 16 with the key-value cache. Every ratio is tokens per second in bf16 over tokens per second in float32: at 1 the two are equally fast.
-The ways take turns, round after round, and medians are compared.
+The model has the shape of SmolLM2-135M (30 layers, hidden 576, 9 heads, 3 groups, feed-forward
+1536, vocabulary 49,152); the weights are random. Training takes steps of one sequence of 128 tokens
+with AdamW, evaluation runs the forward pass of one such sequence, generation continues 32 tokens by
+16 with the key-value cache. Every ratio is tokens per second in bf16 over tokens per second in
+float32: at 1 the two are equally fast. The ways take turns, round after round, and medians are
+compared.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from benchmarks.trainer import Trainer
 
 VOCAB, SEQ, PROMPT, NEW = 49152, 128, 32, 16
 WORDS = (
-    "--num-layers 30 --hidden-size 576 --num-attention-heads 9 --group-query-attention --num-query-groups 3 --ffn-hidden-size 1536 --swiglu "
-    "--normalization RMSNorm --position-embedding-type rope --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 "
+    "--num-layers 30 --hidden-size 576 --num-attention-heads 9 --group-query-attention "
+    "--num-query-groups 3 --ffn-hidden-size 1536 --swiglu "
+    "--normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
+    "--attention-dropout 0 --hidden-dropout 0 "
     f"--seq-length {SEQ} --micro-batch-size 1 --global-batch-size 1 --train-iters 1000 --lr 1e-4"
 )
 TASKS = {"training": SEQ, "evaluation": SEQ, "generation": NEW}
@@ -41,10 +46,10 @@ def make(way: str) -> Callable[[], object]:
         return trainer.step
     import torch
 
-    from megatron_chatflow.data.prompts import Prompt
+    from megatron_chatflow.data.chat.prompts import Prompt
     from megatron_chatflow.evaluation.generate import generate
+    from megatron_chatflow.evaluation.model_session import Session
     from megatron_chatflow.evaluation.sampling import Sampling
-    from megatron_chatflow.evaluation.session import Session
     from megatron_chatflow.model.gpt import build_model
     from megatron_chatflow.tokenizer import load_tokenizer
 
@@ -62,7 +67,9 @@ def make(way: str) -> Callable[[], object]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=4, help="turns of each way. Default: 4.")
     parser.add_argument("--steps", type=int, default=3, help="steps in a turn. Default: 3.")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -70,17 +77,24 @@ def main() -> None:
     if args.serve:
         serve(lambda: make(args.serve))
         return
-    from megatron_chatflow.engine.kernels import describe_cpu
-    from megatron_chatflow.engine.matmul import is_float32_faster
+    from megatron_chatflow.distributed.bf16_matmul import is_float32_faster
+    from megatron_chatflow.distributed.kernels import describe_cpu
 
     print(f"CPU: {describe_cpu(is_float32_faster())}")
     print(f"{'tokens/s':<12} {'bf16':>10} {'float32':>10} {'ratio':>8}")
     ratios = {}
     for task, tokens in TASKS.items():  # two models of the full size in memory at a time
-        ways = measure(tuple(f"{task}_{dtype}" for dtype in TYPES), args.rounds, args.steps, __file__)
-        rates = {dtype: tokens / statistics.median(ways[f"{task}_{dtype}"]["seconds"]) for dtype in TYPES}
+        ways = measure(
+            tuple(f"{task}_{dtype}" for dtype in TYPES), args.rounds, args.steps, __file__
+        )
+        rates = {
+            dtype: tokens / statistics.median(ways[f"{task}_{dtype}"]["seconds"]) for dtype in TYPES
+        }
         ratios[f"{task}_bf16_over_float32"] = round(rates["bf16"] / rates["float32"], 4)
-        print(f"{task:<12} {rates['bf16']:>10.1f} {rates['float32']:>10.1f} {rates['bf16'] / rates['float32']:>8.2f}")
+        print(
+            f"{task:<12} {rates['bf16']:>10.1f} {rates['float32']:>10.1f} "
+            f"{rates['bf16'] / rates['float32']:>8.2f}"
+        )
     print(json.dumps(ratios))
 
 

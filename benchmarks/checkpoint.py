@@ -1,12 +1,15 @@
-"""What saving costs the training: an asynchronous save beside a synchronous one, of the same model on the same disk.
+"""What saving costs the training: an asynchronous save beside a synchronous one, of the same model
+on the same disk.
 
     python benchmarks/checkpoint.py                 # a table, then one JSON object
     python benchmarks/checkpoint.py --rounds 3      # quicker
 
-A LLaMA-style model of about 100 million parameters is trained in float32 on one thread, with its optimizer state 1.2 GB a checkpoint. A synchronous
-save costs the time until it is published. An asynchronous one costs what the steps and the calls from its beginning until it is published take longer
-than as many steps just before and after: the start of the writers, steps that are slowed down by them, and publishing. The two take turns; medians
-are compared. Steps are also timed while another process does nothing but count: what that costs them is this machine's, not the save's.
+A LLaMA-style model of about 100 million parameters is trained in float32 on one thread, with its
+optimizer state 1.2 GB a checkpoint. A synchronous save costs the time until it is published. An
+asynchronous one costs what the steps and the calls from its beginning until it is published take
+longer than as many steps just before and after: the start of the writers, steps that are slowed
+down by them, and publishing. The two take turns; medians are compared. Steps are also timed while
+another process does nothing but count: what that costs them is this machine's, not the save's.
 """
 
 from __future__ import annotations
@@ -29,9 +32,12 @@ from benchmarks.trainer import Trainer
 
 HIDDEN, LAYERS, VOCAB, SEQ, BATCH = 768, 10, 16384, 128, 2
 WORDS = (
-    f"--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads 12 --ffn-hidden-size 2048 --swiglu --normalization RMSNorm "
-    "--position-embedding-type rope --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --untie-embeddings-and-output-weights "
-    f"--seq-length {SEQ} --micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters 1000 --lr 1e-4"
+    f"--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads 12 "
+    f"--ffn-hidden-size 2048 --swiglu --normalization RMSNorm "
+    "--position-embedding-type rope --disable-bias-linear --attention-dropout 0 "
+    "--hidden-dropout 0 --untie-embeddings-and-output-weights "
+    f"--seq-length {SEQ} --micro-batch-size {BATCH} --global-batch-size {BATCH} "
+    f"--train-iters 1000 --lr 1e-4"
 )
 
 
@@ -43,7 +49,9 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def count(stop: Any) -> None:
-    """Keep a core busy with nothing, as the writers do at the lowest priority, until told to stop."""
+    """Keep a core busy with nothing, as the writers do at the lowest priority, until told to
+    stop.
+    """
     os.nice(19)
     while not stop.is_set():
         sum(range(10**6))
@@ -65,18 +73,22 @@ def beside_counting(step: Callable[[], None], steps: int) -> list[float]:
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="saves of each kind (default 12, six minutes)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=12, help="saves of each kind (default 12, six minutes)"
+    )
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     args = parser.parse_args()
-    from megatron_chatflow.engine import cpu, distributed
+    from megatron_chatflow.distributed import cuda_shim, process_groups
 
-    distributed.hide_engine_warnings()
-    cpu.install()
+    process_groups.hide_engine_warnings()
+    cuda_shim.install()
     import torch
 
-    from megatron_chatflow.training.checkpoint import sharded_state
-    from megatron_chatflow.training.saver import Saver
+    from megatron_chatflow.checkpoint.saver import Saver
+    from megatron_chatflow.checkpoint.state_dict import sharded_state
 
     torch.set_num_threads(1)
 
@@ -90,7 +102,13 @@ def main() -> int:
     def begin_to_save(iteration: int) -> None:
         saver.begin(iteration, sharded_state(trainer.model, trainer.optimizer, None), {})
 
-    results: dict[str, list[float]] = {"step": [], "synchronous": [], "call": [], "asynchronous": [], "beside counting": []}
+    results: dict[str, list[float]] = {
+        "step": [],
+        "synchronous": [],
+        "call": [],
+        "asynchronous": [],
+        "beside counting": [],
+    }
     try:
         for _ in range(2):
             step()
@@ -111,15 +129,19 @@ def main() -> int:
             counting = statistics.mean(beside_counting(step, 3))
             asynchronous = call + took - made * plain
             if i:  # the first round warms up
-                for name, value in zip(results, (plain, synchronous, call, asynchronous, counting), strict=True):
+                for name, value in zip(
+                    results, (plain, synchronous, call, asynchronous, counting), strict=True
+                ):
                     results[name].append(value)
-                print(f"round {i}: step {plain:.2f} s, {counting:.2f} s beside counting; synchronous {synchronous:.2f} s; beside: call {call:.2f} s, "
-                      f"{made} steps meanwhile, {saved.stall:.2f} s stood still, {asynchronous:.2f} s lost in all", flush=True)  # fmt: skip
+                print(f"round {i}: step {plain:.2f} s, {counting:.2f} s beside counting; "
+                    f"synchronous {synchronous:.2f} s; beside: call {call:.2f} s, "
+                      f"{made} steps meanwhile, {saved.stall:.2f} s stood still, "
+                          f"{asynchronous:.2f} s lost in all", flush=True)  # fmt: skip
     finally:
         saver.close()
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         shutil.rmtree(folder)
-        distributed.shut_down()
+        process_groups.shut_down()
     medians = {name: statistics.median(values) for name, values in results.items()}
     answer = {
         "parameters": trainer.parameters,

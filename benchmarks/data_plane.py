@@ -4,16 +4,20 @@
 
 What is compared:
 
-- Opening: 100 text domains of 10**6 documents (60 billion tokens), from the start of a fresh process to its first global batch of 256 samples
-  of 2,048 tokens. This project follows a curriculum that moves all the time; megatron-core has constant equal weights and 10**7 samples. It
-  is measured twice: `first start` builds its index files, as after every change of weights, horizon or sequence length; `restart` finds them
-  in its cache. Ratios leave the imports of both sides out; `open_seconds` and `open_mb` (horizon 10**9) are all of it, imports too.
-  The 100 corpora are one file under 100 names, and its tokens are a hole in the file: neither side is held up by a disk.
-- Reading: samples/s in one process from 4 corpora of random tokens, in the order of the blend. megatron-core gives samples one by one, without
-  an attention mask, nothing reset: its fastest way. This project reads global batches of 256, or (`one by one`) samples as well.
-- Loader: micro-batches of 8 as torch tensors; this project's prefetching Loader against a torch DataLoader over megatron-core's dataset with
-  0, 1 and 2 workers, of which the best counts.
-- locate: 1,024 samples in a row anywhere among 10**11, the worst of many places (best of three calls at each).
+- Opening: 100 text domains of 10**6 documents (60 billion tokens), from the start of a fresh
+  process to its first global batch of 256 samples of 2,048 tokens. This project follows a
+  curriculum that moves all the time; megatron-core has constant equal weights and 10**7 samples. It
+  is measured twice: `first start` builds its index files, as after every change of weights, horizon
+  or sequence length; `restart` finds them in its cache. Ratios leave the imports of both sides out;
+  `open_seconds` and `open_mb` (horizon 10**9) are all of it, imports too. The 100 corpora are one
+  file under 100 names, and its tokens are a hole in the file: neither side is held up by a disk.
+- Reading: samples/s in one process from 4 corpora of random tokens, in the order of the blend.
+  megatron-core gives samples one by one, without an attention mask, nothing reset: its fastest way.
+  This project reads global batches of 256, or (`one by one`) samples as well.
+- Loader: micro-batches of 8 as torch tensors; this project's prefetching Loader against a torch
+  DataLoader over megatron-core's dataset with 0, 1 and 2 workers, of which the best counts.
+- locate: 1,024 samples in a row anywhere among 10**11, the worst of many places (best of three
+  calls at each).
 
 The sides take turns and medians are compared, so a slow moment of the machine meets both.
 """
@@ -38,13 +42,19 @@ PLACES = 200
 
 
 def memory(key: str) -> float:
-    """A line of /proc/self/status in MB: VmRSS (now), VmHWM (peak), RssAnon (now, without mapped files)."""
+    """A line of /proc/self/status in MB: VmRSS (now), VmHWM (peak), RssAnon (now, without mapped
+    files).
+    """
     with open("/proc/self/status", encoding="ascii") as file:
         return int(next(line for line in file if line.startswith(key + ":")).split()[1]) / 1024
 
 
-def opened(started: float, imports: Callable[[], None], read: Callable[[], object]) -> dict[str, float]:
-    """Imports, then opens and reads, in a process of its own; `started` is its beginning on the monotonic clock."""
+def opened(
+    started: float, imports: Callable[[], None], read: Callable[[], object]
+) -> dict[str, float]:
+    """Imports, then opens and reads, in a process of its own; `started` is its beginning on the
+    monotonic clock.
+    """
     imports()
     base, base_anonymous, imported = memory("VmRSS"), memory("RssAnon"), time.monotonic()
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
@@ -108,19 +118,26 @@ def megatron_ready() -> None:
     from megatron.core.datasets import blended_megatron_dataset_builder, gpt_dataset, helpers  # noqa: F401
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
 
 
 def megatron_blend(curriculum: str, samples: int, seq_length: int, cache: str) -> object:
     """megatron-core's BlendedDataset over the same corpora, with equal weights."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     class Tokenizer:
         unique_identifiers = {"class": "none"}
         vocab_size, eod, pad = 32_000, 0, 32_001
 
-    prefixes = [entry["path"] for entry in json.loads(Path(curriculum).read_text(encoding="utf-8"))["domains"].values()]
+    prefixes = [
+        entry["path"]
+        for entry in json.loads(Path(curriculum).read_text(encoding="utf-8"))["domains"].values()
+    ]
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=seq_length,
@@ -133,13 +150,20 @@ def megatron_blend(curriculum: str, samples: int, seq_length: int, cache: str) -
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    return BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()[0]
+    return BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()[
+        0
+    ]
 
 
-def read(curriculum: str, samples: int, cache: str, seq_length: int, rounds: int) -> dict[str, float]:
+def read(
+    curriculum: str, samples: int, cache: str, seq_length: int, rounds: int
+) -> dict[str, float]:
     """Samples/s of reading in one process, medians over rounds in which the ways take turns."""
     megatron_ready()
-    ours, theirs = blend_of(curriculum, samples, seq_length), megatron_blend(curriculum, samples, seq_length, cache)
+    ours, theirs = (
+        blend_of(curriculum, samples, seq_length),
+        megatron_blend(curriculum, samples, seq_length, cache),
+    )
     count = 4 * BATCH
 
     def batches(start: int) -> None:
@@ -157,8 +181,12 @@ def read(curriculum: str, samples: int, cache: str, seq_length: int, rounds: int
     return rates(ways, rounds, count, samples)
 
 
-def rates(ways: dict[str, Callable[[int], None]], rounds: int, count: int, samples: int) -> dict[str, float]:
-    """Samples/s of each way, which reads `count` samples from the start it is given; the first round warms up."""
+def rates(
+    ways: dict[str, Callable[[int], None]], rounds: int, count: int, samples: int
+) -> dict[str, float]:
+    """Samples/s of each way, which reads `count` samples from the start it is given; the first
+    round warms up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(rounds + 1):
         for name in list(ways) if i % 2 else reversed(ways):
@@ -176,7 +204,12 @@ def load(curriculum: str, samples: int, cache: str, rounds: int) -> dict[str, fl
     from megatron_chatflow.data import Loader
 
     blend = megatron_blend(curriculum, samples, SEQ, cache)
-    loader = Loader(blend_of(curriculum, samples, SEQ), micro_batch_size=MICRO_BATCH, data_parallel_rank=0, data_parallel_size=1)
+    loader = Loader(
+        blend_of(curriculum, samples, SEQ),
+        micro_batch_size=MICRO_BATCH,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+    )
 
     def ours() -> Iterator[int]:
         for start in range(0, samples - BATCH, BATCH):
@@ -190,14 +223,19 @@ def load(curriculum: str, samples: int, cache: str, rounds: int) -> dict[str, fl
 
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
-        for name, batches in (("ours", ours()), *((f"megatron_{workers}", megatron(workers)) for workers in (0, 1, 2))):
+        for name, batches in (
+            ("ours", ours()),
+            *((f"megatron_{workers}", megatron(workers)) for workers in (0, 1, 2)),
+        ):
             seconds.setdefault(name, []).append(_steady(batches))
     loader.close()
     return {name: 1 / statistics.median(times) for name, times in seconds.items()}
 
 
 def _steady(batches: Iterator[int]) -> float:
-    """Seconds a sample, after the first global batch, over the next eight; the iterator is ended."""
+    """Seconds a sample, after the first global batch, over the next eight; the iterator is
+    ended.
+    """
     for _ in range(BATCH // MICRO_BATCH):
         next(batches)
     begin = time.perf_counter()
@@ -208,12 +246,16 @@ def _steady(batches: Iterator[int]) -> float:
 
 
 def locate(curriculum: str, samples: int) -> dict[str, float]:
-    """Milliseconds of `locate` over 1,024 samples: the worst and the median place, and the first call of all."""
+    """Milliseconds of `locate` over 1,024 samples: the worst and the median place, and the first
+    call of all.
+    """
     import random
 
     from megatron_chatflow.curriculum import BlendPlan, load_curriculum
 
-    plan = BlendPlan(load_curriculum(curriculum), num_samples=samples, global_batch_size=BATCH, seq_length=SEQ)
+    plan = BlendPlan(
+        load_curriculum(curriculum), num_samples=samples, global_batch_size=BATCH, seq_length=SEQ
+    )
     places = [0, samples - 1024, samples // 2 - 512, samples * 9 // 10 - 512]
     places += [random.Random(1).randrange(samples - 1024) for _ in range(PLACES)]
 
@@ -228,13 +270,17 @@ def locate(curriculum: str, samples: int) -> dict[str, float]:
 
 
 def pack(prefix: str) -> dict[str, float]:
-    """Seconds to open a corpus of conversations for the first time, and again when its packing lies beside it."""
+    """Seconds to open a corpus of conversations for the first time, and again when its packing lies
+    beside it.
+    """
     from megatron_chatflow.data import IndexedDataset, InstructDomain
 
     def once() -> float:
         begin = time.perf_counter()
         dataset = IndexedDataset(prefix)
-        InstructDomain("chat", dataset, seq_length=SEQ, seed=1, documents=(0, dataset.num_documents))
+        InstructDomain(
+            "chat", dataset, seq_length=SEQ, seed=1, documents=(0, dataset.num_documents)
+        )
         return time.perf_counter() - begin
 
     return {"first": once(), "again": once()}
@@ -247,17 +293,33 @@ def child(part: str, *arguments: object) -> dict[str, float]:
     """Runs one of `PARTS` in a fresh process and returns what it found."""
     words = [sys.executable, __file__, "--part", part, json.dumps(arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return json.loads(subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(
+            words, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.splitlines()[-1]
+    )
 
 
 def bare_interpreter(code: str) -> float:
     """Peak memory of a Python process that runs `code`, in MB."""
-    code += "\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-    return int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout) / 1024
+    code += (
+        "\nprint(next(line.split()[1] for line in open('/proc/self/status') if "
+        "line.startswith('VmHWM')))"
+    )
+    return (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
+        )
+        / 1024
+    )
 
 
 def write_corpora(folder: str, documents: int, conversations: int) -> None:
-    """The corpora of all parts, below `folder`, and their curricula `many<N>.json` and `text.json`."""
+    """The corpora of all parts, below `folder`, and their curricula `many<N>.json` and
+    `text.json`.
+    """
     import numpy as np
     import synthetic
 
@@ -271,7 +333,9 @@ def write_corpora(folder: str, documents: int, conversations: int) -> None:
     for i, prefix in enumerate(text.values()):
         synthetic.write_text(prefix, 50_000, i)
     synthetic.write_curriculum(f"{folder}/text.json", text)
-    turns = np.clip(np.random.default_rng(3).lognormal(4.8, 0.9, 2 * conversations), 2, 10_000).astype(np.int32)
+    turns = np.clip(
+        np.random.default_rng(3).lognormal(4.8, 0.9, 2 * conversations), 2, 10_000
+    ).astype(np.int32)
     synthetic.write_sparse(f"{folder}/chat", turns, 2, np.arange(2 * conversations) % 2 == 0)
 
 
@@ -293,9 +357,19 @@ def measure(folder: str, scale: int, rounds: int) -> dict[str, dict[str, float]]
         ):
             turns.setdefault(name, []).append(child(part, time.monotonic(), *arguments))
         subprocess.run(["rm", "-r", cache], check=True)
-    found = {name: {key: statistics.median(turn[key] for turn in each) for key in each[0]} for name, each in turns.items()}
+    found = {
+        name: {key: statistics.median(turn[key] for turn in each) for key in each[0]}
+        for name, each in turns.items()
+    }
     for seq_length in (2048, 4096):
-        found[f"read_{seq_length}"] = child("read", text, text_samples * 2048 // seq_length, f"{folder}/cache", seq_length, 4 * rounds + 1)
+        found[f"read_{seq_length}"] = child(
+            "read",
+            text,
+            text_samples * 2048 // seq_length,
+            f"{folder}/cache",
+            seq_length,
+            4 * rounds + 1,
+        )
     found["load"] = child("load", text, text_samples, f"{folder}/cache", rounds)
     for count in (4, 100):
         found[f"locate_{count}"] = child("locate", f"{folder}/many{count}.json", 10**11)
@@ -307,7 +381,10 @@ def measure(folder: str, scale: int, rounds: int) -> dict[str, dict[str, float]]
 def show(found: dict[str, dict[str, float]]) -> None:
     """Prints the tables."""
     bare = found["bare"]
-    print(f"{'opening to the first global batch':<52} {'imports too':>12} {'without':>9} {'peak MB':>9} {'growth':>8} {'anonymous':>10} {'files':>6}")
+    print(
+        f"{'opening to the first global batch':<52} {'imports too':>12} {'without':>9} "
+        f"{'peak MB':>9} {'growth':>8} {'anonymous':>10} {'files':>6}"
+    )
     for name, label in (
         ("ours_9", "100 domains, 10**9 samples"),
         ("ours_6", "100 domains, 10**6 samples"),
@@ -317,20 +394,36 @@ def show(found: dict[str, dict[str, float]]) -> None:
         ("megatron_restart", "megatron-core, 100 domains, restart"),
     ):
         f = found[name]
-        sizes = f"{f['peak_mb']:>9.0f} {f['mb']:>8.0f} {f['anonymous_mb']:>10.0f} {f['files']:>6.0f}"
+        sizes = (
+            f"{f['peak_mb']:>9.0f} {f['mb']:>8.0f} {f['anonymous_mb']:>10.0f} {f['files']:>6.0f}"
+        )
         print(f"{label:<52} {f['all_seconds']:>10.2f} s {f['seconds']:>7.3f} s {sizes}")
-    print(f"an interpreter alone has {bare['python']:.0f} MB, with numpy {bare['numpy']:.0f} MB; growth is the peak beyond the imports\n")
+    print(
+        f"an interpreter alone has {bare['python']:.0f} MB, with numpy {bare['numpy']:.0f} "
+        f"MB; growth is the peak beyond the imports\n"
+    )
     print(f"{'samples/s':<34} {'this project':>13} {'one by one':>11} {'megatron-core':>14}")
     for seq_length in (2048, 4096):
         f = found[f"read_{seq_length}"]
-        print(f"{f'reading, sequence {seq_length}':<34} {f['ours']:>13,.0f} {f['ours_single']:>11,.0f} {f['megatron']:>14,.0f}")
+        print(
+            f"{f'reading, sequence {seq_length}':<34} {f['ours']:>13,.0f} "
+            f"{f['ours_single']:>11,.0f} {f['megatron']:>14,.0f}"
+        )
     f = found["load"]
     workers = ", ".join(f"{f[f'megatron_{n}']:,.0f}" for n in (0, 1, 2))
-    print(f"{'loader, sequence 2048':<34} {f['ours']:>13,.0f} {'':>11} {workers} (0, 1, 2 workers)\n")
+    print(
+        f"{'loader, sequence 2048':<34} {f['ours']:>13,.0f} {'':>11} {workers} (0, 1, 2 workers)\n"
+    )
     for count in (4, 100):
         f = found[f"locate_{count}"]
-        print(f"locate 1,024 of 10**11, {count} domains: worst {f['worst']:.1f} ms, median {f['median']:.1f} ms, first call {f['first']:.1f} ms")
-    print(f"packing of conversations: {found['pack']['first']:.2f} s, from its file {found['pack']['again']:.2f} s")
+        print(
+            f"locate 1,024 of 10**11, {count} domains: worst {f['worst']:.1f} ms, median "
+            f"{f['median']:.1f} ms, first call {f['first']:.1f} ms"
+        )
+    print(
+        f"packing of conversations: {found['pack']['first']:.2f} s, from its file "
+        f"{found['pack']['again']:.2f} s"
+    )
 
 
 def summary(found: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -349,7 +442,8 @@ def summary(found: dict[str, dict[str, float]]) -> dict[str, float]:
         "read_ratio_2048": reads[2048]["ours"] / reads[2048]["megatron"],
         "read_ratio_4096": reads[4096]["ours"] / reads[4096]["megatron"],
         "single_ratio_2048": reads[2048]["ours_single"] / reads[2048]["megatron"],
-        "loader_ratio_2048": found["load"]["ours"] / max(found["load"][f"megatron_{workers}"] for workers in (0, 1, 2)),
+        "loader_ratio_2048": found["load"]["ours"]
+        / max(found["load"][f"megatron_{workers}"] for workers in (0, 1, 2)),
         "locate_ms_4": found["locate_4"]["worst"],
         "locate_ms_100": found["locate_100"]["worst"],
         "pack_seconds": found["pack"]["first"],
@@ -359,8 +453,14 @@ def summary(found: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a hundredth of the sizes, one round: to see that it works, not to quote")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="a hundredth of the sizes, one round: to see that it works, not to quote",
+    )
     parser.add_argument("--part", nargs=2, metavar=("NAME", "ARGUMENTS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:

@@ -1,17 +1,22 @@
 #!/usr/bin/env python3
-"""How fast text becomes .bin/.idx: this project's command, the raw tokenizer, and a pool that takes one document at a time.
+"""How fast text becomes .bin/.idx: this project's command, the raw tokenizer, and a pool that takes
+one document at a time.
 
     python benchmarks/preprocess.py            # two cores, less than six minutes
 
-The input is made of the sample corpora of the quickstart, whose lines are put in a new order each time they come round, and the tokenizer is
-the quickstart's. Side by side, in turns, medians:
+The input is made of the sample corpora of the quickstart, whose lines are put in a new order each
+time they come round, and the tokenizer is the quickstart's. Side by side, in turns, medians:
 
-- `command`: tools/preprocess_data.py on all cores, from JSON lines on the disk to .bin/.idx on the disk, start-up included;
-- `tokenizer`: SentencePiece's own `encode(batch, num_threads=cores)` on texts that are in memory already, and nothing else;
-- `pool`: Megatron's way: a process a core, `imap` over the lines of the file, tokens back as lists, written document by document.
+- `command`: tools/preprocess_data.py on all cores, from JSON lines on the disk to .bin/.idx on the
+  disk, start-up included;
+- `tokenizer`: SentencePiece's own `encode(batch, num_threads=cores)` on texts that are in memory
+  already, and nothing else;
+- `pool`: Megatron's way: a process a core, `imap` over the lines of the file, tokens back as lists,
+  written document by document.
 
-The last line is a JSON object: `tokenizer_ratio` and `pool_ratio` are the rate of the command over that of the other (above 1: the command is
-faster), `startup_seconds` the time of the command on one document, `peak_mb` the resident memory of the command and its workers on 1 GB.
+The last line is a JSON object: `tokenizer_ratio` and `pool_ratio` are the rate of the command over
+that of the other (above 1: the command is faster), `startup_seconds` the time of the command on one
+document, `peak_mb` the resident memory of the command and its workers on 1 GB.
 """
 
 import argparse
@@ -43,7 +48,9 @@ MB = 1e6
 
 
 def write_input(path: Path, size: int) -> None:
-    """Writes about `size` bytes of JSON lines: the samples' documents, their lines in another order each time."""
+    """Writes about `size` bytes of JSON lines: the samples' documents, their lines in another order
+    each time.
+    """
     texts = [text for name in ("en", "zh") for text in texts_of(SAMPLES / "data" / f"{name}.jsonl")]
     order = random.Random(1)
     written = 0
@@ -66,8 +73,24 @@ def texts_of(path: Path) -> list[str]:
 
 def command(source: Path, folder: Path) -> list[str]:
     """The command line of this project."""
-    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(MODEL), "--append-eod", "--workers", str(CORES)]
-    return [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source), "--output-prefix", str(folder / "command"), *flags]
+    flags = [
+        "--tokenizer-type",
+        "SentencePieceTokenizer",
+        "--tokenizer-model",
+        str(MODEL),
+        "--append-eod",
+        "--workers",
+        str(CORES),
+    ]
+    return [
+        sys.executable,
+        str(ROOT / "tools" / "preprocess_data.py"),
+        "--input",
+        str(source),
+        "--output-prefix",
+        str(folder / "command"),
+        *flags,
+    ]
 
 
 def run_command(source: Path, folder: Path) -> float:
@@ -146,9 +169,18 @@ def resident(process: psutil.Process) -> int:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=100, help="of the input of the comparison (default 100)")
-    parser.add_argument("--memory-megabytes", type=int, default=1000, help="of the input whose memory is measured (default 1000)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--megabytes", type=int, default=100, help="of the input of the comparison (default 100)"
+    )
+    parser.add_argument(
+        "--memory-megabytes",
+        type=int,
+        default=1000,
+        help="of the input whose memory is measured (default 1000)",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each (default 3)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -179,8 +211,13 @@ def report(folder: Path, megabytes: int, memory_megabytes: int, rounds: int) -> 
     print(f"{size / MB:.0f} MB of text, {CORES} cores, median of {rounds}")
     print(f"{'':12}{'seconds':>10}{'MB/s':>10}{'command is faster by':>24}")
     for who in ("command", "tokenizer", "pool"):
-        print(f"{who:12}{statistics.median(seconds[who]):10.2f}{rate[who]:10.2f}{rate['command'] / rate[who]:24.2f}")
-    print(f"start-up {statistics.median(seconds['startup']):.2f} s; {peak:.0f} MB resident on an input of {memory_megabytes} MB")
+        print(
+            f"{who:12}{statistics.median(seconds[who]):10.2f}{rate[who]:10.2f}{rate['command'] / rate[who]:24.2f}"
+        )
+    print(
+        f"start-up {statistics.median(seconds['startup']):.2f} s; {peak:.0f} MB resident on "
+        f"an input of {memory_megabytes} MB"
+    )
     result = {
         "tokenizer_ratio": round(rate["command"] / rate["tokenizer"], 3),
         "pool_ratio": round(rate["command"] / rate["pool"], 3),

@@ -1,4 +1,6 @@
-"""Corpora for the benchmarks: lengths of documents as they are on the web (log-normal, 600 tokens on average), tokens at random."""
+"""Corpora for the benchmarks: lengths of documents as they are on the web (log-normal, 600 tokens
+on average), tokens at random.
+"""
 
 import json
 import os
@@ -10,7 +12,9 @@ from megatron_chatflow.data import IndexedDatasetBuilder
 
 def lengths_of_documents(number: int, seed: int) -> np.ndarray:
     """Tokens of each document, int32 [number]: median 400, mean about 600, at most 20,000."""
-    return np.clip(np.random.default_rng(seed).lognormal(6.0, 0.9, number), 16, 20_000).astype(np.int32)
+    return np.clip(np.random.default_rng(seed).lognormal(6.0, 0.9, number), 16, 20_000).astype(
+        np.int32
+    )
 
 
 def write_text(prefix: str, documents: int, seed: int) -> None:
@@ -22,13 +26,26 @@ def write_text(prefix: str, documents: int, seed: int) -> None:
         builder.finalize()
 
 
-def write_sparse(prefix: str, lengths: np.ndarray, sequences_per_document: int, modes: np.ndarray | None = None) -> None:
-    """Writes a corpus whose `.idx` is real and whose `.bin` is a hole of the right size: it reads as zeros and takes no room on the disk."""
+def write_sparse(
+    prefix: str, lengths: np.ndarray, sequences_per_document: int, modes: np.ndarray | None = None
+) -> None:
+    """Writes a corpus whose `.idx` is real and whose `.bin` is a hole of the right size: it reads
+    as zeros and takes no room on the disk.
+    """
     documents = np.arange(0, len(lengths) + 1, sequences_per_document)
     pointers = np.cumsum(lengths, dtype=np.int64) * 2
     with open(prefix + ".idx", "wb") as file:
-        file.write(b"MMIDIDX\x00\x00" + np.uint64(1).tobytes() + b"\x08" + np.array([len(lengths), len(documents)], "<u8").tobytes())
-        for numbers in (lengths.astype("<i4"), np.concatenate([[0], pointers[:-1]]).astype("<i8"), documents.astype("<i8")):
+        file.write(
+            b"MMIDIDX\x00\x00"
+            + np.uint64(1).tobytes()
+            + b"\x08"
+            + np.array([len(lengths), len(documents)], "<u8").tobytes()
+        )
+        for numbers in (
+            lengths.astype("<i4"),
+            np.concatenate([[0], pointers[:-1]]).astype("<i8"),
+            documents.astype("<i8"),
+        ):
             file.write(numbers.tobytes())
         if modes is not None:
             file.write(modes.astype(np.int8).tobytes())
@@ -43,7 +60,9 @@ def link(source: str, target: str) -> None:
 
 
 def write_curriculum(path: str, prefixes: dict[str, str]) -> None:
-    """Writes a curriculum over text domains whose shares differ by a factor of 100 and move all the time (YAML reads JSON too)."""
+    """Writes a curriculum over text domains whose shares differ by a factor of 100 and move all the
+    time (YAML reads JSON too).
+    """
     names = list(prefixes)
     first = {name: 1 / (1 + 99 * i / len(names)) for i, name in enumerate(names)}
     last = {name: 1 / (1 + 99 * (len(names) - 1 - i) / len(names)) for i, name in enumerate(names)}

@@ -3,12 +3,14 @@
     python benchmarks/train_step.py                 # a table, then one JSON object
     python benchmarks/train_step.py --rounds 3      # quicker
 
-Both train the same LLaMA-style model (hidden 512, 8 layers, 8 heads, 4 groups, feed-forward 1408, vocabulary 8192, sequence 512, batch 4) in
-bfloat16 over float32 main weights on two threads: this project's own step, as `chatflow train --bf16` runs it, and Hugging Face's
-LlamaForCausalLM under bf16 autocast with fused AdamW and clipping, which is what its Trainer does; the same again under torch.compile. Then this
-project's step in float32 (`bf16_over_float32` compares tokens per second: above 1, bf16 is faster), and with each FP8 recipe of the reference, whose
-time over bf16's is `fp8_<recipe>_over_bf16`: what a rehearsal in FP8 costs.
-The steps take turns, round after round; medians are compared, so a slow moment of the machine meets all of them alike.
+Both train the same LLaMA-style model (hidden 512, 8 layers, 8 heads, 4 groups, feed-forward 1408,
+vocabulary 8192, sequence 512, batch 4) in bfloat16 over float32 main weights on two threads: this
+project's own step, as `chatflow train --bf16` runs it, and Hugging Face's LlamaForCausalLM under
+bf16 autocast with fused AdamW and clipping, which is what its Trainer does; the same again under
+torch.compile. Then this project's step in float32 (`bf16_over_float32` compares tokens per second:
+above 1, bf16 is faster), and with each FP8 recipe of the reference, whose time over bf16's is
+`fp8_<recipe>_over_bf16`: what a rehearsal in FP8 costs. The steps take turns, round after round;
+medians are compared, so a slow moment of the machine meets all of them alike.
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ from benchmarks.trainer import Trainer
 
 HIDDEN, LAYERS, HEADS, GROUPS, FFN, VOCAB, SEQ, BATCH, THREADS = 512, 8, 8, 4, 1408, 8192, 512, 4, 2
 WORDS = (
-    f"--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads {HEADS} --group-query-attention --num-query-groups {GROUPS} "
-    f"--ffn-hidden-size {FFN} --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear --attention-dropout 0 "
-    f"--hidden-dropout 0 --untie-embeddings-and-output-weights --seq-length {SEQ} --micro-batch-size {BATCH} --global-batch-size {BATCH} "
+    f"--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads {HEADS} "
+    f"--group-query-attention --num-query-groups {GROUPS} "
+    f"--ffn-hidden-size {FFN} --swiglu --normalization RMSNorm --position-embedding-type "
+    f"rope --disable-bias-linear --attention-dropout 0 "
+    f"--hidden-dropout 0 --untie-embeddings-and-output-weights --seq-length {SEQ} "
+    f"--micro-batch-size {BATCH} --global-batch-size {BATCH} "
     "--train-iters 1000 --lr 1e-4 --bf16 --weight-decay 0.1"
 )
 FP8 = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
@@ -42,7 +47,9 @@ def ours(way: str) -> Callable[[], float]:
     """One step of this project, in bf16, in float32 or in FP8 with a recipe; returns the loss."""
     if way == "float32":
         return Trainer(WORDS.replace(" --bf16", ""), VOCAB).step
-    return Trainer(WORDS + (f" --fp8-format {FP8[way]} --fp8-recipe {way}" if way in FP8 else ""), VOCAB).step
+    return Trainer(
+        WORDS + (f" --fp8-format {FP8[way]} --fp8-recipe {way}" if way in FP8 else ""), VOCAB
+    ).step
 
 
 def huggingface(compiled: bool) -> Callable[[], float]:
@@ -52,8 +59,10 @@ def huggingface(compiled: bool) -> Callable[[], float]:
 
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS, max_position_embeddings=SEQ, attn_implementation="sdpa", tie_word_embeddings=False, use_cache=False,
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS, max_position_embeddings=SEQ, attn_implementation="sdpa",
+        tie_word_embeddings=False, use_cache=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).train()
     forward = torch.compile(model) if compiled else model
@@ -74,7 +83,9 @@ def huggingface(compiled: bool) -> Callable[[], float]:
 
 
 def serve(make: Callable[[], Callable[[], object]]) -> None:
-    """In a child process, make a step, then for each number on standard input take that many steps and print their seconds."""
+    """In a child process, make a step, then for each number on standard input take that many steps
+    and print their seconds.
+    """
     import torch
 
     torch.set_num_threads(THREADS)
@@ -88,18 +99,31 @@ def serve(make: Callable[[], Callable[[], object]]) -> None:
             begin = time.perf_counter()
             step()
             times.append(time.perf_counter() - begin)
-        print(json.dumps({"seconds": times, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "seconds": times,
+                    "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                }
+            ),
+            flush=True,
+        )
 
 
 def matmul_peak() -> float:
-    """GFLOP/s of a 2048 x 512 x 1408 bf16 product as the step makes it on the same threads, best of many: what the step's products could reach."""
+    """GFLOP/s of a 2048 x 512 x 1408 bf16 product as the step makes it on the same threads, best of
+    many: what the step's products could reach.
+    """
     import torch
 
-    from megatron_chatflow.engine.matmul import mm_in_float32, uses_float32
+    from megatron_chatflow.distributed.bf16_matmul import mm_in_float32, uses_float32
 
     torch.set_num_threads(THREADS)
     product = mm_in_float32 if uses_float32() else torch.mm
-    a, b = torch.randn(BATCH * SEQ, HIDDEN, dtype=torch.bfloat16), torch.randn(HIDDEN, FFN, dtype=torch.bfloat16)
+    a, b = (
+        torch.randn(BATCH * SEQ, HIDDEN, dtype=torch.bfloat16),
+        torch.randn(HIDDEN, FFN, dtype=torch.bfloat16),
+    )
     best = float("inf")
     for _ in range(100):
         begin = time.perf_counter()
@@ -111,13 +135,18 @@ def matmul_peak() -> float:
 def measure(
     ways: tuple[str, ...], rounds: int, steps: int, program: str = __file__
 ) -> dict[str, dict[str, list[float]]]:
-    """{way: {"seconds": of every step, "megabytes": peak}} with the ways taking turns; the others sleep meanwhile.
+    """{way: {"seconds": of every step, "megabytes": peak}} with the ways taking turns; the others
+    sleep meanwhile.
 
     `program --serve WAY` is a child process that calls `serve`.
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = {way: subprocess.Popen([sys.executable, program, "--serve", way], **pipes) for way in ways}
-    results: dict[str, dict[str, list[float]]] = {way: {"seconds": [], "megabytes": []} for way in ways}
+    children = {
+        way: subprocess.Popen([sys.executable, program, "--serve", way], **pipes) for way in ways
+    }
+    results: dict[str, dict[str, list[float]]] = {
+        way: {"seconds": [], "megabytes": []} for way in ways
+    }
     try:
         for child in children.values():
             assert child.stdout.readline().strip() == "ready"
@@ -141,7 +170,9 @@ def _turns(ways: tuple[str, ...], rounds: int) -> Iterator[str]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=8, help="turns of each way. Default: 8.")
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn. Default: 4.")
     parser.add_argument("--serve", choices=(*WAYS, *OWN), help=argparse.SUPPRESS)
@@ -150,20 +181,33 @@ def main() -> None:
         way = args.serve
         serve(lambda: huggingface(way == "compiled") if way in WAYS[1:] else ours(way))
         return
-    from megatron_chatflow.engine.kernels import describe_cpu
-    from megatron_chatflow.engine.matmul import is_float32_faster
+    from megatron_chatflow.distributed.bf16_matmul import is_float32_faster
+    from megatron_chatflow.distributed.kernels import describe_cpu
 
     print(f"CPU: {describe_cpu(is_float32_faster())}")
-    results = measure(WAYS, args.rounds, args.steps) | measure(OWN, max(1, args.rounds // 4), args.steps)
+    results = measure(WAYS, args.rounds, args.steps) | measure(
+        OWN, max(1, args.rounds // 4), args.steps
+    )
     median = {way: statistics.median(r["seconds"]) for way, r in results.items()}
     memory = {way: max(r["megabytes"]) for way, r in results.items()}
-    products = 6 * BATCH * SEQ * (LAYERS * HIDDEN * (2 * HIDDEN + 2 * HIDDEN * GROUPS // HEADS + 3 * FFN) + HIDDEN * VOCAB)
+    products = (
+        6
+        * BATCH
+        * SEQ
+        * (LAYERS * HIDDEN * (2 * HIDDEN + 2 * HIDDEN * GROUPS // HEADS + 3 * FFN) + HIDDEN * VOCAB)
+    )
     peak = matmul_peak()
     print(f"{'':<15} {'ms a step':>10} {'tokens/s':>10} {'peak MB':>9} {'of peak':>8}")
     for way in (*WAYS, *OWN):
         rate, share = BATCH * SEQ / median[way], products / median[way] / 1e9 / peak
-        print(f"{'FP8 ' + way if way in FP8 else way:<15} {median[way] * 1e3:>10.0f} {rate:>10.0f} {memory[way]:>9.0f} {share:>8.0%}")
-    print(f"peak: {peak:.0f} GFLOP/s in a bf16 product on {THREADS} threads; the products of a step are {products / 1e9:.0f} GFLOP")
+        print(
+            f"{'FP8 ' + way if way in FP8 else way:<15} {median[way] * 1e3:>10.0f} "
+            f"{rate:>10.0f} {memory[way]:>9.0f} {share:>8.0%}"
+        )
+    print(
+        f"peak: {peak:.0f} GFLOP/s in a bf16 product on {THREADS} threads; the products of "
+        f"a step are {products / 1e9:.0f} GFLOP"
+    )
     ratios = {
         "tokens_per_second_ratio": median["huggingface"] / median["ours"],
         "compiled_ratio": median["compiled"] / median["ours"],

@@ -47,15 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(__version__)
         return 0
-    from megatron_chatflow.config import UsageError, nearest
-    from megatron_chatflow.engine.launch import LaunchError, node_name
-    from megatron_chatflow.utils.errors import DataError
+    from megatron_chatflow.config import nearest
+    from megatron_chatflow.distributed.launch import LaunchError, node_name
+    from megatron_chatflow.errors import ConfigError, DataError
     from megatron_chatflow.utils.user_files import visible
 
     try:
         if words[0] not in COMMANDS:
-            raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS) or '; the commands are ' + ', '.join(COMMANDS)}")
-        return importlib.import_module(f"megatron_chatflow.commands.{words[0]}").main(words[1:])
+            raise ConfigError(
+                f"unknown command "
+                f"{words[0]!r}{nearest(words[0], COMMANDS) or '; the commands are ' + ', '.join(COMMANDS)}"
+            )
+        return importlib.import_module(f"megatron_chatflow.cli.{words[0]}").main(words[1:])
     except LaunchError as error:
         where = _speaker(os.environ)
         if where is None and not error.shared:  # the first process of the node may not be there
@@ -63,10 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if where is not None:
             print(f"chatflow {words[0]}{where}: error: {visible(str(error))}", file=sys.stderr)
         return error.exit_code
-    except UsageError as error:
+    except ConfigError as error:
         where = _speaker(os.environ)
         if where is not None:
-            print(f"chatflow {visible(words[0])}{where}: error: {visible(str(error))}", file=sys.stderr)
+            print(
+                f"chatflow {visible(words[0])}{where}: error: {visible(str(error))}",
+                file=sys.stderr,
+            )
         return EXIT_USAGE
     except DataError as error:
         print(f"chatflow {words[0]}: error: {visible(str(error))}", file=sys.stderr)
@@ -81,16 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _speaker(env: Mapping[str, str]) -> str | None:
-    """How a process names itself in an error: the first one not at all, one of each further node by the node; None keeps the others silent.
+    """How a process names itself in an error: the first one not at all, one of each further node by
+    the node; None keeps the others silent.
 
-    What is wrong may be wrong on one node only, so the first process cannot speak for all. Where no launcher started them, each may differ.
+    What is wrong may be wrong on one node only, so the first process cannot speak for all. Where no
+    launcher started them, each may differ.
     """
     if env.get("RANK", env.get("SLURM_PROCID", "0")) == "0":
         return ""
     launched = "TORCHELASTIC_RUN_ID" in env or "RANK" not in env
     if launched and env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0")) != "0":
         return None
-    from megatron_chatflow.engine.launch import node_name
+    from megatron_chatflow.distributed.launch import node_name
 
     return f" on {node_name(env)}"
 

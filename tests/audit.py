@@ -1,4 +1,6 @@
-"""What a run really read: every rank's loader writes down each sample that it hands to a training step, and the notes of all launches are audited."""
+"""What a run really read: every rank's loader writes down each sample that it hands to a training
+step, and the notes of all launches are audited.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,26 @@ from tests.sample import DOMAINS, QUICKSTART, SETTINGS, metrics, train
 
 MODEL = SETTINGS["model"] | {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64}
 TRAINING = {"micro_batch_size": 2, "global_batch_size": 16, "train_samples": 320}
-TINY = SETTINGS | {"model": MODEL, "training": TRAINING, "optimizer": {"lr": 1e-3, "lr_decay_style": "constant"}}
+TINY = SETTINGS | {
+    "model": MODEL,
+    "training": TRAINING,
+    "optimizer": {"lr": 1e-3, "lr_decay_style": "constant"},
+}
 THREE: dict[str, dict[str, Any]] = {"en": {}, "zh": {}, "en-zh": {}}
 STAGES = [
     {"name": "english", "at": 0, "weights": {"en": 0.7, "en-zh": 0.3}},
-    {"name": "bilingual", "at": 80, "weights": {"en": 0.3, "zh": 0.5, "en-zh": 0.2}, "ramp": "root2"},
-    {"name": "chinese", "at": 240, "weights": {"en": 0.1, "zh": 0.8, "en-zh": 0.1}, "ramp": "cosine"},
+    {
+        "name": "bilingual",
+        "at": 80,
+        "weights": {"en": 0.3, "zh": 0.5, "en-zh": 0.2},
+        "ramp": "root2",
+    },
+    {
+        "name": "chinese",
+        "at": 240,
+        "weights": {"en": 0.1, "zh": 0.8, "en-zh": 0.1},
+        "ramp": "cosine",
+    },
 ]
 BOUND = 4
 """Samples that a domain may be away from its schedule at any time."""
@@ -37,53 +53,84 @@ BOUND = 4
 
 def make_corpus(name: str, folder: Path, lines: Sequence[str]) -> None:
     """The corpus of domain `name` in `folder`, from these lines of JSON."""
-    from megatron_chatflow.data.preprocess_command import main
+    from megatron_chatflow.cli.preprocess import main
 
     source, (prefix, extra) = folder / f"{name}.jsonl", DOMAINS[name]
     source.write_text("".join(lines), encoding="utf-8")
-    words = ["--input", source, "--output-prefix", folder / prefix.split("_")[0], "--workers", 1, *([] if name == "instruct" else ["--append-eod"])]
-    words += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", TINY["tokenizer"]["tokenizer_model"]]
+    words = [
+        "--input",
+        source,
+        "--output-prefix",
+        folder / prefix.split("_")[0],
+        "--workers",
+        1,
+        *([] if name == "instruct" else ["--append-eod"]),
+    ]
+    words += [
+        "--tokenizer-type",
+        "SentencePieceTokenizer",
+        "--tokenizer-model",
+        TINY["tokenizer"]["tokenizer_model"],
+    ]
     assert main([str(word) for word in [*words, *extra]]) == 0
 
 
 def source_lines(name: str) -> list[str]:
     """The lines of a sample corpus."""
-    return (QUICKSTART / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return (
+        (QUICKSTART / "data" / f"{name}.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines(keepends=True)
+    )
 
 
 def recording_loader(notes: Path) -> type:
-    """The loop's loader, of a kind that writes down each sample that it hands out, in a file of this rank in `notes`."""
-    from megatron_chatflow.data.loader import rank_rows
-    from megatron_chatflow.training import loop
+    """The loop's loader, of a kind that writes down each sample that it hands out, in a file of
+    this rank in `notes`.
+    """
+    from megatron_chatflow.data.blend.dataloader import rank_rows
+    from megatron_chatflow.training import trainer
 
     notes.mkdir(parents=True, exist_ok=True)
     path = notes / f"rank{os.environ.get('RANK', '0')}.jsonl"
 
-    class Recording(loop.Loader):
+    class Recording(trainer.Loader):
         def iteration(self, start: int, global_batch_size: int) -> list[Any]:
             batches = super().iteration(start, global_batch_size)
-            rows = rank_rows(global_batch_size, self.micro_batch_size, self.data_parallel_rank, self.data_parallel_size)
+            rows = rank_rows(
+                global_batch_size,
+                self.micro_batch_size,
+                self.data_parallel_rank,
+                self.data_parallel_size,
+            )
             with path.open("a") as file:
                 for numbers, batch in zip(rows + start, batches, strict=True):
                     for i, n in enumerate(numbers.tolist()):
                         name = self.blend.plan.domain_names[batch["domain"][i]]
-                        file.write(json.dumps([n, name, int(batch["ordinal"][i]), fingerprint(batch, i)]) + "\n")
+                        file.write(
+                            json.dumps([n, name, int(batch["ordinal"][i]), fingerprint(batch, i)])
+                            + "\n"
+                        )
             return batches
 
     return Recording
 
 
 def audited_train(folder: Path, notes: Path, *words: str) -> tuple[int, str, str]:
-    """`train` on this rank; what its loader hands out goes to a file of this rank in `notes`, a folder for each launch."""
-    from megatron_chatflow.training import loop
+    """`train` on this rank; what its loader hands out goes to a file of this rank in `notes`, a
+    folder for each launch.
+    """
+    from megatron_chatflow.training import trainer
 
-    with mock.patch.object(loop, "Loader", recording_loader(notes)):
+    with mock.patch.object(trainer, "Loader", recording_loader(notes)):
         return train(folder, *words)
 
 
 def fingerprint(batch: dict[str, np.ndarray], row: int) -> str:
     """A hash of what a sample trains on."""
-    content = b"".join(np.ascontiguousarray(batch[key][row]).tobytes() for key in ("tokens", "labels", "loss_mask"))
+    content = b"".join(
+        np.ascontiguousarray(batch[key][row]).tobytes() for key in ("tokens", "labels", "loss_mask")
+    )
     return hashlib.sha256(content).hexdigest()
 
 
@@ -100,7 +147,9 @@ class Served:
         return {name: len(found) - len(set(found)) for name, found in self.by_domain().items()}
 
     def skipped(self) -> dict[str, int]:
-        """For each domain, how many of its samples were passed over, though later ones were read."""
+        """For each domain, how many of its samples were passed over, though later ones were
+        read.
+        """
         return {name: max(found) + 1 - len(set(found)) for name, found in self.by_domain().items()}
 
     def by_domain(self) -> dict[str, list[int]]:
@@ -114,9 +163,12 @@ class Served:
         """The farthest that a domain ever is from its schedule, in samples.
 
         Args:
-            schedule: (first sample, stages with `at` in samples), each of them in force until the next.
+            schedule: (first sample, stages with `at` in samples), each of them in force until the
+            next.
         """
-        every = sorted({name for _, stages in schedule for stage in stages for name in stage["weights"]})
+        every = sorted(
+            {name for _, stages in schedule for stage in stages for name in stage["weights"]}
+        )
         stops = [start for start, _ in schedule[1:]] + [len(self.names)]
         steps = []
         for (start, stages), stop in zip(schedule, stops, strict=True):
@@ -127,15 +179,25 @@ class Served:
 
 
 def read_notes(launches: Sequence[Path]) -> Served:
-    """The notes of all launches of a run, in order. A launch goes on from a checkpoint: what was read after that one is not in the weights."""
+    """The notes of all launches of a run, in order. A launch goes on from a checkpoint: what was
+    read after that one is not in the weights.
+    """
     samples: dict[int, tuple[str, int, str]] = {}
     for launch in launches:
-        lines = [json.loads(line) for path in sorted(launch.glob("rank*.jsonl")) for line in path.read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for path in sorted(launch.glob("rank*.jsonl"))
+            for line in path.read_text().splitlines()
+        ]
         here: dict[int, tuple[str, int, str]] = {}
         for n, *what in lines:
-            assert here.setdefault(n, tuple(what)) == tuple(what), f"ranks read sample {n} differently"
+            assert here.setdefault(n, tuple(what)) == tuple(what), (
+                f"ranks read sample {n} differently"
+            )
         samples = {n: what for n, what in samples.items() if n < min(here)} | here
-    assert sorted(samples) == list(range(len(samples))), "the samples of the run are not 0, 1, 2, ..."
+    assert sorted(samples) == list(range(len(samples))), (
+        "the samples of the run are not 0, 1, 2, ..."
+    )
     names, ordinals, fingerprints = zip(*(samples[n] for n in sorted(samples)), strict=True)
     return Served(list(names), list(ordinals), list(fingerprints))
 
@@ -158,16 +220,38 @@ class Story:
         other.launches = [folder / launch.name for launch in self.launches]
         return other
 
-    def write(self, stages: list[dict[str, Any]], domains: Mapping[str, dict[str, Any]] = THREE, **top: Any) -> None:
-        """The curriculum file. `domains`: further keys of each; paths and kinds are told by the names."""
+    def write(
+        self,
+        stages: list[dict[str, Any]],
+        domains: Mapping[str, dict[str, Any]] = THREE,
+        **top: Any,
+    ) -> None:
+        """The curriculum file. `domains`: further keys of each; paths and kinds are told by the
+        names.
+        """
         kinds = {name: {"kind": "instruct"} if name == "instruct" else {} for name in domains}
-        domains = {name: {"path": str(self.corpora / DOMAINS[name][0])} | kinds[name] | keys for name, keys in domains.items()}
-        (self.folder / "curriculum.yaml").write_text(yaml.safe_dump({"domains": domains, "stages": stages} | top))
+        domains = {
+            name: {"path": str(self.corpora / DOMAINS[name][0])} | kinds[name] | keys
+            for name, keys in domains.items()
+        }
+        (self.folder / "curriculum.yaml").write_text(
+            yaml.safe_dump({"domains": domains, "stages": stages} | top)
+        )
 
     def launch(self, *words: str, world: int = 1) -> list[tuple[int, str, str]]:
         """Starts the run, or goes on with it; the answer of each rank."""
         notes = self.folder / f"launch{len(self.launches)}"
-        done = self.pool.run(world, audited_train, self.folder, notes, "--save", str(self.run), "--load", str(self.run), *words)
+        done = self.pool.run(
+            world,
+            audited_train,
+            self.folder,
+            notes,
+            "--save",
+            str(self.run),
+            "--load",
+            str(self.run),
+            *words,
+        )
         if any(notes.iterdir()):
             self.launches.append(notes)
         return done
@@ -188,11 +272,13 @@ class Story:
         return err
 
     def audit(self, samples: int, *schedule: tuple[int, list[dict[str, Any]]]) -> Served:
-        """Audits all samples read: none is lost or repeated, they follow the schedule, hold what the corpora say, and are what the run has recorded.
+        """Audits all samples read: none is lost or repeated, they follow the schedule, hold what
+        the corpora say, and are what the run has recorded.
 
         Args:
             samples: how many there must be.
-            schedule: (first sample, stages with `at` in samples), each of them in force until the next.
+            schedule: (first sample, stages with `at` in samples), each of them in force until the
+            next.
         """
         served = read_notes(self.launches)
         assert len(served.names) == samples, len(served.names)
@@ -200,19 +286,36 @@ class Story:
         assert {count for counts in lost.values() for count in counts.values()} == {0}, lost
         farthest = served.farthest(schedule)
         assert farthest <= BOUND, farthest
-        domains = open_domains(load_curriculum(self.folder / "curriculum.yaml"), seq_length=64, seed=1234, split=TINY["data"]["split"])
+        domains = open_domains(
+            load_curriculum(self.folder / "curriculum.yaml"),
+            seq_length=64,
+            seed=1234,
+            split=TINY["data"]["split"],
+        )
         for name, ordinals in served.by_domain().items():
             batch = domains[name].read(ordinals)
-            mine = [f for f, other in zip(served.fingerprints, served.names, strict=True) if other == name]
+            mine = [
+                f
+                for f, other in zip(served.fingerprints, served.names, strict=True)
+                if other == name
+            ]
             assert mine == [fingerprint(batch, i) for i in range(len(ordinals))]
             for epoch in range(0, len(mine), domains[name].num_samples):
                 texts = mine[epoch : epoch + domains[name].num_samples]
-                assert len(set(texts)) == len(texts), f"a text of {name} was trained on twice in one epoch"
+                assert len(set(texts)) == len(texts), (
+                    f"a text of {name} was trained on twice in one epoch"
+                )
         records = metrics(self.run)
         assert [r["iteration"] for r in records] == list(range(1, len(records) + 1))
         for record in records:
             start, stop = record["samples"]
-            told = {name: values["samples"] for name, values in record["domains"].items() if values["samples"]}
-            assert told == {name: served.names[start:stop].count(name) for name in set(served.names[start:stop])}
+            told = {
+                name: values["samples"]
+                for name, values in record["domains"].items()
+                if values["samples"]
+            }
+            assert told == {
+                name: served.names[start:stop].count(name) for name in set(served.names[start:stop])
+            }
         assert records[-1]["consumed_samples"] == samples
         return served

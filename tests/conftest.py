@@ -29,16 +29,30 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(pool: Pool, sample: Path) -> Path:
     """The run directory of 20 iterations on one process, validated every 10, saved every 10."""
     run = sample / "reference"
-    (done,) = pool.run(1, train, sample, "--save", str(run), "--save-interval", "10", "--eval-interval", "10")
+    (done,) = pool.run(
+        1, train, sample, "--save", str(run), "--save-interval", "10", "--eval-interval", "10"
+    )
     assert done[0] == 0, done
     return run
 
 
 @pytest.fixture(scope="session")
 def averaged(pool: Pool, sample: Path) -> Path:
-    """The run directory of 6 iterations in bf16 with a running mean of the weights, saved every 2."""
+    """The run directory of 6 iterations in bf16 with a running mean of the weights, saved every
+    2.
+    """
     run = sample / "averaged"
-    words = ["--train-iters", "6", "--lr-warmup-iters", "0", "--bf16", "--ema-decay", "0.7", "--save-interval", "2"]
+    words = [
+        "--train-iters",
+        "6",
+        "--lr-warmup-iters",
+        "0",
+        "--bf16",
+        "--ema-decay",
+        "0.7",
+        "--save-interval",
+        "2",
+    ]
     (done,) = pool.run(1, train, sample, "--save", str(run), *words)
     assert done[0] == 0, done
     return run

@@ -1,8 +1,8 @@
 """Kill a process at its n-th file operation below a folder, as a power switch would.
 
-Operations are counted in the process that calls `kill_at` and in those that it forks: opening a file
-for writing, fsync, mkdir, rename and replace, remove and rmdir. Nothing of the product is replaced:
-the counting is an audit hook and a wrapper of os.fsync.
+Operations are counted in the process that calls `kill_at` and in those that it forks: opening a
+file for writing, fsync, mkdir, rename and replace, remove and rmdir. Nothing of the product is
+replaced: the counting is an audit hook and a wrapper of os.fsync.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def kill_at(folder: Path, number: int, note: Path, only: str = "") -> None:
         kind = _EVENTS.get(event)
         if kind is None or inner[0]:
             return
-        if kind == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+        if kind == "open" and not (
+            isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        ):
             return
         path = arguments[1] if kind == "rename" else arguments[0]
         if isinstance(path, (str, bytes, os.PathLike)):

@@ -1,7 +1,9 @@
-"""One pool of gloo ranks for a test process's whole session: importing megatron-core costs seconds a rank, so it is done once.
+"""One pool of gloo ranks for a test process's whole session: importing megatron-core costs seconds
+a rank, so it is done once.
 
-A job is a function and its arguments, run on the first `world_size` ranks under torchrun's environment variables (one rank
-alone gets none of them, as a plain command would). Jobs leave their process groups; the pool checks that they did.
+A job is a function and its arguments, run on the first `world_size` ranks under torchrun's
+environment variables (one rank alone gets none of them, as a plain command would). Jobs leave their
+process groups; the pool checks that they did.
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ class Pool:
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Any]] = []
 
-    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
-        """The results of `function(*args)`, called on `world_size` ranks at once, in order of rank. A rank's exception is raised here."""
+    def run(
+        self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0
+    ) -> list[Any]:
+        """The results of `function(*args)`, called on `world_size` ranks at once, in order of rank.
+        A rank's exception is raised here.
+        """
         self._start(world_size - len(self._workers))
         port = _free_port()
         workers = self._workers[:world_size]
@@ -34,7 +40,9 @@ class Pool:
         for rank, (process, pipe) in enumerate(workers):
             if not pipe.poll(timeout) or not process.is_alive():
                 self.close()
-                raise RuntimeError(f"rank {rank} of {function.__name__}{args} did not answer in {timeout} s")
+                raise RuntimeError(
+                    f"rank {rank} of {function.__name__}{args} did not answer in {timeout} s"
+                )
             ok, value = pipe.recv()
             (results if ok else failures).append(value)
         if failures:
@@ -73,25 +81,35 @@ def _work(pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
-    from megatron_chatflow.engine import cpu, distributed
+    from megatron_chatflow.distributed import cuda_shim, process_groups
 
     torch.set_num_threads(1)
-    cpu.install()
-    import megatron_chatflow.training.loop  # noqa: F401  as the ranks before have it
+    cuda_shim.install()
+    import megatron_chatflow.training.trainer  # noqa: F401  as the ranks before have it
 
     pipe.send("ready")
     while (job := pipe.recv()) is not None:
         function, args, rank, world_size, port = job
         launch = (
-            {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world_size > 1 else {}
+            {
+                "RANK": rank,
+                "WORLD_SIZE": world_size,
+                "LOCAL_RANK": rank,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            if world_size > 1
+            else {}
         )
         os.environ.update({key: str(value) for key, value in launch.items()})
         try:
             answer = (True, function(*args))
-            assert not torch.distributed.is_initialized(), f"{function.__name__} left a process group behind"
+            assert not torch.distributed.is_initialized(), (
+                f"{function.__name__} left a process group behind"
+            )
         except BaseException:
             answer = (False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
-            distributed.shut_down()
+            process_groups.shut_down()
         for key in launch:
             del os.environ[key]
         _free_groups()
@@ -101,7 +119,8 @@ def _work(pipe: Any) -> None:
 def _free_groups() -> None:
     """Let go of what holds a job's process groups: cycles, and a cache of megatron-core's.
 
-    Every gloo group that is left has threads that wake a hundred times a second; after some hundred jobs nothing else would run.
+    Every gloo group that is left has threads that wake a hundred times a second; after some hundred
+    jobs nothing else would run.
     """
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 

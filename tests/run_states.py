@@ -1,4 +1,5 @@
-"""The run directory against a simple model of what must be loadable: hypothesis chooses what happens to it.
+"""The run directory against a simple model of what must be loadable: hypothesis chooses what
+happens to it.
 
     python tests/run_states.py                      # a minute
     python tests/run_states.py --minutes 30         # thirty
@@ -61,7 +62,9 @@ History = tuple[tuple[Amendments, bool], ...]
 
 
 def command(log: Path, words: list[str], fault: tuple[Any, ...] | None) -> None:
-    """In a process of its own: `chatflow WORDS`, its output in `log`, killed at a file operation where `fault` says."""
+    """In a process of its own: `chatflow WORDS`, its output in `log`, killed at a file operation
+    where `fault` says.
+    """
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -105,13 +108,26 @@ class World:
         self.folder, self.context = folder, preload()
         (folder / "corpora").mkdir()
         build(folder / "corpora")
-        training = {"micro_batch_size": BATCH, "global_batch_size": BATCH, "train_samples": LONGEST * BATCH}
-        run = TINY | {"model": MODEL, "training": training, "logging": {"log_interval": 1}, "validation": {"eval_iters": 0}}
+        training = {
+            "micro_batch_size": BATCH,
+            "global_batch_size": BATCH,
+            "train_samples": LONGEST * BATCH,
+        }
+        run = TINY | {
+            "model": MODEL,
+            "training": training,
+            "logging": {"log_interval": 1},
+            "validation": {"eval_iters": 0},
+        }
         run["data"] = run["data"] | {"seq_length": 16}
         (folder / "run.yaml").write_text(yaml.safe_dump(run))
         for number, stages in enumerate(VERSIONS):
-            domains = {name: {"path": str(folder / "corpora" / DOMAINS[name][0])} for name in ("en", "zh")}
-            (folder / f"curriculum{number}.yaml").write_text(yaml.safe_dump({"domains": domains, "stages": stages}))
+            domains = {
+                name: {"path": str(folder / "corpora" / DOMAINS[name][0])} for name in ("en", "zh")
+            }
+            (folder / f"curriculum{number}.yaml").write_text(
+                yaml.safe_dump({"domains": domains, "stages": stages})
+            )
         self.bits: dict[History, str] = {}
         self.losses: dict[History, float | None] = {}
         self.counts: Counter[str] = Counter()
@@ -137,7 +153,9 @@ class RunDirectory(RuleBasedStateMachine):
         self.course_file: bytes | None = None
         """What the run has written of it."""
         self.missing: set[int] = set()
-        """Iterations that may have no record: it was cut when their course was left, and the run was sent back to it."""
+        """Iterations that may have no record: it was cut when their course was left, and the run
+        was sent back to it.
+        """
 
     def teardown(self) -> None:
         shutil.rmtree(self.run.parent, ignore_errors=True)
@@ -153,8 +171,19 @@ class RunDirectory(RuleBasedStateMachine):
         keep=st.sampled_from([None, None, 2]),
         fault=st.one_of(st.none(), st.integers(1, 120)),
     )
-    def train(self, more: int, asynchronous: bool, version: int, skip: set[int], back: int | None, keep: int | None, fault: int | None) -> None:
-        """Go on by some iterations, from an older checkpoint where `back` is given, killed at an operation where `fault` is."""
+    def train(
+        self,
+        more: int,
+        asynchronous: bool,
+        version: int,
+        skip: set[int],
+        back: int | None,
+        keep: int | None,
+        fault: int | None,
+    ) -> None:
+        """Go on by some iterations, from an older checkpoint where `back` is given, killed at an
+        operation where `fault` is.
+        """
         intact = sorted(i for i, s in self.saved.items() if not s.damaged)
         step = intact[back % len(intact)] if back is not None and intact else None
         if step is None and self.pointer is not None and not self.candidates():
@@ -162,8 +191,23 @@ class RunDirectory(RuleBasedStateMachine):
             return
         begin = step if step is not None else max(self.candidates(), default=0)
         stop = min(begin + more, LONGEST)
-        words = ["train", "--config", str(world.folder / "run.yaml"), "--curriculum", str(world.folder / f"curriculum{version}.yaml")]
-        words += ["--save", str(self.run), "--load", str(self.run), "--save-interval", "2", "--exit-interval", str(stop or 1)]
+        words = [
+            "train",
+            "--config",
+            str(world.folder / "run.yaml"),
+            "--curriculum",
+            str(world.folder / f"curriculum{version}.yaml"),
+        ]
+        words += [
+            "--save",
+            str(self.run),
+            "--load",
+            str(self.run),
+            "--save-interval",
+            "2",
+            "--exit-interval",
+            str(stop or 1),
+        ]
         words += ["--amend-curriculum"] if self.saved else []
         words += ["--async-save"] if asynchronous else []
         words += ["--most-recent-k", str(keep)] if keep else []
@@ -175,7 +219,9 @@ class RunDirectory(RuleBasedStateMachine):
         note = self.run.parent / "instant"
         note.unlink(missing_ok=True)
         code, said = self.command(words, (self.run, fault, note) if fault else None)
-        world.counts["trained" + (", back" if step is not None else "") + (", skipping" if skipped else "")] += 1
+        world.counts[
+            "trained" + (", back" if step is not None else "") + (", skipping" if skipped else "")
+        ] += 1
         killed = note.exists()
         if killed:
             world.counts["killed"] += 1
@@ -187,7 +233,11 @@ class RunDirectory(RuleBasedStateMachine):
             assert (from_ is not None) == (begin > 0) or killed or begin == stop, (begin, said)
         self.observe(begin, stop, version, set(skipped), step is not None, keep, killed, said)
 
-    @rule(which=st.integers(0, 30), how=st.sampled_from(["flip", "cut", "remove"]), file=st.integers(0, 30))
+    @rule(
+        which=st.integers(0, 30),
+        how=st.sampled_from(["flip", "cut", "remove"]),
+        file=st.integers(0, 30),
+    )
     def damage(self, which: int, how: str, file: int) -> None:
         """Damage one file of a checkpoint."""
         if not self.saved:
@@ -214,7 +264,9 @@ class RunDirectory(RuleBasedStateMachine):
 
     @rule(content=st.sampled_from([b"", b"\xff\xfe", "\u0663".encode(), b"9999", b"-1", None]))
     def damage_pointer(self, content: bytes | None) -> None:
-        """Write something else into the pointer, or remove it; the next launch that saves writes it again."""
+        """Write something else into the pointer, or remove it; the next launch that saves writes it
+        again.
+        """
         if self.pointer is None or content is None:
             return
         (self.run / "latest_checkpointed_iteration.txt").write_bytes(content)
@@ -223,16 +275,18 @@ class RunDirectory(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 3))
     def average(self, count: int) -> None:
-        """The mean of the last checkpoints is of this course and of intact ones alone, or refused."""
+        """The mean of the last checkpoints is of this course and of intact ones alone, or
+        refused.
+        """
         if self.pointer is None or self.pointer_damaged:
             return
-        from megatron_chatflow.config import UsageError
-        from megatron_chatflow.training.chosen_weights import choose_weights
+        from megatron_chatflow.checkpoint.selection import choose_weights
+        from megatron_chatflow.errors import ConfigError
 
         world.counts["averaged"] += 1
         try:
             folders = choose_weights(self.run, None, count).folders
-        except UsageError:
+        except ConfigError:
             return
         latest = self.saved[self.pointer].history
         for folder in folders:
@@ -240,11 +294,23 @@ class RunDirectory(RuleBasedStateMachine):
             assert history == latest[: len(history)], f"{folder} is of another course"
 
     def refused(self, version: int) -> None:
-        """Nothing of this course can be loaded: one message, nothing is written, and a person starts again."""
+        """Nothing of this course can be loaded: one message, nothing is written, and a person
+        starts again.
+        """
         before = sorted(path.relative_to(self.run) for path in self.run.rglob("*"))
-        words = ["train", "--config", str(world.folder / "run.yaml"), "--curriculum", str(world.folder / f"curriculum{version}.yaml")]
-        code, said = self.command([*words, "--save", str(self.run), "--load", str(self.run), "--amend-curriculum"])
-        assert code == 2 and "no sound checkpoint" in said and len(said.strip().splitlines()) == 1, said
+        words = [
+            "train",
+            "--config",
+            str(world.folder / "run.yaml"),
+            "--curriculum",
+            str(world.folder / f"curriculum{version}.yaml"),
+        ]
+        code, said = self.command(
+            [*words, "--save", str(self.run), "--load", str(self.run), "--amend-curriculum"]
+        )
+        assert (
+            code == 2 and "no sound checkpoint" in said and len(said.strip().splitlines()) == 1
+        ), said
         assert before == sorted(path.relative_to(self.run) for path in self.run.rglob("*"))
         world.counts["refused: nothing intact"] += 1
         self.teardown()
@@ -278,7 +344,13 @@ class RunDirectory(RuleBasedStateMachine):
         if self.pointer is None:
             return []
         limits = dict(self.course)
-        return [i for i, s in self.saved.items() if not s.damaged and i <= limits.get(s.branch, -1) and (self.pointer_damaged or i <= self.pointer)]
+        return [
+            i
+            for i, s in self.saved.items()
+            if not s.damaged
+            and i <= limits.get(s.branch, -1)
+            and (self.pointer_damaged or i <= self.pointer)
+        ]
 
     def history(self, begin: int, stop: int, version: int, skipped: set[int]) -> History:
         """The history of a launch that goes from iteration `begin` to `stop`."""
@@ -288,24 +360,52 @@ class RunDirectory(RuleBasedStateMachine):
             amendments = (*amendments, (begin, version))
         return (*past, *((amendments, i in skipped) for i in range(begin + 1, stop + 1)))
 
-    def observe(self, begin: int, stop: int, version: int, skipped: set[int], back: bool, keep: int | None, killed: bool, said: str) -> None:
+    def observe(
+        self,
+        begin: int,
+        stop: int,
+        version: int,
+        skipped: set[int],
+        back: bool,
+        keep: int | None,
+        killed: bool,
+        said: str,
+    ) -> None:
         """Compare the folder with what may have happened, and take over what did."""
-        from megatron_chatflow.training import manifest
-        from megatron_chatflow.training.run_directory import complete_iterations, latest_iteration
+        from megatron_chatflow.checkpoint import integrity
+        from megatron_chatflow.checkpoint.run_directory import complete_iterations, latest_iteration
 
         history = self.history(begin, stop, version, skipped)
         left = [i for i in self.candidates() if i > begin]
         branched = self.written_course() != self.course_file
-        assert branched or killed or not left, f"no new branch from {begin}, with {left} left behind\n{said}"
+        assert branched or killed or not left, (
+            f"no new branch from {begin}, with {left} left behind\n{said}"
+        )
         self.missing = {i for i in self.missing if i <= begin}
         if branched:
             self.launches += 1
-            self.course = [(branch, min(last, begin)) for branch, last in self.course] + [(self.launches, LONGEST)]
+            self.course = [(branch, min(last, begin)) for branch, last in self.course] + [
+                (self.launches, LONGEST)
+            ]
             self.course_file = self.written_course()
-        there = {i: os.stat(self.folder(i) / "state.json").st_mtime_ns for i in complete_iterations(self.run)} if self.run.exists() else {}
-        fresh = {i for i, stamp in there.items() if i not in self.saved or self.saved[i].stamp != stamp}
+        there = (
+            {
+                i: os.stat(self.folder(i) / "state.json").st_mtime_ns
+                for i in complete_iterations(self.run)
+            }
+            if self.run.exists()
+            else {}
+        )
+        fresh = {
+            i for i, stamp in there.items() if i not in self.saved or self.saved[i].stamp != stamp
+        }
         gone = set(self.saved) - set(there)
-        assert fresh <= {i for i in range(begin + 1, stop + 1) if i % 2 == 0 or i == stop}, (fresh, begin, stop, said)
+        assert fresh <= {i for i in range(begin + 1, stop + 1) if i % 2 == 0 or i == stop}, (
+            fresh,
+            begin,
+            stop,
+            said,
+        )
         assert not gone or keep, (gone, said)
         if not killed and stop > begin:
             assert stop in fresh, (fresh, begin, stop, said)
@@ -321,10 +421,12 @@ class RunDirectory(RuleBasedStateMachine):
         self.pointer_damaged = self.pointer_damaged and not fresh
         self.pointer = pointer
         for i in fresh:
-            wrong = manifest.damage(self.folder(i), lambda *_: True)
+            wrong = integrity.damage(self.folder(i), lambda *_: True)
             assert wrong is None, wrong
             digest = digest_of(self.folder(i))
-            assert world.bits.setdefault(history[:i], digest) == digest, f"other bits at iteration {i}: {history[:i]}\n{said}"
+            assert world.bits.setdefault(history[:i], digest) == digest, (
+                f"other bits at iteration {i}: {history[:i]}\n{said}"
+            )
         if pointer is not None and pointer in fresh and not killed:
             self.compare_metrics(history[:pointer])
 
@@ -332,51 +434,72 @@ class RunDirectory(RuleBasedStateMachine):
         """The records of iterations in metrics.jsonl, but for a half line at its end."""
         path = self.run / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [record for record in (json.loads(line) for line in lines if line.endswith("\n")) if "samples" in record]
+        return [
+            record
+            for record in (json.loads(line) for line in lines if line.endswith("\n"))
+            if "samples" in record
+        ]
 
     def compare_metrics(self, history: History) -> None:
         """Each iteration once, with the loss that this history has always had."""
         records = self.records()
         found = [record["iteration"] for record in records]
-        assert found == [i for i in range(1, len(history) + 1) if i in found or i not in self.missing], found
+        assert found == [
+            i for i in range(1, len(history) + 1) if i in found or i not in self.missing
+        ], found
         for record in records:
             i = record["iteration"]
             loss = record.get("lm loss")
-            assert world.losses.setdefault(history[:i], loss) == loss, (i, loss, world.losses[history[:i]])
+            assert world.losses.setdefault(history[:i], loss) == loss, (
+                i,
+                loss,
+                world.losses[history[:i]],
+            )
 
 
 def digest_of(folder: Path) -> str:
     """A hash of the weights, the optimizer state and the place in the run."""
-    from megatron_chatflow.training.reading import read_tensors
+    from megatron_chatflow.checkpoint.tensor_reader import read_tensors
 
     digest = hashlib.sha256()
     for name, tensor in read_tensors(folder):
         digest.update(name.encode())
-        digest.update(tensor.contiguous().reshape(-1).view(dtype=__import__("torch").uint8).numpy().tobytes())
+        digest.update(
+            tensor.contiguous().reshape(-1).view(dtype=__import__("torch").uint8).numpy().tobytes()
+        )
     state = json.loads((folder / "state.json").read_text())
     digest.update(json.dumps([state["iteration"], state["consumed_train_samples"]]).encode())
     return digest.hexdigest()
 
 
 def explore(folder: Path, minutes: float, number: int) -> dict[str, Any]:
-    """Run hypothesis for N minutes; returns what was done. Raises AssertionError with the steps where the model is contradicted."""
+    """Run hypothesis for N minutes; returns what was done. Raises AssertionError with the steps
+    where the model is contradicted.
+    """
     global world
     world = World(folder)
     end, examples = time.monotonic() + 60 * minutes, 0
     while time.monotonic() < end:
         chosen = settings(
-            max_examples=3, stateful_step_count=12, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-            phases=[Phase.generate, Phase.shrink] if minutes > 5 else [Phase.generate], print_blob=False,
+            max_examples=3, stateful_step_count=12, deadline=None, database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink] if minutes > 5 else [Phase.generate],
+            print_blob=False,
         )  # fmt: skip
-        run_state_machine_as_test(seed(number + examples)(type("Machine", (RunDirectory,), {})), settings=chosen)
+        run_state_machine_as_test(
+            seed(number + examples)(type("Machine", (RunDirectory,), {})), settings=chosen
+        )
         examples += 1
     return {
-        "examples": 3 * examples, "steps": dict(world.counts), "histories": len(world.bits), "instants of kills": len(world.instants),
+        "examples": 3 * examples, "steps": dict(world.counts), "histories": len(world.bits),
+        "instants of kills": len(world.instants),
     }  # fmt: skip
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

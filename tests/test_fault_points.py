@@ -46,7 +46,9 @@ def test_a_process_is_killed_before_its_nth_operation(
 ) -> None:
     folder, note = tmp_path / "run", tmp_path / "note"
     folder.mkdir()
-    process = multiprocessing.get_context("fork").Process(target=work, args=(folder, note, number, only))
+    process = multiprocessing.get_context("fork").Process(
+        target=work, args=(folder, note, number, only)
+    )
     process.start()
     process.join(20)
     assert process.exitcode == (-9 if killed else 0)

@@ -13,23 +13,30 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_chatflow"
 
 LAYERS = (
+    {"errors"},
     {"utils"},
     {"config", "curriculum", "report", "tokenizer"},
-    {"data", "engine", "planner"},
-    {"precision"},
+    {"data", "distributed", "planner", "serialization"},
+    {"fp8"},
     {"model"},
-    {"training", "evaluation"},
+    {"checkpoint"},
+    {"training"},
+    {"evaluation"},
     {"conversion"},
-    {"commands", "__main__"},
+    {"cli", "__main__"},
 )
-"""A room imports from itself and from lower layers only."""
+"""A package imports from itself and from lower layers only."""
 
-PARTNERS = ({"training", "evaluation"}, {"commands", "__main__"})
-"""Rooms of one layer that may use each other: a run validates itself, and the evaluation of a checkpoint takes the run's steps."""
+PARTNERS = ({"cli", "__main__"},)
+"""Packages of one layer that may use each other."""
 
-WITHOUT_TORCH = {"config", "curriculum", "data", "planner", "report", "tokenizer", "utils"}
-WITH_MEGATRON = {"model", "engine", "precision", "training", "evaluation", "conversion"}
-LATE = {"commands", "__main__"}
+WITHOUT_TORCH = {
+    "config", "curriculum", "data", "errors", "planner", "report", "tokenizer", "utils",
+}  # fmt: skip
+WITH_MEGATRON = {
+    "checkpoint", "conversion", "distributed", "evaluation", "fp8", "model", "training",
+}  # fmt: skip
+LATE = {"cli", "__main__"}
 """The command line: starts at once, so what is heavy is imported inside functions."""
 
 HEAVY = {"torch", "megatron", "transformer_engine"}
@@ -37,7 +44,8 @@ DYNAMIC = ("import_module", "importlib.import_module", "__import__")
 
 
 def imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[str, bool]]:
-    """Every module that a source file imports, as (dotted name, whether at once and not inside a function).
+    """Every module that a source file imports, as (dotted name, whether at once and not inside a
+    function).
 
     `package` is the dotted package that the file is in, by which relative imports are resolved.
     """
@@ -49,7 +57,12 @@ def imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[str, bool]]:
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join(base + ([node.module] if node.module else []))
             yield from ((f"{module}.{alias.name}", at_once) for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in DYNAMIC and node.args and isinstance(node.args[0], ast.Constant):
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) in DYNAMIC
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
             yield str(node.args[0].value), at_once
         inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
@@ -59,7 +72,9 @@ def imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[str, bool]]:
 
 
 def violations(path: str, source: str) -> list[str]:
-    """What one file imports against the rules; `path` is relative to the repository, e.g. megatron_chatflow/data/blend.py."""
+    """What one file imports against the rules; `path` is relative to the repository, e.g.
+    megatron_chatflow/data/blend/blended_dataset.py.
+    """
     parts = path.removesuffix(".py").split("/")
     room = parts[1]
     found = []
@@ -69,41 +84,64 @@ def violations(path: str, source: str) -> list[str]:
             other = name.split(".")[1] if "." in name else ""
             if room == "__init__":
                 found.append(f"{path} imports {name}: importing the package must cost nothing")
-            elif other and other not in {room, "__version__"} and layer(other) >= layer(room) and {room, other} not in PARTNERS:
+            elif (
+                other
+                and other not in {room, "__version__"}
+                and layer(other) >= layer(room)
+                and {room, other} not in PARTNERS
+            ):
                 found.append(f"{path} imports {name}: {room} may import from lower layers only")
         elif room == "__init__":
             found.append(f"{path} imports {name}: importing the package must cost nothing")
         elif top in HEAVY and room in WITHOUT_TORCH:
             found.append(f"{path} imports {name}: {room} does without torch and megatron")
         elif top == "megatron" and room not in WITH_MEGATRON:
-            found.append(f"{path} imports {name}: megatron.core belongs to {', '.join(sorted(WITH_MEGATRON))}")
+            found.append(
+                f"{path} imports {name}: megatron.core belongs to "
+                f"{', '.join(sorted(WITH_MEGATRON))}"
+            )
         elif top in HEAVY and room in LATE and at_once:
-            found.append(f"{path} imports {name} at once: the command line imports it inside functions")
+            found.append(
+                f"{path} imports {name} at once: the command line imports it inside functions"
+            )
         elif top == "transformer_engine" and at_once:
             found.append(f"{path} imports {name} at once: it is imported inside functions")
     return found
 
 
 def layer(room: str) -> int:
-    """Height of a room; one that has no place yet is an error, so that a new room is thought about."""
+    """Height of a room; one that has no place yet is an error, so that a new room is thought
+    about.
+    """
     for height, rooms in enumerate(LAYERS):
         if room in rooms:
             return height
-    raise AssertionError(f"megatron_chatflow/{room} has no layer: put it into LAYERS of {__name__} and into docs/architecture.md")
+    raise AssertionError(
+        f"megatron_chatflow/{room} has no layer: put it into LAYERS of {__name__} and into "
+        f"docs/architecture.md"
+    )
 
 
 def sources() -> dict[str, str]:
-    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+    return {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
 
 
 def test_every_module_imports_from_lower_layers_only_and_keeps_torch_out_of_the_data_plane():
-    found = [sentence for path, source in sources().items() for sentence in violations(path, source)]
+    found = [
+        sentence for path, source in sources().items() for sentence in violations(path, source)
+    ]
     assert found == []
 
 
 def test_transformer_engine_is_imported_in_one_file_at_most():
     def uses(path: str, source: str) -> bool:
-        return any(name.split(".")[0] == "transformer_engine" for name, _ in imports(ast.parse(source), path.split("/")[:-1]))
+        return any(
+            name.split(".")[0] == "transformer_engine"
+            for name, _ in imports(ast.parse(source), path.split("/")[:-1])
+        )
 
     assert len([path for path, source in sources().items() if uses(path, source)]) <= 1
 
@@ -115,20 +153,38 @@ def test_transformer_engine_is_imported_in_one_file_at_most():
         ("megatron_chatflow/__init__.py", "from megatron_chatflow.curriculum import BlendPlan"),
         ("megatron_chatflow/curriculum/plan.py", "import torch"),
         ("megatron_chatflow/curriculum/plan.py", "from megatron_chatflow.data import open_blend"),
-        ("megatron_chatflow/data/blend.py", "def read():\n    from torch.utils.data import Dataset"),
-        ("megatron_chatflow/data/blend.py", "import importlib\nimportlib.import_module('megatron.core')"),
-        ("megatron_chatflow/data/blend.py", "from ..training import loop"),
-        ("megatron_chatflow/data/blend.py", "from .. import training"),
-        ("megatron_chatflow/tokenizer/load.py", "import megatron.core"),
-        ("megatron_chatflow/report/tensorboard.py", "from torch.utils.tensorboard import SummaryWriter"),
-        ("megatron_chatflow/planner/memory.py", "from megatron_chatflow.training.step import step"),
-        ("megatron_chatflow/model/gpt.py", "from megatron_chatflow.training import loop"),
-        ("megatron_chatflow/engine/cpu.py", "from megatron_chatflow.model import gpt"),
-        ("megatron_chatflow/precision/te.py", "import transformer_engine.pytorch as te"),
-        ("megatron_chatflow/precision/linear.py", "from megatron_chatflow.model.spec import block_spec"),
-        ("megatron_chatflow/commands/plan.py", "def run():\n    from megatron.core import parallel_state"),
-        ("megatron_chatflow/commands/plan.py", "import torch"),
-        ("megatron_chatflow/__main__.py", "try:\n    import torch\nexcept ImportError:\n    torch = None"),
+        (
+            "megatron_chatflow/data/blend/blended_dataset.py",
+            "def read():\n    from torch.utils.data import Dataset",
+        ),
+        (
+            "megatron_chatflow/data/blend/blended_dataset.py",
+            "import importlib\nimportlib.import_module('megatron.core')",
+        ),
+        ("megatron_chatflow/data/blend/blended_dataset.py", "from ...training import trainer"),
+        ("megatron_chatflow/data/blend/blended_dataset.py", "from ... import training"),
+        ("megatron_chatflow/tokenizer/factory.py", "import megatron.core"),
+        (
+            "megatron_chatflow/report/tensorboard.py",
+            "from torch.utils.tensorboard import SummaryWriter",
+        ),
+        (
+            "megatron_chatflow/planner/memory.py",
+            "from megatron_chatflow.training.train_step import step",
+        ),
+        ("megatron_chatflow/model/gpt.py", "from megatron_chatflow.training import trainer"),
+        ("megatron_chatflow/distributed/cuda_shim.py", "from megatron_chatflow.model import gpt"),
+        ("megatron_chatflow/fp8/transformer_engine.py", "import transformer_engine.pytorch as te"),
+        ("megatron_chatflow/fp8/linear.py", "from megatron_chatflow.model.spec import block_spec"),
+        (
+            "megatron_chatflow/cli/plan.py",
+            "def run():\n    from megatron.core import parallel_state",
+        ),
+        ("megatron_chatflow/cli/plan.py", "import torch"),
+        (
+            "megatron_chatflow/__main__.py",
+            "try:\n    import torch\nexcept ImportError:\n    torch = None",
+        ),
     ],
 )
 def test_the_checker_finds_an_import_against_the_rules(path: str, source: str):
@@ -138,10 +194,28 @@ def test_the_checker_finds_an_import_against_the_rules(path: str, source: str):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("megatron_chatflow/data/blend.py", "import numpy\nfrom megatron_chatflow.curriculum import BlendPlan\nfrom .indexed import X"),
-        ("megatron_chatflow/training/loop.py", "import torch\nfrom megatron.core import utils\nfrom megatron_chatflow.data import open_blend"),
-        ("megatron_chatflow/precision/te.py", "def reason():\n    import transformer_engine.pytorch as te"),
-        ("megatron_chatflow/commands/train.py", "def run():\n    import torch\n    from megatron_chatflow.training import loop"),
+        (
+            "megatron_chatflow/data/blend/blended_dataset.py",
+            (
+                "import numpy\nfrom megatron_chatflow.curriculum import BlendPlan\nfrom "
+                ".indexed import X"
+            ),
+        ),
+        (
+            "megatron_chatflow/training/trainer.py",
+            (
+                "import torch\nfrom megatron.core import utils\nfrom megatron_chatflow.data "
+                "import open_blend"
+            ),
+        ),
+        (
+            "megatron_chatflow/fp8/transformer_engine.py",
+            "def reason():\n    import transformer_engine.pytorch as te",
+        ),
+        (
+            "megatron_chatflow/cli/train.py",
+            "def run():\n    import torch\n    from megatron_chatflow.training import trainer",
+        ),
         ("megatron_chatflow/__main__.py", "from megatron_chatflow import __version__"),
     ],
 )
@@ -151,13 +225,23 @@ def test_the_checker_lets_proper_imports_pass(path: str, source: str):
 
 def test_a_room_without_a_layer_is_noticed():
     with pytest.raises(AssertionError, match="has no layer"):
-        violations("megatron_chatflow/data/blend.py", "from megatron_chatflow.attic import chest")
+        violations(
+            "megatron_chatflow/data/blend/blended_dataset.py",
+            "from megatron_chatflow.attic import chest",
+        )
 
 
 def run_python(code: str) -> str:
     """What a fresh interpreter prints that finds the package by its folder."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout.strip()
 
 
 def test_importing_the_package_loads_no_library_and_changes_no_environment():
@@ -167,10 +251,17 @@ def test_importing_the_package_loads_no_library_and_changes_no_environment():
         import megatron_chatflow
         print(sorted(set(sys.modules) - before), environment == dict(os.environ))
     """
-    assert run_python("\n".join(line.strip() for line in code.splitlines())) == "['megatron_chatflow'] True"
+    assert (
+        run_python("\n".join(line.strip() for line in code.splitlines()))
+        == "['megatron_chatflow'] True"
+    )
 
 
-@pytest.mark.parametrize("room", sorted(name for name in WITHOUT_TORCH | {"__main__"} if list(PACKAGE.glob(name + "*"))))
+@pytest.mark.parametrize(
+    "room", sorted(name for name in WITHOUT_TORCH | {"__main__"} if list(PACKAGE.glob(name + "*")))
+)
 def test_what_does_without_torch_starts_without_loading_it(room: str):
-    loaded = run_python(f"import sys, megatron_chatflow.{room}; print(sorted({HEAVY!r} & set(sys.modules)))")
+    loaded = run_python(
+        f"import sys, megatron_chatflow.{room}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    )
     assert loaded == "[]"

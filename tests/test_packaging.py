@@ -1,4 +1,6 @@
-"""What a user installs, and what ships beside the code: versions, scripts, sample corpora, the image."""
+"""What a user installs, and what ships beside the code: versions, scripts, sample corpora, the
+image.
+"""
 
 import hashlib
 import importlib.util
@@ -30,11 +32,17 @@ def load(path: Path):
 
 def pins(name: str) -> dict[str, Requirement]:
     lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
-    return {r.name.lower(): r for r in map(Requirement, (line for line in lines if line and not line.startswith("-r")))}
+    return {
+        r.name.lower(): r
+        for r in map(Requirement, (line for line in lines if line and not line.startswith("-r")))
+    }
 
 
 def records(name: str) -> list[dict]:
-    return [json.loads(line) for line in (QUICKSTART / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (QUICKSTART / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_every_requirement_is_pinned_to_one_version():
@@ -43,7 +51,13 @@ def test_every_requirement_is_pinned_to_one_version():
 
 
 def test_the_bounds_of_the_package_admit_the_pinned_versions():
-    bounds = {r.name.lower(): r for r in map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])}
+    bounds = {
+        r.name.lower(): r
+        for r in map(
+            Requirement,
+            tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"],
+        )
+    }
     pinned = pins("requirements.txt")
     assert set(bounds) == set(pinned)
     for name, requirement in pinned.items():
@@ -62,16 +76,25 @@ def test_the_version_is_told_by_the_package_alone():
 
 
 def test_the_installed_command_leads_to_a_function():
-    module, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["chatflow"].split(":")
+    module, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][
+        "chatflow"
+    ].split(":")
     assert callable(getattr(importlib.import_module(module), function))
 
 
 def shell_scripts() -> list[Path]:
-    found = [p for folder in ("examples", "tests", "tools") for p in (ROOT / folder).rglob("*") if p.suffix in (".sh", ".sbatch")]
+    found = [
+        p
+        for folder in ("examples", "tests", "tools")
+        for p in (ROOT / folder).rglob("*")
+        if p.suffix in (".sh", ".sbatch")
+    ]
     return sorted([*found, ROOT / ".ci" / "run"])
 
 
-@pytest.mark.parametrize("script", shell_scripts(), ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "script", shell_scripts(), ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 def test_shell_scripts_have_no_syntax_error(script: Path):
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -95,32 +118,58 @@ def test_every_document_of_the_sample_corpora_names_a_source_whose_licence_is_to
 def test_no_document_of_the_sample_corpora_stands_there_twice_and_no_page_in_two_files():
     pages: dict[str, str] = {}
     for name in CORPORA:
-        texts = [json.dumps({k: v for k, v in record.items() if k != "source"}, sort_keys=True) for record in records(name)]
+        texts = [
+            json.dumps({k: v for k, v in record.items() if k != "source"}, sort_keys=True)
+            for record in records(name)
+        ]
         assert len(set(texts)) == len(texts)
         assert all(pages.setdefault(record["source"], name) == name for record in records(name))
 
 
 def test_the_sample_tokenizer_has_llamas_special_ids_and_gives_every_text_back():
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(QUICKSTART / "tokenizer.model"))
-    assert (tokenizer.vocab_size(), tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id()) == (4096, 0, 1, 2)
-    for text in [record["text"] for name in ("en", "zh") for record in records(name)[:50]] + ["1234  ก\n\t龘🙂"]:
+    assert (tokenizer.vocab_size(), tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id()) == (
+        4096,
+        0,
+        1,
+        2,
+    )
+    for text in [record["text"] for name in ("en", "zh") for record in records(name)[:50]] + [
+        "1234  ก\n\t龘🙂"
+    ]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_training_the_sample_tokenizer_again_gives_the_same_bytes():
     model = load(QUICKSTART / "build_tokenizer.py").train()
-    assert hashlib.sha256(model).hexdigest() == hashlib.sha256((QUICKSTART / "tokenizer.model").read_bytes()).hexdigest()
+    assert (
+        hashlib.sha256(model).hexdigest()
+        == hashlib.sha256((QUICKSTART / "tokenizer.model").read_bytes()).hexdigest()
+    )
 
 
 def test_the_corpus_builder_reads_blocks_drops_navigation_and_pairs_by_id(tmp_path: Path):
     builder = load(QUICKSTART / "build_corpora.py")
-    area = '<h1 id="t">Title&nbsp;here</h1><ul><li><p id="p">one <b>two</b><br>three</p></li></ul><p>Related Topics</p><p>x</p>'
-    (tmp_path / "page.html").write_text(f'<body><nav>Menu</nav><div id="A">{area}</div></body>', encoding="utf-8")
+    area = (
+        '<h1 id="t">Title&nbsp;here</h1><ul><li><p id="p">one '
+        "<b>two</b><br>three</p></li></ul><p>Related Topics</p><p>x</p>"
+    )
+    (tmp_path / "page.html").write_text(
+        f'<body><nav>Menu</nav><div id="A">{area}</div></body>', encoding="utf-8"
+    )
     blocks = builder.read_page(tmp_path / "page.html", "A")
     assert blocks == [("t", "h1", "Title here"), ("p", "p", "one two three")]
-    english = [builder.Block("p", "p", "Click the chart to select it."), builder.Block("q", "p", "This one is not translated.")]
-    chinese = [builder.Block("q", "p", "This one is not translated."), builder.Block("p", "p", "点击图表以选中它。")]
-    assert list(builder.aligned(english, chinese, set())) == [("Click the chart to select it.", "点击图表以选中它。")]
+    english = [
+        builder.Block("p", "p", "Click the chart to select it."),
+        builder.Block("q", "p", "This one is not translated."),
+    ]
+    chinese = [
+        builder.Block("q", "p", "This one is not translated."),
+        builder.Block("p", "p", "点击图表以选中它。"),
+    ]
+    assert list(builder.aligned(english, chinese, set())) == [
+        ("Click the chart to select it.", "点击图表以选中它。")
+    ]
 
 
 def test_the_image_check_refuses_replaced_libraries_and_other_transformer_engines():
@@ -128,9 +177,15 @@ def test_the_image_check_refuses_replaced_libraries_and_other_transformer_engine
     image = {"torch": "2.10.0a0+b558c986e8.nv25.11", "numpy": "1.26.4"}
     assert problems(image, image, "2.9.0+70f53666", True) == []
     assert problems(image, image, "2.11.1", True) == []
-    assert len(problems(image, image, "2.12.0", True)) == len(problems(image, image, "2.8.0", True)) == 1
+    assert (
+        len(problems(image, image, "2.12.0", True))
+        == len(problems(image, image, "2.8.0", True))
+        == 1
+    )
     assert len(problems(image, image, "2.9.0", False)) == 1
-    assert problems(image, image | {"numpy": "2.4.6"}, "2.9.0", True) == ["numpy was 1.26.4 in the base image and is 2.4.6 now"]
+    assert problems(image, image | {"numpy": "2.4.6"}, "2.9.0", True) == [
+        "numpy was 1.26.4 in the base image and is 2.4.6 now"
+    ]
 
 
 def test_the_image_installs_every_pin_but_what_nvidia_built():
@@ -147,14 +202,27 @@ def test_the_environment_script_makes_one_once_and_works_in_a_folder_with_a_spac
     (project / "tools").mkdir(parents=True)
     for name in ("tools/venv.sh", "setup.py"):
         (project / name).write_text((ROOT / name).read_text())
-    (project / "pyproject.toml").write_text('[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
+    (project / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
     (project / "backend.py").write_text(BACKEND)
     (project / "requirements.txt").write_text("# nothing\n")
-    script = f'set -e\n. "{project}/tools/venv.sh"\nuse_environment "{project}" requirements.txt\ncommand -v python\n'
+    script = (
+        f'set -e\n. "{project}/tools/venv.sh"\nuse_environment "{project}" requirements.txt\n'
+        f"command -v python\n"
+    )
 
     def run() -> str:
         environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "HOME": str(tmp_path)}
-        return subprocess.run(["bash", "-c", script], env=environment, cwd="/", capture_output=True, text=True, check=True, timeout=120).stdout
+        return subprocess.run(
+            ["bash", "-c", script],
+            env=environment,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
 
     first, second = run(), run()
     assert "making a virtual environment" in first and "installing" in first

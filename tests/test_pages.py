@@ -1,4 +1,6 @@
-"""Every command of README.md and docs/ has flags that exist, and those that can run do, in order."""
+"""Every command of README.md and docs/ has flags that exist, and those that can run do, in
+order.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ class Walk:
             (folder / name).symlink_to(pages.ROOT / name)
         for language in ("en", "zh"):
             shutil.copy(sample.QUICKSTART / "data" / f"{language}.jsonl", folder)
-        block = re.search(r"^    clock: .*\n(?:    .*\n)+", (pages.ROOT / "README.md").read_text(), re.M)
+        block = re.search(
+            r"^    clock: .*\n(?:    .*\n)+", (pages.ROOT / "README.md").read_text(), re.M
+        )
         assert block is not None
         (folder / "curriculum.yaml").write_text(block.group(), encoding="utf-8")
         programs = folder / "bin"
@@ -98,17 +102,32 @@ class Walk:
     def run(self, command: str) -> str:
         """Run one command; returns what it prints."""
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        environment = os.environ | {"PATH": path, "PYTHONPATH": str(pages.ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(["bash", "-c", command], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=600)
+        environment = os.environ | {
+            "PATH": path,
+            "PYTHONPATH": str(pages.ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
     def prepare(self, command: str) -> None:
         """Write what a command needs and the page says nothing of."""
         if "--config run.yaml" in command and not (self.folder / "run.yaml").exists():
-            model = yaml.safe_load((self.folder / "runs/base/config.yaml").read_text(encoding="utf-8"))
+            model = yaml.safe_load(
+                (self.folder / "runs/base/config.yaml").read_text(encoding="utf-8")
+            )
             tokenizer = model["tokenizer"]
-            tokenizer["tokenizer_model"] = str(self.folder / "runs/base" / tokenizer["tokenizer_model"])
+            tokenizer["tokenizer_model"] = str(
+                self.folder / "runs/base" / tokenizer["tokenizer_model"]
+            )
             both = model | SIZES | {"training": model["training"] | SIZES["training"]}
             (self.folder / "run.yaml").write_text(yaml.safe_dump(both), encoding="utf-8")
             for name, (prefix, extra) in sample.DOMAINS.items():
@@ -116,14 +135,17 @@ class Walk:
                     words = [*extra, *([] if name == "instruct" else ["--append-eod"])]
                     quoted = " ".join(f"$'{word}'".replace("\n", "\\n") for word in words)
                     self.run(
-                        f"python tools/preprocess_data.py --input {sample.QUICKSTART}/data/{name}.jsonl --output-prefix "
-                        f"data/{prefix.split('_')[0]} --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer-zh {quoted}"
+                        f"python tools/preprocess_data.py --input "
+                        f"{sample.QUICKSTART}/data/{name}.jsonl --output-prefix "
+                        f"data/{prefix.split('_')[0]} --tokenizer-type HuggingFaceTokenizer "
+                        f"--tokenizer-model tokenizer-zh {quoted}"
                     )
-
 
     def run_page(self, page: str) -> list[str]:
         """Run the commands of a page in order; returns those that ran."""
-        commands = [pages.smaller(line) for line in pages.command_lines(page) if not pages.why_not_run(line)]
+        commands = [
+            pages.smaller(line) for line in pages.command_lines(page) if not pages.why_not_run(line)
+        ]
         for command in commands:
             self.prepare(command)
             self.run(command)
@@ -134,7 +156,9 @@ class Walk:
 
     def evaluation_of_the_base(self) -> dict[str, dict[str, float]]:
         """The losses on the run's validation sets of the model that it began with."""
-        return json.loads(self.run("chatflow evaluate --load runs/zh --reference runs/base --json"))["reference"]["validation"]
+        return json.loads(
+            self.run("chatflow evaluate --load runs/zh --reference runs/base --json")
+        )["reference"]["validation"]
 
     def add_files_of_the_docs(self) -> None:
         """The files that the pages of docs/ name and the README's walk has not made."""
@@ -142,11 +166,17 @@ class Walk:
         for language in ("en", "zh"):
             with gzip.open(folder / f"{language}.jsonl.gz", "wb") as file:
                 file.write((data / f"{language}.jsonl").read_bytes())
-            few = (data / f"{language}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:20]
+            few = (
+                (data / f"{language}.jsonl")
+                .read_text(encoding="utf-8")
+                .splitlines(keepends=True)[:20]
+            )
             (folder / f"{language}.jsonl").write_text("".join(few), encoding="utf-8")
         shutil.copy(folder / "en.jsonl", folder / "held_out_en.jsonl")
         (folder / "held_out_zh.txt").write_text("\u6587\u4ef6\n" * 200, encoding="utf-8")
-        (folder / "prompts.jsonl").write_text('{"prompt": "The file"}\n{"prompt": "A"}\n', encoding="utf-8")
+        (folder / "prompts.jsonl").write_text(
+            '{"prompt": "The file"}\n{"prompt": "A"}\n', encoding="utf-8"
+        )
         shutil.copytree(folder / "tokenizer-zh", folder / "smollm2-zh-tokenizer")
         (folder / "mistral").mkdir()
         for place in (folder / "mistral", folder):
@@ -154,7 +184,10 @@ class Walk:
         (folder / "parts").mkdir()
         for name in ("a", "b"):
             for suffix in (".bin", ".idx", ".json"):
-                shutil.copy(folder / f"data/zh_text_document{suffix}", folder / f"parts/{name}_text_document{suffix}")
+                shutil.copy(
+                    folder / f"data/zh_text_document{suffix}",
+                    folder / f"parts/{name}_text_document{suffix}",
+                )
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +210,9 @@ def test_the_run_of_the_readme_starts_from_the_converted_model(readme: Walk) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in pages.PAGES if page != "README.md" and pages.command_lines(page)])
+@pytest.mark.parametrize(
+    "page", [page for page in pages.PAGES if page != "README.md" and pages.command_lines(page)]
+)
 def test_the_commands_of_a_page_run_in_order(readme: Walk, tmp_path: Path, page: str) -> None:
     folder = tmp_path / "walk"
     shutil.copytree(readme.folder, folder, symlinks=True)

@@ -11,12 +11,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("LICENSE", "README.md", "examples", "megatron_chatflow", "pyproject.toml", "requirements.txt", "requirements-dev.txt", "setup.py", "tools")
+SHIPPED = (
+    "LICENSE",
+    "README.md",
+    "examples",
+    "megatron_chatflow",
+    "pyproject.toml",
+    "requirements.txt",
+    "requirements-dev.txt",
+    "setup.py",
+    "tools",
+)
 
 
 def run(script: Path) -> str:
-    environment = os.environ | ({"VIRTUAL_ENV": sys.prefix} if sys.prefix != sys.base_prefix else {})
-    done = subprocess.run(["bash", script], cwd="/", env=environment, capture_output=True, text=True, timeout=900)
+    environment = os.environ | (
+        {"VIRTUAL_ENV": sys.prefix} if sys.prefix != sys.base_prefix else {}
+    )
+    done = subprocess.run(
+        ["bash", script], cwd="/", env=environment, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -27,12 +41,18 @@ def test_the_quickstart_runs_twice_and_every_held_out_loss_falls_by_a_nat(tmp_pa
     copy.mkdir()
     for name in SHIPPED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("out", "__pycache__"))
+            shutil.copytree(
+                ROOT / name, copy / name, ignore=shutil.ignore_patterns("out", "__pycache__")
+            )
         else:
             shutil.copy(ROOT / name, copy / name)
     for _ in range(2):
         printed = run(copy / "examples" / "quickstart" / "run.sh")
-    results = dict(re.findall(r"^(checkpoint|TensorBoard|metrics|plot): +(.+?)(?: {3}| \(|$)", printed, re.MULTILINE))
+    results = dict(
+        re.findall(
+            r"^(checkpoint|TensorBoard|metrics|plot): +(.+?)(?: {3}| \(|$)", printed, re.MULTILINE
+        )
+    )
     assert sorted(results) == ["TensorBoard", "checkpoint", "metrics", "plot"]
     assert all(Path(path).exists() for path in results.values())
     assert Path(results["plot"]).read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Used while the Docker image is built: keeps what NVIDIA's image brings, and refuses an image that cannot work.
+"""Used while the Docker image is built: keeps what NVIDIA's image brings, and refuses an image that
+cannot work.
 
     python tools/check_image.py hold > held.txt     # pip constraints that pin what must stay as the image has it
     python tools/check_image.py check held.txt      # after the installs: nothing was replaced, versions fit, the parts find each other
@@ -18,7 +19,9 @@ HELD = ("torch", "numpy", "transformer-engine", "triton", "flash-attn")
 """Distributions that NVIDIA builds for the image and that an install must not replace."""
 
 TRANSFORMER_ENGINE = (Version("2.9"), Version("2.12"))
-"""The releases that megatron-core 0.16.1 works with: from the first up to, not including, the second."""
+"""The releases that megatron-core 0.16.1 works with: from the first up to, not including, the
+second.
+"""
 
 
 def installed() -> dict[str, str]:
@@ -32,7 +35,9 @@ def installed() -> dict[str, str]:
     return found
 
 
-def problems(before: dict[str, str], now: dict[str, str], transformer_engine: str, have_te: bool) -> list[str]:
+def problems(
+    before: dict[str, str], now: dict[str, str], transformer_engine: str, have_te: bool
+) -> list[str]:
     """What is wrong with an image, one sentence each.
 
     Args:
@@ -42,16 +47,25 @@ def problems(before: dict[str, str], now: dict[str, str], transformer_engine: st
         have_te: whether megatron-core found Transformer Engine.
     """
     first, end = TRANSFORMER_ENGINE
-    found = [f"{name} was {old} in the base image and is {now.get(name, 'gone')} now" for name, old in before.items() if now.get(name) != old]
+    found = [
+        f"{name} was {old} in the base image and is {now.get(name, 'gone')} now"
+        for name, old in before.items()
+        if now.get(name) != old
+    ]
     if not first <= Version(transformer_engine) < end:
-        found.append(f"Transformer Engine is {transformer_engine}; megatron-core needs {first} <= version < {end}: choose another BASE")
+        found.append(
+            f"Transformer Engine is {transformer_engine}; megatron-core needs {first} <= "
+            f"version < {end}: choose another BASE"
+        )
     if not have_te:
         found.append("megatron-core does not find Transformer Engine")
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["hold", "check"])
     parser.add_argument("held", nargs="?", help="for check: the file that hold printed")
     arguments = parser.parse_args()
@@ -60,7 +74,10 @@ def main() -> int:
         return 0
     with open(arguments.held, encoding="utf-8") as file:
         before = dict(line.strip().split("==") for line in file if line.strip())
-    engine = import_module("transformer_engine.pytorch") and import_module("transformer_engine").__version__
+    engine = (
+        import_module("transformer_engine.pytorch")
+        and import_module("transformer_engine").__version__
+    )
     have_te = import_module("megatron.core.extensions.transformer_engine").HAVE_TE
     for name in ("torch", "numpy", "megatron-core", "megatron-chatflow"):
         print(f"{name} {version(name)}")

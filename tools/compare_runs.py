@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_chatflow.report.records import read_records  # noqa: E402
+from megatron_chatflow.report.metrics_file import read_records  # noqa: E402
 from megatron_chatflow.utils.user_files import load_json  # noqa: E402
 
 EPILOG = """examples:
@@ -29,9 +29,18 @@ class InputError(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="a run directory (--save of a training)")
-    parser.add_argument("--iteration", type=int, metavar="N", help="compare only up to this iteration, and its checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs=2, type=Path, metavar="RUN", help="a run directory (--save of a training)"
+    )
+    parser.add_argument(
+        "--iteration",
+        type=int,
+        metavar="N",
+        help="compare only up to this iteration, and its checkpoint",
+    )
     args = parser.parse_args(argv)
     a, b = args.runs
     try:
@@ -44,15 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def differences(a: Path, b: Path, last: int | None) -> Iterator[str]:
-    """Sentences, in order of iterations: first the records, then the checkpoints. Raises InputError."""
+    """Sentences, in order of iterations: first the records, then the checkpoints. Raises
+    InputError.
+    """
     yield from _record_differences(_records(a, last), _records(b, last))
     shared = sorted(set(_checkpoints(a)) & set(_checkpoints(b)))
     if last is not None:
         if last not in shared:
-            raise InputError(f"no checkpoint of iteration {last} in both runs; those in both are {', '.join(map(str, shared)) or 'none'}")
+            raise InputError(
+                f"no checkpoint of iteration {last} in both runs; those in both are "
+                f"{', '.join(map(str, shared)) or 'none'}"
+            )
         shared = [last]
     if not shared:
-        raise InputError(f"{a} and {b} have no checkpoint of one iteration; save both runs at the same iteration")
+        raise InputError(
+            f"{a} and {b} have no checkpoint of one iteration; save both runs at the same iteration"
+        )
     for iteration in shared:
         print(f"comparing the checkpoints of iteration {iteration}", file=sys.stderr, flush=True)
         yield from _checkpoint_differences(_checkpoints(a)[iteration], _checkpoints(b)[iteration])
@@ -65,11 +81,13 @@ def _records(run: Path, last: int | None) -> list[dict[str, Any]]:
         lines, bad = read_records(path)
     except OSError as error:
         raise InputError(
-            f"{run} is not a run directory: metrics.jsonl cannot be read ({error.strerror}); give what was --save of a training"
+            f"{run} is not a run directory: metrics.jsonl cannot be read "
+            f"({error.strerror}); give what was --save of a training"
         ) from None
     if bad:
         raise InputError(
-            f"{path}: line {bad[0]} is not a record; resume the run, which moves it to metrics.jsonl.bad"
+            f"{path}: line {bad[0]} is not a record; resume the run, which moves it to "
+            f"metrics.jsonl.bad"
         )
     records = [{k: v for k, v in line.items() if k not in ("time", "branch")} for line in lines]
     return [record for record in records if last is None or record["iteration"] <= last]
@@ -79,13 +97,16 @@ def _record_differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Ite
     for x, y in zip(a, b, strict=False):
         if json.dumps(x) != json.dumps(y):
             key = next(key for key in [*x, *y] if json.dumps(x.get(key)) != json.dumps(y.get(key)))
-            yield f"metrics.jsonl at iteration {x['iteration']}: {key} is {x.get(key)} and {y.get(key)}"
+            yield (
+                f"metrics.jsonl at iteration {x['iteration']}: {key} is {x.get(key)} and "
+                f"{y.get(key)}"
+            )
     if len(a) != len(b):
         yield f"metrics.jsonl has {len(a)} and {len(b)} records"
 
 
 def _checkpoints(run: Path) -> dict[int, Path]:
-    from megatron_chatflow.training.run_directory import complete_iterations, iteration_folder
+    from megatron_chatflow.checkpoint.run_directory import complete_iterations, iteration_folder
 
     return {i: iteration_folder(run, i) for i in complete_iterations(run)}
 
@@ -93,17 +114,19 @@ def _checkpoints(run: Path) -> dict[int, Path]:
 def _checkpoint_differences(a: Path, b: Path) -> Iterator[str]:
     import torch
 
-    from megatron_chatflow.config import UsageError
-    from megatron_chatflow.training.reading import read_common, read_tensors, tensor_names
+    from megatron_chatflow.checkpoint.tensor_reader import read_common, read_tensors, tensor_names
+    from megatron_chatflow.errors import ConfigError
 
     try:
-        states = [load_json((folder / "state.json").read_text(encoding="utf-8")) for folder in (a, b)]
+        states = [
+            load_json((folder / "state.json").read_text(encoding="utf-8")) for folder in (a, b)
+        ]
         names = [tensor_names(folder) for folder in (a, b)]
         common = [read_common(folder) for folder in (a, b)]
-    except (OSError, ValueError, UsageError) as error:
+    except (OSError, ValueError, ConfigError) as error:
         raise InputError(f"a checkpoint cannot be read: {error}") from None
-    # The settings, as config.yaml, are what the runs were asked for, not what came of it. The lineage
-    # has random names and shows whether a run was sent back.
+    # The settings, as config.yaml, are what the runs were asked for, not what came of it. The
+    # lineage has random names and shows whether a run was sent back.
     for key in sorted({*states[0], *states[1]} - {"settings", "lineage"}):
         if states[0].get(key) != states[1].get(key):
             yield f"{a.name}/state.json: {key} is not the same"
@@ -115,8 +138,14 @@ def _checkpoint_differences(a: Path, b: Path) -> Iterator[str]:
         if x.shape != y.shape or x.dtype != y.dtype:
             yield f"{a.name}: {name} is {list(x.shape)} {x.dtype} and {list(y.shape)} {y.dtype}"
         elif not torch.equal(x.flatten().view(torch.uint8), y.flatten().view(torch.uint8)):
-            place = int((x.flatten().view(torch.uint8) != y.flatten().view(torch.uint8)).nonzero()[0]) // x.element_size()
-            yield f"{a.name}: {name} differs first at element {place}: {x.flatten()[place].item()} and {y.flatten()[place].item()}"
+            place = (
+                int((x.flatten().view(torch.uint8) != y.flatten().view(torch.uint8)).nonzero()[0])
+                // x.element_size()
+            )
+            yield (
+                f"{a.name}: {name} differs first at element {place}: "
+                f"{x.flatten()[place].item()} and {y.flatten()[place].item()}"
+            )
 
 
 if __name__ == "__main__":

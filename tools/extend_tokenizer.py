@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_chatflow.commands.extend_tokenizer import main  # noqa: E402
+from megatron_chatflow.cli.tokenizer import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,9 +5,11 @@
     python build_corpora.py --check           # build elsewhere and compare with data/, byte for byte
     python build_corpora.py --packages DIR    # keep the downloads in DIR and use those that are there already
 
-Needs a Debian 12 system (apt-get, dpkg) and pip; of Python only the standard library. Nothing is drawn at random: documents are put in
-the order of a hash of their source, so the same packages give the same bytes. Each page of a source goes to one file only, and a longer
-paragraph that has stood in a file is left out of its later pages, so that the held-out part of a file does not repeat its training part.
+Needs a Debian 12 system (apt-get, dpkg) and pip; of Python only the standard library. Nothing is
+drawn at random: documents are put in the order of a hash of their source, so the same packages give
+the same bytes. Each page of a source goes to one file only, and a longer paragraph that has stood
+in a file is left out of its later pages, so that the held-out part of a file does not repeat its
+training part.
 """
 
 import argparse
@@ -69,12 +71,67 @@ class Pages(HTMLParser):
         area: id of the element to read; None reads the body.
     """
 
-    BLOCKS = frozenset([
-        "p", "h1", "h2", "h3", "h4", "h5", "h6", "li", "dt", "dd", "td", "th", "tr", "table", "ul", "ol", "dl", "caption", "pre",
-        "blockquote", "div", "section", "article", "body",
-    ])
-    DROPPED = frozenset(["script", "style", "header", "footer", "nav", "aside", "noscript", "button", "form", "svg", "iframe", "title"])
-    VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
+    BLOCKS = frozenset(
+        [
+            "p",
+            "h1",
+            "h2",
+            "h3",
+            "h4",
+            "h5",
+            "h6",
+            "li",
+            "dt",
+            "dd",
+            "td",
+            "th",
+            "tr",
+            "table",
+            "ul",
+            "ol",
+            "dl",
+            "caption",
+            "pre",
+            "blockquote",
+            "div",
+            "section",
+            "article",
+            "body",
+        ]
+    )
+    DROPPED = frozenset(
+        [
+            "script",
+            "style",
+            "header",
+            "footer",
+            "nav",
+            "aside",
+            "noscript",
+            "button",
+            "form",
+            "svg",
+            "iframe",
+            "title",
+        ]
+    )
+    VOID = frozenset(
+        [
+            "area",
+            "base",
+            "br",
+            "col",
+            "embed",
+            "hr",
+            "img",
+            "input",
+            "link",
+            "meta",
+            "source",
+            "track",
+            "wbr",
+        ]
+    )
 
     def __init__(self, area: str | None):
         super().__init__(convert_charrefs=True)
@@ -94,7 +151,14 @@ class Pages(HTMLParser):
         inside = inside or (given.get("id") == self._area if self._area else tag == "body")
         navigation = given.get("class") in ("navheader", "navfooter")
         other_system = given.get("hidden") == "true" and "MAC" in given.get("class", "")
-        self._open.append((tag, given.get("id", ""), inside, dropped or tag in self.DROPPED or navigation or other_system))
+        self._open.append(
+            (
+                tag,
+                given.get("id", ""),
+                inside,
+                dropped or tag in self.DROPPED or navigation or other_system,
+            )
+        )
 
     def handle_endtag(self, tag):
         if tag in self.BLOCKS:
@@ -110,8 +174,15 @@ class Pages(HTMLParser):
     def _flush(self):
         text = "".join(self._text).replace("\xa0", " ").replace("\u200b", "").replace("\xad", "")
         self._text.clear()
-        tag, key = next(((entry[0], entry[1]) for entry in reversed(self._open) if entry[0] in self.BLOCKS), ("", ""))
-        text = "\n".join(line.rstrip() for line in text.strip("\n").split("\n")) if tag == "pre" else " ".join(text.split())
+        tag, key = next(
+            ((entry[0], entry[1]) for entry in reversed(self._open) if entry[0] in self.BLOCKS),
+            ("", ""),
+        )
+        text = (
+            "\n".join(line.rstrip() for line in text.strip("\n").split("\n"))
+            if tag == "pre"
+            else " ".join(text.split())
+        )
         if text.strip():
             self.blocks.append(Block(key, tag, text))
 
@@ -121,7 +192,14 @@ def read_page(path: Path, area: str | None = None) -> list[Block]:
     parser = Pages(area)
     parser.feed(path.read_text(encoding="utf-8"))
     parser.close()
-    end = next((i for i, block in enumerate(parser.blocks) if block.text in ("Related Topics", "相关主题")), None)
+    end = next(
+        (
+            i
+            for i, block in enumerate(parser.blocks)
+            if block.text in ("Related Topics", "相关主题")
+        ),
+        None,
+    )
     return parser.blocks[:end]
 
 
@@ -137,15 +215,23 @@ def digest(text: str) -> str:
 
 
 def file_of(page: str) -> tuple[str, str]:
-    """Which file, and which language of it, a page of the help goes to: how-to pages are instructions, the others are dealt 3:3:4."""
+    """Which file, and which language of it, a page of the help goes to: how-to pages are
+    instructions, the others are dealt 3:3:4.
+    """
     number = int(digest("page of " + page), 16)
     if "/guide/" in page:
         return "instruct", "en" if number % 2 else "zh"
-    return ("en-zh", "both") if number % 10 < 3 else ("en", "en") if number % 10 < 6 else ("zh", "zh")
+    return (
+        ("en-zh", "both") if number % 10 < 3 else ("en", "en") if number % 10 < 6 else ("zh", "zh")
+    )
 
 
-def document(blocks: Iterable[Block], seen: set[str], least: int, most: int, chinese: bool = False) -> str | None:
-    """The page as text without the longer paragraphs of earlier pages; None when it has fewer than `least` or more than `most` characters."""
+def document(
+    blocks: Iterable[Block], seen: set[str], least: int, most: int, chinese: bool = False
+) -> str | None:
+    """The page as text without the longer paragraphs of earlier pages; None when it has fewer than
+    `least` or more than `most` characters.
+    """
     long = 15 if chinese else 40
     kept = []
     for block in blocks:
@@ -160,7 +246,9 @@ def document(blocks: Iterable[Block], seen: set[str], least: int, most: int, chi
 
 
 def help_records(english: Path, chinese: Path) -> Iterator[tuple[str, str, list[dict]]]:
-    """LibreOffice's help as (file, source, records of one page), pages in the order of their hash."""
+    """LibreOffice's help as (file, source, records of one page), pages in the order of their
+    hash.
+    """
     seen: dict[str, set[str]] = {"en": set(), "zh": set(), "en-zh": set(), "instruct": set()}
     pages = (path.relative_to(english).as_posix() for path in english.rglob("*.html"))
     for page in sorted(pages, key=digest):
@@ -170,16 +258,32 @@ def help_records(english: Path, chinese: Path) -> Iterator[tuple[str, str, list[
         source = f"{HELP}/{page}"
         a, b = read_page(english / page, "DisplayArea"), read_page(chinese / page, "DisplayArea")
         if name == "en-zh":
-            yield name, source, [{"en": x, "zh": y, "source": source} for x, y in aligned(a, b, seen[name])]
+            yield (
+                name,
+                source,
+                [{"en": x, "zh": y, "source": source} for x, y in aligned(a, b, seen[name])],
+            )
         elif name == "instruct":
-            yield name, source, how_to(page, a if language == "en" else b, language, seen[name], source)
+            yield (
+                name,
+                source,
+                how_to(page, a if language == "en" else b, language, seen[name], source),
+            )
         else:
-            text = document(a, seen[name], 250, 9000) if name == "en" else document(b, seen[name], 90, 4000, chinese=True)
+            text = (
+                document(a, seen[name], 250, 9000)
+                if name == "en"
+                else document(b, seen[name], 90, 4000, chinese=True)
+            )
             yield name, source, [{"text": text, "source": source}] if text else []
 
 
-def aligned(english: list[Block], chinese: list[Block], seen: set[str]) -> Iterator[tuple[str, str]]:
-    """Paragraph pairs of a page: the same element id on both sides, translated, of a plausible length, not in an earlier page."""
+def aligned(
+    english: list[Block], chinese: list[Block], seen: set[str]
+) -> Iterator[tuple[str, str]]:
+    """Paragraph pairs of a page: the same element id on both sides, translated, of a plausible
+    length, not in an earlier page.
+    """
     translation = {block.key: block.text for block in chinese if block.key}
     for block in english:
         text = translation.get(block.key, "")
@@ -190,15 +294,25 @@ def aligned(english: list[Block], chinese: list[Block], seen: set[str]) -> Itera
             yield block.text, text
 
 
-def how_to(page: str, blocks: list[Block], language: str, seen: set[str], source: str) -> list[dict]:
+def how_to(
+    page: str, blocks: list[Block], language: str, seen: set[str], source: str
+) -> list[dict]:
     """A how-to page as an instruction: its title is the question, its text the answer."""
     if len(blocks) < 2 or language == "zh" and not is_chinese(blocks[0].text):
         return []
-    answer = document(blocks[1:], seen, 80, 900) if language == "en" else document(blocks[1:], seen, 40, 380, chinese=True)
+    answer = (
+        document(blocks[1:], seen, 80, 900)
+        if language == "en"
+        else document(blocks[1:], seen, 40, 380, chinese=True)
+    )
     if answer is None:
         return []
     application = APPLICATIONS.get(page.split("/")[0], "LibreOffice")
-    question = f"How do I do this in {application}: {blocks[0].text}?" if language == "en" else f"在 {application} 中如何操作：{blocks[0].text}？"
+    question = (
+        f"How do I do this in {application}: {blocks[0].text}?"
+        if language == "en"
+        else f"在 {application} 中如何操作：{blocks[0].text}？"
+    )
     return [{"instruction": question, "input": "", "output": answer, "source": source}]
 
 
@@ -212,29 +326,45 @@ def database_records(folder: Path) -> Iterator[tuple[str, str, list[dict]]]:
 
 
 def faq_records(path: Path) -> Iterator[tuple[str, str, list[dict]]]:
-    """The construction FAQ as conversations of two questions of one category; answers that advertise their author are left out."""
+    """The construction FAQ as conversations of two questions of one category; answers that
+    advertise their author are left out.
+    """
     categories: dict[str, list[dict]] = {}
     for entry in json.loads(path.read_text(encoding="utf-8"))["questions"]:
         if "Zaragoza" not in entry["q"] + entry["a"]:
             categories.setdefault(entry["category"], []).append(entry)
     for entries in categories.values():
         for pair in zip(entries[::2], entries[1::2], strict=False):
-            turns = [turn for entry in pair for turn in ({"role": "user", "content": entry["q"]}, {"role": "assistant", "content": entry["a"]})]
+            turns = [
+                turn
+                for entry in pair
+                for turn in (
+                    {"role": "user", "content": entry["q"]},
+                    {"role": "assistant", "content": entry["a"]},
+                )
+            ]
             source = f"{FAQ}/{pair[0]['id']}+{pair[1]['id']}"
             yield "instruct", source, [{"messages": turns, "source": source}]
 
 
 def build(sources: Iterable[tuple[str, str, list[dict]]]) -> dict[str, bytes]:
-    """The content of each file: pages within the budgets, in the order of their hash, a page's records together."""
+    """The content of each file: pages within the budgets, in the order of their hash, a page's
+    records together.
+    """
     files: dict[str, list[tuple[str, bytes]]] = {}
     used = dict.fromkeys(BUDGETS, 0)
     for name, source, records in sources:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        lines = "".join(
+            json.dumps(record, ensure_ascii=False) + "\n" for record in records
+        ).encode()
         account = (name, source.split("/")[0])
         if lines and used[account] + len(lines) <= BUDGETS[account]:
             used[account] += len(lines)
             files.setdefault(name, []).append((digest(source), lines))
-    return {f"{name}.jsonl": b"".join(lines for _, lines in sorted(pages)) for name, pages in files.items()}
+    return {
+        f"{name}.jsonl": b"".join(lines for _, lines in sorted(pages))
+        for name, pages in files.items()
+    }
 
 
 def fetch(folder: Path) -> dict[str, Path]:
@@ -252,7 +382,8 @@ def fetch(folder: Path) -> dict[str, Path]:
             pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", f"{name}=={version}"]
             if subprocess.run(apt if name in DEBIAN else pip, cwd=folder).returncode:
                 raise SystemExit(
-                    f"{name} {version} could not be downloaded: run apt-get update first, or, if a newer version has taken its place, "
+                    f"{name} {version} could not be downloaded: run apt-get update first, "
+                    f"or, if a newer version has taken its place, "
                     f"put that one into the folder given as --packages and expect other bytes"
                 )
         [package] = folder.glob(pattern)
@@ -268,20 +399,38 @@ def fetch(folder: Path) -> dict[str, Path]:
 def corpora(unpacked: dict[str, Path]) -> dict[str, bytes]:
     """All files, from the unpacked packages."""
     text = "usr/share/libreoffice/help/{}/text"
-    english, chinese = unpacked["libreoffice-help-en-us"] / text.format("en-US"), unpacked["libreoffice-help-zh-cn"] / text.format("zh-CN")
+    english, chinese = (
+        unpacked["libreoffice-help-en-us"] / text.format("en-US"),
+        unpacked["libreoffice-help-zh-cn"] / text.format("zh-CN"),
+    )
 
     def sources() -> Iterator[tuple[str, str, list[dict]]]:
         yield from help_records(english, chinese)
-        yield from database_records(unpacked["postgresql-doc-15"] / "usr/share/doc/postgresql-doc-15/html")
-        yield from faq_records(unpacked["zaragoza-construction-faq"] / "zaragoza_construction_faq/data/faq-en.json")
+        yield from database_records(
+            unpacked["postgresql-doc-15"] / "usr/share/doc/postgresql-doc-15/html"
+        )
+        yield from faq_records(
+            unpacked["zaragoza-construction-faq"] / "zaragoza_construction_faq/data/faq-en.json"
+        )
 
     return build(sources())
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with data/ instead of writing it; exit code 1 if a byte differs")
-    parser.add_argument("--packages", type=Path, metavar="DIR", help="folder for the downloads (default: a temporary one)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare with data/ instead of writing it; exit code 1 if a byte differs",
+    )
+    parser.add_argument(
+        "--packages",
+        type=Path,
+        metavar="DIR",
+        help="folder for the downloads (default: a temporary one)",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.packages or Path(temporary)
@@ -292,7 +441,10 @@ def main() -> int:
         path = HERE / "data" / name
         same = path.exists() and path.read_bytes() == content
         differ |= not same
-        print(f"{name}: {content.count(bytes([10]))} lines, {len(content)} bytes, {'as in' if same else 'other than'} data/")
+        print(
+            f"{name}: {content.count(bytes([10]))} lines, {len(content)} bytes, "
+            f"{'as in' if same else 'other than'} data/"
+        )
         if not arguments.check:
             path.write_bytes(content)
     return int(arguments.check and differ)

@@ -4,9 +4,10 @@
     python build_tokenizer.py            # write tokenizer.model anew
     python build_tokenizer.py --check    # train again and compare, byte for byte
 
-A SentencePiece BPE model in LLaMA's manner: text is taken as it is, digits stand alone, what has no piece is spelled in bytes, and the ids
-0, 1 and 2 are the unknown, beginning-of-text and end-of-text tokens. One thread and no sampling, so the same text and the same release of
-SentencePiece give the same bytes.
+A SentencePiece BPE model in LLaMA's manner: text is taken as it is, digits stand alone, what has no
+piece is spelled in bytes, and the ids 0, 1 and 2 are the unknown, beginning-of-text and end-of-text
+tokens. One thread and no sampling, so the same text and the same release of SentencePiece give the
+same bytes.
 """
 
 import argparse
@@ -27,7 +28,9 @@ def lines() -> Iterator[str]:
     for path in sorted((HERE / "data").glob("*.jsonl")):
         for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             turns = [turn["content"] for turn in record.get("messages", [])]
-            texts = [record.get(key, "") for key in ("text", "en", "zh", "instruction", "output")] + turns
+            texts = [
+                record.get(key, "") for key in ("text", "en", "zh", "instruction", "output")
+            ] + turns
             for text in texts:
                 yield from filter(None, text.split("\n"))
 
@@ -57,12 +60,21 @@ def train() -> bytes:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with tokenizer.model instead of writing it; exit code 1 if a byte differs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare with tokenizer.model instead of writing it; exit code 1 if a byte differs",
+    )
     arguments = parser.parse_args()
     model, path = train(), HERE / "tokenizer.model"
     same = path.exists() and path.read_bytes() == model
-    print(f"{path.name}: {VOCAB_SIZE} pieces, {len(model)} bytes, {'as' if same else 'other than'} before")
+    print(
+        f"{path.name}: {VOCAB_SIZE} pieces, {len(model)} bytes, "
+        f"{'as' if same else 'other than'} before"
+    )
     if not arguments.check:
         path.write_bytes(model)
     return int(arguments.check and not same)

@@ -1,1 +1,3 @@
-"""Hugging Face folders to run directories and back. Importing this package imports neither torch nor megatron."""
+"""Hugging Face folders to run directories and back. Importing this package imports neither torch
+nor megatron.
+"""

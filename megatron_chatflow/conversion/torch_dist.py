@@ -1,7 +1,9 @@
-"""A checkpoint of weights in megatron-core's torch_dist format, written and read one tensor of one layer at a time.
+"""A checkpoint of weights in megatron-core's torch_dist format, written and read one tensor of one
+layer at a time.
 
-Which tensors there are, and in which shape, is not written down here: a model of the settings is built without memory, and its own sharded state
-dict tells. So a folder written here is what `train` would have saved, whatever tensor and pipeline size it is loaded with.
+Which tensors there are, and in which shape, is not written down here: a model of the settings is
+built without memory, and its own sharded state dict tells. So a folder written here is what `train`
+would have saved, whatever tensor and pipeline size it is loaded with.
 """
 
 from __future__ import annotations
@@ -15,16 +17,31 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
-from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
 from megatron_chatflow.config import Config
-from megatron_chatflow.config.settings import ParallelSettings, PrecisionSettings
-from megatron_chatflow.conversion.mapping import LAYERS
-from megatron_chatflow.engine.rehearsal import rehearse
+from megatron_chatflow.config.schema import ParallelSettings, PrecisionSettings
+from megatron_chatflow.conversion.weight_mapping import LAYERS
+from megatron_chatflow.distributed.fake_ranks import rehearse
 from megatron_chatflow.model.gpt import build_model
 
 
@@ -49,17 +66,31 @@ class Contents:
 
     def pieces(self) -> list[Piece]:
         """In the order of the model: embedding, layer by layer, final norm, output layer."""
-        outside = [Piece(key, None, shape) for key, shape in self.shapes.items() if not key.startswith(LAYERS)]
+        outside = [
+            Piece(key, None, shape)
+            for key, shape in self.shapes.items()
+            if not key.startswith(LAYERS)
+        ]
         inside = {key: shape for key, shape in self.shapes.items() if key.startswith(LAYERS)}
         count = next(iter(inside.values()))[0]
-        layers = [Piece(key, layer, shape[1:]) for layer in range(count) for key, shape in inside.items()]
-        return [p for p in outside if p.key.startswith("embedding.")] + layers + [p for p in outside if not p.key.startswith("embedding.")]
+        layers = [
+            Piece(key, layer, shape[1:]) for layer in range(count) for key, shape in inside.items()
+        ]
+        return (
+            [p for p in outside if p.key.startswith("embedding.")]
+            + layers
+            + [p for p in outside if not p.key.startswith("embedding.")]
+        )
 
 
 def describe(config: Config, vocab_size: int) -> Contents:
-    """What the model of these settings saves; needs no process group and no memory. The layout in the settings is not read."""
+    """What the model of these settings saves; needs no process group and no memory. The layout in
+    the settings is not read.
+    """
     training = replace(config.training, bf16=False)
-    plain = replace(config, parallel=ParallelSettings(), precision=PrecisionSettings(), training=training)
+    plain = replace(
+        config, parallel=ParallelSettings(), precision=PrecisionSettings(), training=training
+    )
     with rehearse(0, 1, plain.parallel, plain.model.num_layers):
         (model,) = build_model(plain, vocab_size, "local", wrap=False)
         state = model.sharded_state_dict()
@@ -67,10 +98,18 @@ def describe(config: Config, vocab_size: int) -> Contents:
     objects: dict[str, Any] = {}
     for entry in state.values():
         if isinstance(entry, ShardedObject):
-            objects[entry.unique_key] = None if entry.data is None else torch.empty(0, dtype=torch.uint8)
+            objects[entry.unique_key] = (
+                None if entry.data is None else torch.empty(0, dtype=torch.uint8)
+            )
             continue
         built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
-        for shard in [built] if isinstance(built, ShardedTensor) else built.values() if isinstance(built, dict) else built:
+        for shard in (
+            [built]
+            if isinstance(built, ShardedTensor)
+            else built.values()
+            if isinstance(built, dict)
+            else built
+        ):
             shapes[shard.key] = shard.global_shape
     return Contents(shapes, objects)
 
@@ -78,17 +117,27 @@ def describe(config: Config, vocab_size: int) -> Contents:
 class _Planner(DefaultSavePlanner):
     """Asks for a tensor when its turn to be written has come."""
 
-    def __init__(self, contents: Contents, dtypes: dict[str, torch.dtype], make: Callable[[Piece], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        contents: Contents,
+        dtypes: dict[str, torch.dtype],
+        make: Callable[[Piece], torch.Tensor],
+    ) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._contents, self._dtypes, self._make = contents, dtypes, make
         self._pieces: dict[MetadataIndex, Piece] = {}
 
     def create_local_plan(self) -> SavePlan:
-        items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO, BytesIOWriteData(0)) for key in self._contents.objects]
+        items = [
+            WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO, BytesIOWriteData(0))
+            for key in self._contents.objects
+        ]
         for piece in self._contents.pieces():
             whole = torch.Size(self._contents.shapes[piece.key])
             offsets = torch.Size([piece.layer or 0] + [0] * (len(whole) - 1))
-            chunk = ChunkStorageMetadata(offsets, torch.Size(whole if piece.layer is None else (1, *piece.shape)))
+            chunk = ChunkStorageMetadata(
+                offsets, torch.Size(whole if piece.layer is None else (1, *piece.shape))
+            )
             index = MetadataIndex(piece.key, offsets)
             data = TensorWriteData(chunk, TensorProperties(dtype=self._dtypes[piece.key]), whole)
             items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
@@ -98,31 +147,48 @@ class _Planner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         if index.offset is None:
-            return [self._contents.objects[index.fqn]]  # megatron-core keeps an object as a list of the shards of it
+            return [
+                self._contents.objects[index.fqn]
+            ]  # megatron-core keeps an object as a list of the shards of it
         piece = self._pieces[index]
         tensor = self._make(piece)
-        assert tensor.shape == piece.shape and tensor.dtype == self._dtypes[piece.key], f"{piece} was made as {tensor.shape}, {tensor.dtype}"
+        assert tensor.shape == piece.shape and tensor.dtype == self._dtypes[piece.key], (
+            f"{piece} was made as {tensor.shape}, {tensor.dtype}"
+        )
         return tensor.contiguous() if piece.layer is None else tensor[None].contiguous()
 
 
-def write(folder: Path, contents: Contents, dtypes: dict[str, torch.dtype], make: Callable[[Piece], torch.Tensor]) -> None:
+def write(
+    folder: Path,
+    contents: Contents,
+    dtypes: dict[str, torch.dtype],
+    make: Callable[[Piece], torch.Tensor],
+) -> None:
     """Fill an empty folder with a checkpoint.
 
     Args:
         folder: exists.
         contents: see `describe`.
         dtypes: of each key.
-        make: gives a piece's tensor; called once for each, in the order of `Contents.pieces`. Only a few are kept at a time.
+        make: gives a piece's tensor; called once for each, in the order of `Contents.pieces`. Only
+        a few are kept at a time.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save({}, storage_writer=_Writer(folder), planner=_Planner(contents, dtypes, make), no_dist=True)
+        dcp.save(
+            {},
+            storage_writer=_Writer(folder),
+            planner=_Planner(contents, dtypes, make),
+            no_dist=True,
+        )
     torch.save({}, folder / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Leaves the folder's path and a random name out of ``.metadata``: the path would be pickled, and twice the same is to give the same bytes."""
+    """Leaves the folder's path and a random name out of ``.metadata``: the path would be pickled,
+    and twice the same is to give the same bytes.
+    """
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()

@@ -1,9 +1,23 @@
-"""What share each domain has, when; and which sample of which domain is sample n of the run. numpy only. See README.md."""
+"""What share each domain has, when; and which sample of which domain is sample n of the run. numpy
+only. See README.md.
+"""
 
-from megatron_chatflow.curriculum.forecast import DomainForecast, Forecast, StageForecast, capacities, check_exhaustion, forecast, share_curve
-from megatron_chatflow.curriculum.load import constant_curriculum, load_curriculum, parse_curriculum
-from megatron_chatflow.curriculum.model import Curriculum, Domain, Stage
+from megatron_chatflow.curriculum.forecast import (
+    DomainForecast,
+    Forecast,
+    StageForecast,
+    capacities,
+    check_exhaustion,
+    forecast,
+    share_curve,
+)
+from megatron_chatflow.curriculum.parser import (
+    constant_curriculum,
+    load_curriculum,
+    parse_curriculum,
+)
 from megatron_chatflow.curriculum.plan import PLAN_VERSION, BlendPlan
+from megatron_chatflow.curriculum.schema import Curriculum, Domain, Stage
 
 __all__ = [
     "PLAN_VERSION",

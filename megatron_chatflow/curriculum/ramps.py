@@ -1,7 +1,9 @@
-"""Ramps as pacing functions, compiled to knots with basic arithmetic alone, so that every machine computes the same bits.
+"""Ramps as pacing functions, compiled to knots with basic arithmetic alone, so that every machine
+computes the same bits.
 
-A ramp is a function p(s) from 0 to 1 over s = (sample - knot before) / (distance of the knots); the shares are (1 - p) before + p after.
-Its compiled form, `Pacing`, is linear between knots: its integral and the inverse of its integral are known in closed form.
+A ramp is a function p(s) from 0 to 1 over s = (sample - knot before) / (distance of the knots); the
+shares are (1 - p) before + p after. Its compiled form, `Pacing`, is linear between knots: its
+integral and the inverse of its integral are known in closed form.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ class Pacing:
     """How far the shares have moved: linear between knots.
 
     Attributes:
-        knots: positions in samples from the knot before, increasing, the first 0: float64 [M + 1]. A single one: the pacing never leaves `values[0]`.
-        values: the pacing at the knots, from 0 to 1: float64 [M + 1].
-        integral: of the pacing from 0 to each knot: float64 [M + 1].
+        knots: positions in samples from the knot before, increasing, the first 0: float64 [M + 1].
+        A single one: the pacing never leaves `values[0]`. values: the pacing at the knots, from 0
+        to 1: float64 [M + 1]. integral: of the pacing from 0 to each knot: float64 [M + 1].
     """
 
     knots: np.ndarray
@@ -38,7 +40,11 @@ class Pacing:
     def through(knots: np.ndarray, values: np.ndarray) -> Pacing:
         """The pacing with these knots; values are rounded to multiples of 2^-40."""
         values = np.rint(values * _GRID) / _GRID
-        return Pacing(knots, values, np.concatenate([[0.0], np.cumsum((values[1:] + values[:-1]) / 2 * np.diff(knots))]))
+        return Pacing(
+            knots,
+            values,
+            np.concatenate([[0.0], np.cumsum((values[1:] + values[:-1]) / 2 * np.diff(knots))]),
+        )
 
     def at(self, x: np.ndarray) -> np.ndarray:
         """The pacing at x samples after the knot before; 0 <= x."""
@@ -48,7 +54,9 @@ class Pacing:
         return self.values[cell] + slope * u
 
     def area(self, x: np.ndarray) -> np.ndarray:
-        """The integral of the pacing from 0 to x; outside of the knots it goes on with slope 1/2 (see `Tree`)."""
+        """The integral of the pacing from 0 to x; outside of the knots it goes on with slope 1/2
+        (see `Tree`).
+        """
         if len(self.knots) == 1:
             return x / 2
         inner = np.minimum(np.maximum(x, 0.0), self.knots[-1])
@@ -57,7 +65,9 @@ class Pacing:
 
     def _cell(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         cells = len(self.knots) - 1
-        cell = np.minimum(self.knots.searchsorted(x, side="right") - 1, cells - 1) if cells > 1 else 0
+        cell = (
+            np.minimum(self.knots.searchsorted(x, side="right") - 1, cells - 1) if cells > 1 else 0
+        )
         return cell, x - self.knots[cell], self._slopes[cell]
 
     @cached_property
@@ -70,7 +80,9 @@ STILL = Pacing.through(np.zeros(1), np.zeros(1))
 
 
 def valid_ramp(ramp: str) -> bool:
-    """Whether this is the name of a ramp: one of step, linear, cosine, geometric, or root<p> with a number p > 0."""
+    """Whether this is the name of a ramp: one of step, linear, cosine, geometric, or root<p> with a
+    number p > 0.
+    """
     match = _ROOT.fullmatch(ramp)
     return ramp in RAMPS[:3] + RAMPS[4:] or (match is not None and 2.0**-6 <= float(match[1]) <= 64)
 
@@ -79,9 +91,11 @@ def valid_ramp(ramp: str) -> bool:
 def pacing(ramp: str, width: int) -> Pacing:
     """The pacing of a ramp over `width` samples.
 
-    With s from 0 to 1: linear s; cosine (1 - cos(pi s)) / 2; root<p> s^(1/p), the competence function of Platanios et al. 2019 (arXiv
-    1903.09848) with start value 0; geometric (c^(1-s) - c) / (1 - c) with c = 1/128, the geometric pacing 2^((1-s) log2 c) less its start
-    value, so that it starts at 0; step: 0 up to the knot. The compiled integral is off by less than 1e-7 of the width.
+    With s from 0 to 1: linear s; cosine (1 - cos(pi s)) / 2; root<p> s^(1/p), the competence
+    function of Platanios et al. 2019 (arXiv 1903.09848) with start value 0; geometric (c^(1-s) - c)
+    / (1 - c) with c = 1/128, the geometric pacing 2^((1-s) log2 c) less its start value, so that it
+    starts at 0; step: 0 up to the knot. The compiled integral is off by less than 1e-7 of the
+    width.
     """
     if ramp == "step":
         return STILL
@@ -92,7 +106,9 @@ def pacing(ramp: str, width: int) -> Pacing:
     elif ramp == "cosine":
         values = _sine(s * (math.pi / 2)) ** 2
     elif ramp == "geometric":
-        values = (_power(np.full(cells + 1, 1 / GEOMETRIC_START), s) * GEOMETRIC_START - GEOMETRIC_START) / (1 - GEOMETRIC_START)
+        values = (
+            _power(np.full(cells + 1, 1 / GEOMETRIC_START), s) * GEOMETRIC_START - GEOMETRIC_START
+        ) / (1 - GEOMETRIC_START)
     else:
         power = float(_ROOT.fullmatch(ramp)[1])
         s, values = (_power(s, power), s) if power > 1 else (s, _power(s, 1 / power))
@@ -102,9 +118,11 @@ def pacing(ramp: str, width: int) -> Pacing:
 
 
 def without(before: Pacing, left_before: float, left_after: float) -> Pacing:
-    """The pacing of the shares that remain when some domains are gone and the others grow in proportion.
+    """The pacing of the shares that remain when some domains are gone and the others grow in
+    proportion.
 
-    (1 - p) a + p b, divided by its sum, is again a mixture of a / sum(a) and b / sum(b), by q = p sum(b) / ((1 - p) sum(a) + p sum(b)).
+    (1 - p) a + p b, divided by its sum, is again a mixture of a / sum(a) and b / sum(b), by q = p
+    sum(b) / ((1 - p) sum(a) + p sum(b)).
 
     Args:
         before: the pacing p.
@@ -129,7 +147,9 @@ def _sine(x: np.ndarray) -> np.ndarray:
 
 
 def _power(x: np.ndarray, exponent: np.ndarray | float) -> np.ndarray:
-    """x^exponent for x >= 0 and 0 <= exponent, to 40 binary places of the exponent, by products and square roots."""
+    """x^exponent for x >= 0 and 0 <= exponent, to 40 binary places of the exponent, by products and
+    square roots.
+    """
     exponent = np.broadcast_to(np.asarray(exponent, float), x.shape)
     whole = np.floor(exponent)
     fraction, result, base = exponent - whole, np.ones_like(x), x

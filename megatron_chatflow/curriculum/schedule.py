@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_chatflow.curriculum.model import Curriculum
 from megatron_chatflow.curriculum.ramps import STILL, Pacing, pacing
+from megatron_chatflow.curriculum.schema import Curriculum
 
 GRID = 1 << 48
-"""Shares are multiples of 1 / GRID, so that their sums are exact in float64 and no machine rounds them otherwise."""
+"""Shares are multiples of 1 / GRID, so that their sums are exact in float64 and no machine rounds
+them otherwise.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,37 @@ class Span:
     pacing: Pacing
 
 
-def resolve(curriculum: Curriculum, *, num_samples: int, global_batch_size: int, seq_length: int) -> tuple[Knot, ...]:
+def resolve(
+    curriculum: Curriculum, *, num_samples: int, global_batch_size: int, seq_length: int
+) -> tuple[Knot, ...]:
     """The curriculum's stages in samples.
 
     Raises:
         ValueError: in this run two stages begin at one sample, or one before the stage above it.
     """
-    per_unit = {"samples": Fraction(1), "iterations": Fraction(global_batch_size), "tokens": Fraction(1, seq_length)}[curriculum.clock]
+    per_unit = {
+        "samples": Fraction(1),
+        "iterations": Fraction(global_batch_size),
+        "tokens": Fraction(1, seq_length),
+    }[curriculum.clock]
     knots: list[Knot] = []
     for stage in curriculum.stages:
         at = stage.sample(per_unit, num_samples)
         if knots and at <= knots[-1].at:
             raise ValueError(
-                f"{curriculum.source}: stages ({stage.name}).at: in a run of {num_samples} samples it begins at sample {at} and the stage above it, "
-                f"{knots[-1].name!r}, at sample {knots[-1].at}; move one of them, or lengthen the run"
+                f"{curriculum.source}: stages ({stage.name}).at: in a run of {num_samples} "
+                f"samples it begins at sample {at} and the stage above it, "
+                f"{knots[-1].name!r}, at sample {knots[-1].at}; move one of them, or "
+                f"lengthen the run"
             )
-        knots.append(Knot(stage.name, at, {name: weight for name, weight in stage.weights.items() if weight > 0}, stage.ramp))
+        knots.append(
+            Knot(
+                stage.name,
+                at,
+                {name: weight for name, weight in stage.weights.items() if weight > 0},
+                stage.ramp,
+            )
+        )
     return tuple(knots)
 
 
@@ -75,11 +92,20 @@ def spans(knots: Sequence[Knot], start: int, stop: int | None) -> Iterator[Span]
         shares = grid_shares(following.weights) if following else None
         after = shares if following and shares and following.ramp != "step" else before
         moving = after != before
-        yield Span(begin, end, knot.at, before, after, pacing(following.ramp, following.at - knot.at) if moving else STILL)
+        yield Span(
+            begin,
+            end,
+            knot.at,
+            before,
+            after,
+            pacing(following.ramp, following.at - knot.at) if moving else STILL,
+        )
 
 
 def grid_shares(weights: Mapping[str, float]) -> dict[str, int]:
-    """Weights as shares in units of 1 / GRID that add up to GRID exactly; a positive weight gets at least one unit."""
+    """Weights as shares in units of 1 / GRID that add up to GRID exactly; a positive weight gets at
+    least one unit.
+    """
     weights = {name: weight for name, weight in sorted(weights.items()) if weight > 0}
     largest = max(weights, key=weights.__getitem__)
     scaled = {name: weight / weights[largest] for name, weight in weights.items()}

@@ -18,25 +18,38 @@ class Sampling:
     top_k: int = 0
     """Sample among this many likeliest; 0: among all."""
     top_p: float = 1.0
-    """Sample among the fewest likeliest that together have at least this probability (Holtzman et al., arXiv:1904.09751, section 3.1)."""
+    """Sample among the fewest likeliest that together have at least this probability (Holtzman et
+    al., arXiv:1904.09751, section 3.1).
+    """
     seed: int = 1234
 
     def generator(self, number: int) -> torch.Generator:
-        """Randomness of the prompt with this number: prompts do not disturb each other, however they share batches."""
+        """Randomness of the prompt with this number: prompts do not disturb each other, however
+        they share batches.
+        """
         digest = hashlib.blake2b(f"{self.seed}/{number}".encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
-    """A token for each row of float32 logits [rows, vocabulary] on the CPU; a generator for each row."""
+def choose(
+    logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]
+) -> list[int]:
+    """A token for each row of float32 logits [rows, vocabulary] on the CPU; a generator for each
+    row.
+    """
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
     probabilities = likely(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in zip(probabilities, generators, strict=True)]
+    return [
+        int(torch.multinomial(row, 1, generator=generator))
+        for row, generator in zip(probabilities, generators, strict=True)
+    ]
 
 
 def likely(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Probabilities [rows, vocabulary] with all but the likeliest tokens at 0: first those of top_k (ties kept), then those of top_p among them."""
+    """Probabilities [rows, vocabulary] with all but the likeliest tokens at 0: first those of top_k
+    (ties kept), then those of top_p among them.
+    """
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -44,5 +57,7 @@ def likely(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     if top_p < 1:
         ordered, index = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
-        probabilities = torch.zeros_like(ordered).scatter(-1, index, ordered.masked_fill(before >= top_p, 0))
+        probabilities = torch.zeros_like(ordered).scatter(
+            -1, index, ordered.masked_fill(before >= top_p, 0)
+        )
     return probabilities / probabilities.sum(-1, keepdim=True)

@@ -1,4 +1,6 @@
-"""Portable attention: megatron-core's core_attention in blocks (`blocked_attention`) or over torch's scaled_dot_product_attention."""
+"""Portable attention: megatron-core's core_attention in blocks (`blocked_attention`) or over
+torch's scaled_dot_product_attention.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,14 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_chatflow.engine.matmul import uses_float32
+from megatron_chatflow.distributed.bf16_matmul import uses_float32
 from megatron_chatflow.model.blocked_attention import attention
 
 
 class PortableAttention(MegatronModule):
-    """Causal attention of grouped queries; the constructor's contract is megatron-core's `core_attention`."""
+    """Causal attention of grouped queries; the constructor's contract is megatron-core's
+    `core_attention`.
+    """
 
     def __init__(
         self,
@@ -39,19 +43,29 @@ class PortableAttention(MegatronModule):
         packed_seq_params: None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """query [s, b, heads, d]; key, value [t, b, groups, d]; attention_mask None (causal) or bool [b, 1, s, t], True where attention is forbidden.
+        """query [s, b, heads, d]; key, value [t, b, groups, d]; attention_mask None (causal) or
+        bool [b, 1, s, t], True where attention is forbidden.
 
-        Returns [s, b, heads x d]. One query against t > 1 keys (generation with a cache) sees all of them.
+        Returns [s, b, heads x d]. One query against t > 1 keys (generation with a cache) sees all
+        of them.
         """
-        assert packed_seq_params is None, "packed windows reach the portable attention as a mask (model/segments.py)"
+        assert packed_seq_params is None, (
+            "packed windows reach the portable attention as a mask (model/segments.py)"
+        )
         dropout = self.config.attention_dropout if self.training else 0.0
         if not dropout and len(query) == len(key):
-            return attention(query, key, value, attention_mask, self.softmax_scale).reshape(*query.shape[:2], -1)
+            return attention(query, key, value, attention_mask, self.softmax_scale).reshape(
+                *query.shape[:2], -1
+            )
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask = None if attention_mask is None else ~attention_mask
         if uses_float32(q, k, v):
             q, k, v = q.float(), k.float(), v.float()
-        fork = get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else contextlib.nullcontext()
+        fork = (
+            get_cuda_rng_tracker().fork()
+            if dropout and not self.config.sequence_parallel
+            else contextlib.nullcontext()
+        )
         with fork:
             out = torch.nn.functional.scaled_dot_product_attention(
                 q,

@@ -1,9 +1,12 @@
-"""Causal attention of grouped queries in blocks of queries: plain batched products, and nothing of the size s x s in memory.
+"""Causal attention of grouped queries in blocks of queries: plain batched products, and nothing of
+the size s x s in memory.
 
-A block of queries sees the keys up to its last one only, which halves the work, and its scores stay in the processor's cache between
-the products and the softmax. All query heads of a group go through one product with the group's keys, which are never repeated. The backward
-pass keeps queries, keys and values and computes the probabilities again. Scores are in the tensors' own type, as in megatron-core's
-unfused attention; the softmax, and the sums over blocks in the gradients of keys and values, are float32.
+A block of queries sees the keys up to its last one only, which halves the work, and its scores stay
+in the processor's cache between the products and the softmax. All query heads of a group go through
+one product with the group's keys, which are never repeated. The backward pass keeps queries, keys
+and values and computes the probabilities again. Scores are in the tensors' own type, as in
+megatron-core's unfused attention; the softmax, and the sums over blocks in the gradients of keys
+and values, are float32.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_chatflow.engine.matmul import bmm
+from megatron_chatflow.distributed.bf16_matmul import bmm
 
 ROWS = 128
 """Queries of a block, over all heads of a group."""
@@ -43,13 +46,19 @@ def _from_groups(t: torch.Tensor, batch: int) -> torch.Tensor:
     return t.reshape(batch, -1, s, d).permute(2, 0, 1, 3)
 
 
-def _probabilities(q: torch.Tensor, k: torch.Tensor, queries: slice, forbidden: torch.Tensor | None) -> torch.Tensor:
-    """Softmax of a block's scores, [groups, heads x queries, keys], of scaled queries [groups, heads, queries, d] and keys [groups, keys, d]."""
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor, queries: slice, forbidden: torch.Tensor | None
+) -> torch.Tensor:
+    """Softmax of a block's scores, [groups, heads x queries, keys], of scaled queries [groups,
+    heads, queries, d] and keys [groups, keys, d].
+    """
     groups, heads, count, d = q.shape
     scores = bmm(q.reshape(groups, heads * count, d), k.transpose(1, 2))
     by_query = scores.view(groups, heads, count, -1)
     if forbidden is None:
-        by_query[..., queries].masked_fill_(torch.ones(count, count, dtype=torch.bool, device=q.device).triu_(1), -torch.inf)
+        by_query[..., queries].masked_fill_(
+            torch.ones(count, count, dtype=torch.bool, device=q.device).triu_(1), -torch.inf
+        )
     else:
         by_query.masked_fill_(forbidden[:, None, queries, : queries.stop], -torch.inf)
     return scores.softmax(-1)
@@ -57,33 +66,53 @@ def _probabilities(q: torch.Tensor, k: torch.Tensor, queries: slice, forbidden: 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
         batch, groups = k.shape[1:3]
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale = scale
-        queries, keys, values = _by_group(q * scale, groups), _by_group(k, groups)[:, 0], _by_group(v, groups)[:, 0]
+        queries, keys, values = (
+            _by_group(q * scale, groups),
+            _by_group(k, groups)[:, 0],
+            _by_group(v, groups)[:, 0],
+        )
         out = torch.empty_like(queries)
         for group, block in _blocks(len(queries), len(q), queries.shape[1]):
             until = block.stop
-            p = _probabilities(queries[group, :, block], keys[group, :until], block, _of(mask, group, groups))
+            p = _probabilities(
+                queries[group, :, block], keys[group, :until], block, _of(mask, group, groups)
+            )
             out[group, :, block] = bmm(p, values[group, :until]).view_as(out[group, :, block])
         return _from_groups(out, batch)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         q, k, v, mask = ctx.saved_tensors
         batch, groups = k.shape[1:3]
         queries, grads = _by_group(q * ctx.scale, groups), _by_group(grad, groups)
         keys, values = _by_group(k, groups)[:, 0], _by_group(v, groups)[:, 0]
         grad_q = torch.empty_like(queries)
-        grad_k, grad_v = torch.zeros_like(keys, dtype=torch.float32), torch.zeros_like(values, dtype=torch.float32)
+        grad_k, grad_v = (
+            torch.zeros_like(keys, dtype=torch.float32),
+            torch.zeros_like(values, dtype=torch.float32),
+        )
         for group, block in _blocks(len(queries), len(q), queries.shape[1]):
             until = block.stop
             some, key, value = queries[group, :, block], keys[group, :until], values[group, :until]
             g = grads[group, :, block].reshape(len(some), -1, q.shape[-1])
             p = _probabilities(some, key, block, _of(mask, group, groups))
             grad_v[group, :until] += bmm(p.transpose(1, 2), g)
-            grad_scores = torch.ops.aten._softmax_backward_data(bmm(g, value.transpose(1, 2)), p, -1, p.dtype)
+            grad_scores = torch.ops.aten._softmax_backward_data(
+                bmm(g, value.transpose(1, 2)), p, -1, p.dtype
+            )
             grad_q[group, :, block] = bmm(grad_scores, key).view_as(some)
             grad_k[group, :until] += bmm(grad_scores.transpose(1, 2), some.reshape_as(g))
         grad_k, grad_v = (_from_groups(t[:, None].to(q.dtype), batch) for t in (grad_k, grad_v))
@@ -91,18 +120,26 @@ class _Attention(torch.autograd.Function):
 
 
 def _of(mask: torch.Tensor | None, group: slice, groups: int) -> torch.Tensor | None:
-    """The mask of each of these groups, [groups, s, s], out of one for each sample, [b, 1, s, s]."""
-    return None if mask is None else mask[torch.arange(group.start, group.stop, device=mask.device) // groups, 0]
+    """The mask of each of these groups, [groups, s, s], out of one for each sample, [b, 1, s,
+    s].
+    """
+    return (
+        None
+        if mask is None
+        else mask[torch.arange(group.start, group.stop, device=mask.device) // groups, 0]
+    )
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
     """softmax(scale q k' + mask) v, [s, b, heads, d].
 
     Args:
         q: [s, b, heads, d].
         k: [s, b, groups, d]; heads is a multiple of groups.
         v: likewise.
-        mask: None for causal, or bool [b, 1, s, s], True where attention is forbidden; a later key always is.
-        scale: of the scores.
+        mask: None for causal, or bool [b, 1, s, s], True where attention is forbidden; a later key
+        always is. scale: of the scores.
     """
     return _Attention.apply(q, k, v, mask, scale)

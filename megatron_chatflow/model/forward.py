@@ -1,4 +1,6 @@
-"""One micro-batch through the model: the forward step that megatron-core's schedules call, and the sums it leaves behind."""
+"""One micro-batch through the model: the forward step that megatron-core's schedules call, and the
+sums it leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,27 @@ from megatron_chatflow.model.segments import attention_arguments
 from megatron_chatflow.tokenizer import TokenBytes
 
 SUMS = 3
-"""Columns of the sums of a domain: loss in nats, trained-on tokens, UTF-8 bytes that those tokens stand for."""
+"""Columns of the sums of a domain: loss in nats, trained-on tokens, UTF-8 bytes that those tokens
+stand for.
+"""
 
 
 def to_tensors(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
     """The arrays of a micro-batch as tensors on the device of this rank."""
-    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in batch.items()}
+    return {
+        name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in batch.items()
+    }
 
 
 def label_bytes(
     batch: Mapping[str, torch.Tensor], table: torch.Tensor, byte_space: tuple[int, int, int] | None
 ) -> torch.Tensor:
-    """Int64 [b, s]: UTF-8 bytes of text that each label stands for; the last byte piece of a space counts -1, so that all three add up to 1.
+    """Int64 [b, s]: UTF-8 bytes of text that each label stands for; the last byte piece of a space
+    counts -1, so that all three add up to 1.
 
-    Where a window or a piece of a document in it begins at the second of the three, its label is the third only if the character is a space or
-    another whose last two bytes are those of U+2581 (such as U+1581 or U+4581); it is taken for a space. Everything else is exact.
+    Where a window or a piece of a document in it begins at the second of the three, its label is
+    the third only if the character is a space or another whose last two bytes are those of U+2581
+    (such as U+1581 or U+4581); it is taken for a space. Everything else is exact.
 
     Args:
         batch: tokens, labels and segment_ids: [b, s].
@@ -46,8 +54,11 @@ def label_bytes(
     return lengths.masked_fill(ends, -1)
 
 
-def domain_sums(losses: torch.Tensor, batch: Mapping[str, torch.Tensor], num_domains: int, lengths: torch.Tensor) -> torch.Tensor:
-    """Float64 [num_domains, SUMS]: per domain the summed loss, the tokens it was summed over and their UTF-8 bytes.
+def domain_sums(
+    losses: torch.Tensor, batch: Mapping[str, torch.Tensor], num_domains: int, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Float64 [num_domains, SUMS]: per domain the summed loss, the tokens it was summed over and
+    their UTF-8 bytes.
 
     Args:
         losses: [b, s], nats of each position.
@@ -56,8 +67,12 @@ def domain_sums(losses: torch.Tensor, batch: Mapping[str, torch.Tensor], num_dom
         lengths: [b, s], bytes of each label.
     """
     mask = batch["loss_mask"].double()
-    sums = torch.stack([(losses.double() * mask).sum(1), mask.sum(1), (lengths * mask).sum(1)], dim=1)
-    return torch.zeros(num_domains, SUMS, dtype=torch.float64, device=sums.device).index_add_(0, batch["domain"], sums)
+    sums = torch.stack(
+        [(losses.double() * mask).sum(1), mask.sum(1), (lengths * mask).sum(1)], dim=1
+    )
+    return torch.zeros(num_domains, SUMS, dtype=torch.float64, device=sums.device).index_add_(
+        0, batch["domain"], sums
+    )
 
 
 def make_forward_step(
@@ -65,8 +80,9 @@ def make_forward_step(
 ) -> Callable[[Iterator[Any], MegatronModule], Any]:
     """The function that megatron-core's forward_backward_func calls for each micro-batch.
 
-    It returns the loss as (sum over tokens, number of tokens, {"sums": `domain_sums`}); megatron-core divides the gradients
-    by the tokens of the global batch (calculate_per_token_loss), so neither micro-batching nor data parallelism changes the loss.
+    It returns the loss as (sum over tokens, number of tokens, {"sums": `domain_sums`});
+    megatron-core divides the gradients by the tokens of the global batch
+    (calculate_per_token_loss), so neither micro-batching nor data parallelism changes the loss.
     """
     table = torch.from_numpy(token_bytes.table).to(device)
 
@@ -76,9 +92,17 @@ def make_forward_step(
         tokens, positions, labels = batch["tokens"], batch["position_ids"], batch["labels"]
         if transformer_engine:  # packed sequences come as one row
             tokens, positions, labels = (t.reshape(1, -1) for t in (tokens, positions, labels))
-        output = model(tokens, positions, extra["attention_mask"], labels=labels, packed_seq_params=extra["packed_seq_params"])
+        output = model(
+            tokens,
+            positions,
+            extra["attention_mask"],
+            labels=labels,
+            packed_seq_params=extra["packed_seq_params"],
+        )
 
-        def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        def loss_func(
+            losses: torch.Tensor,
+        ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             losses = losses.float().reshape(batch["loss_mask"].shape)
             total = (losses * batch["loss_mask"]).sum()
             count = batch["loss_mask"].sum().to(torch.int)
@@ -90,8 +114,12 @@ def make_forward_step(
     return forward_step
 
 
-def schedule_shape(seq_length: int, micro_batch_size: int, transformer_engine: bool) -> dict[str, int]:
-    """seq_length and micro_batch_size as the pipeline schedule must know them: packed sequences travel as one long row."""
+def schedule_shape(
+    seq_length: int, micro_batch_size: int, transformer_engine: bool
+) -> dict[str, int]:
+    """seq_length and micro_batch_size as the pipeline schedule must know them: packed sequences
+    travel as one long row.
+    """
     if transformer_engine:
         return {"seq_length": seq_length * micro_batch_size, "micro_batch_size": 1}
     return {"seq_length": seq_length, "micro_batch_size": micro_batch_size}
@@ -107,7 +135,9 @@ def run_schedule(
     *,
     forward_only: bool,
 ) -> list[dict[str, torch.Tensor]]:
-    """megatron-core's pipeline schedule over the micro-batches of this rank; what the last stage's loss function returned."""
+    """megatron-core's pipeline schedule over the micro-batches of this rank; what the last stage's
+    loss function returned.
+    """
     if len(model) == 1:
         data: Any = (to_tensors(batch, device) for batch in micro_batches)
     else:  # every model chunk reads all micro-batches
@@ -123,10 +153,17 @@ def run_schedule(
     )
 
 
-def reduce_sums(store: list[dict[str, torch.Tensor]], num_domains: int, device: torch.device) -> np.ndarray:
-    """Float64 [num_domains, SUMS] over all micro-batches and data-parallel ranks, the same on every rank of the job."""
+def reduce_sums(
+    store: list[dict[str, torch.Tensor]], num_domains: int, device: torch.device
+) -> np.ndarray:
+    """Float64 [num_domains, SUMS] over all micro-batches and data-parallel ranks, the same on every
+    rank of the job.
+    """
     total = torch.zeros(num_domains, SUMS, dtype=torch.float64, device=device)
-    if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and parallel_state.get_tensor_model_parallel_rank() == 0:
+    if (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    ):
         for entry in store:
             total += entry["sums"]
     torch.distributed.all_reduce(total)

@@ -1,8 +1,10 @@
-"""The parts of a layer that Transformer Engine has fused CUDA kernels for, for the portable layers: few passes over memory, little kept.
+"""The parts of a layer that Transformer Engine has fused CUDA kernels for, for the portable layers:
+few passes over memory, little kept.
 
-Each is one autograd function over plain torch that keeps its input and computes the rest again in the backward pass. Rows are worked
-on a block at a time, so that what one operation writes is still in the processor's cache when the next one reads it; a row's result
-does not depend on the block it is in. Sums inside are float32 whatever the tensors are.
+Each is one autograd function over plain torch that keeps its input and computes the rest again in
+the backward pass. Rows are worked on a block at a time, so that what one operation writes is still
+in the processor's cache when the next one reads it; a row's result does not depend on the block it
+is in. Sums inside are float32 whatever the tensors are.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class _SwiGLU(torch.autograd.Function):
         grad = grad.reshape(gate.shape)
         for block in _blocks(*gate.shape):
             torch.mul(grad[block], torch.nn.functional.silu(gate[block]), out=grad_up[block])
-            torch.ops.aten.silu_backward.grad_input(grad[block] * up[block], gate[block], grad_input=grad_gate[block])
+            torch.ops.aten.silu_backward.grad_input(
+                grad[block] * up[block], gate[block], grad_input=grad_gate[block]
+            )
         return result
 
 
@@ -66,7 +70,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        scale = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(rows.shape[1]).add_(eps).rsqrt_()
+        scale = (
+            torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+            .square_()
+            .div_(rows.shape[1])
+            .add_(eps)
+            .rsqrt_()
+        )
         out = torch.empty_like(rows)
         for block in _blocks(*rows.shape):
             out[block] = rows[block] * scale[block] * weight
@@ -83,12 +93,16 @@ class _RMSNorm(torch.autograd.Function):
             product = normed * grad[block]
             grad_weight += product.sum(0)
             mean = torch.mv(product, weight.float()).div_(rows.shape[1]).unsqueeze_(1)
-            result[block] = (grad[block] * weight.float()).addcmul_(normed, mean, value=-1).mul_(scale[block])
+            result[block] = (
+                (grad[block] * weight.float()).addcmul_(normed, mean, value=-1).mul_(scale[block])
+            )
         return result.view(x.shape), grad_weight.to(weight.dtype), None
 
 
 class FusedRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm in fewer passes: x / sqrt(mean(x^2) + eps) x weight, over the last dimension."""
+    """torch's RMSNorm in fewer passes: x / sqrt(mean(x^2) + eps) x weight, over the last
+    dimension.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., hidden]."""
@@ -117,8 +131,11 @@ class _Rotary(torch.autograd.Function):
         return _rotate(grad, cos, sin, -1.0), None, None
 
 
-def rotary(t: torch.Tensor, freqs: torch.Tensor, *, interleaved: bool = False, **kwargs: Any) -> torch.Tensor:
-    """Rotate pairs (i, i + r/2) of the first r elements of each head by their position's angles; the rest passes.
+def rotary(
+    t: torch.Tensor, freqs: torch.Tensor, *, interleaved: bool = False, **kwargs: Any
+) -> torch.Tensor:
+    """Rotate pairs (i, i + r/2) of the first r elements of each head by their position's angles;
+    the rest passes.
 
     Args:
         t: [s, b, heads, d].
@@ -133,7 +150,9 @@ def rotary(t: torch.Tensor, freqs: torch.Tensor, *, interleaved: bool = False, *
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: torch.distributed.ProcessGroup
+    ) -> torch.Tensor:
         rows, columns, ranks = logits.flatten(0, -2), logits.shape[-1], group.size()
         label = labels.flatten() - group.rank() * columns
         here = (label >= 0) & (label < columns)
@@ -141,7 +160,10 @@ class _CrossEntropy(torch.autograd.Function):
         wanted = rows.gather(1, label)[:, 0].float()
         own = torch.empty_like(wanted)  # log of the sum of exponentials over this rank's columns
         for block in _blocks(*rows.shape):
-            own[block] = wanted[block] - rows[block].log_softmax(1, dtype=torch.float32).gather(1, label[block])[:, 0]
+            own[block] = (
+                wanted[block]
+                - rows[block].log_softmax(1, dtype=torch.float32).gather(1, label[block])[:, 0]
+            )
         total = own
         if ranks > 1:
             largest = own.clone()
@@ -154,7 +176,9 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        logits, share, label, here = ctx.saved_tensors  # share: of the whole sum of exponentials, in this rank's columns
+        logits, share, label, here = (
+            ctx.saved_tensors
+        )  # share: of the whole sum of exponentials, in this rank's columns
         rows, grad = logits.flatten(0, -2), grad.reshape(-1, 1)
         result = torch.empty_like(rows)
         for block in _blocks(*rows.shape):
@@ -163,8 +187,11 @@ class _CrossEntropy(torch.autograd.Function):
         return result.view(logits.shape), None, None
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, group: torch.distributed.ProcessGroup, *args: Any) -> torch.Tensor:
-    """Float32 [s, b]: -log softmax(logits)[label] in nats, the vocabulary split over the ranks of `group`.
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, group: torch.distributed.ProcessGroup, *args: Any
+) -> torch.Tensor:
+    """Float32 [s, b]: -log softmax(logits)[label] in nats, the vocabulary split over the ranks of
+    `group`.
 
     Args:
         logits: [s, b, vocabulary / ranks], of any float type; this rank's columns.
@@ -176,7 +203,8 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, group: torch.distr
 
 
 def settings(*, swiglu: bool, rope: bool) -> dict[str, Any]:
-    """TransformerConfig fields that make megatron-core call these where it would call Transformer Engine, and puts them there.
+    """TransformerConfig fields that make megatron-core call these where it would call Transformer
+    Engine, and puts them there.
 
     Args:
         swiglu: whether the feed-forward layer is gated.

@@ -1,8 +1,9 @@
 """Initial weights that are the same for every layout.
 
-megatron-core draws each rank's weights from that rank's own random stream, so another TP or PP starts elsewhere. Here a
-parameter is a function of (seed, its global name): the whole tensor is drawn and each rank keeps its part. Which part that
-is, megatron-core itself tells by the sharded state dict, the same description by which checkpoints are resharded.
+megatron-core draws each rank's weights from that rank's own random stream, so another TP or PP
+starts elsewhere. Here a parameter is a function of (seed, its global name): the whole tensor is
+drawn and each rank keeps its part. Which part that is, megatron-core itself tells by the sharded
+state dict, the same description by which checkpoints are resharded.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 @torch.no_grad()
 def initialize_weights(model: GPTModel, seed: int, std: float, vocab_size: int) -> None:
-    """Fill every parameter of `model` in place: matrices normal with `std`, norms 1, biases 0, rows beyond `vocab_size` (padding) 0.
+    """Fill every parameter of `model` in place: matrices normal with `std`, norms 1, biases 0, rows
+    beyond `vocab_size` (padding) 0.
 
-    The projections back into the residual stream (``linear_proj``, ``linear_fc2``) get std / sqrt(2 x layers), as GPT-2 does
-    and Megatron after it.
+    The projections back into the residual stream (``linear_proj``, ``linear_fc2``) get std / sqrt(2
+    x layers), as GPT-2 does and Megatron after it.
     """
     shards = []
     for entry in model.sharded_state_dict().values():
@@ -45,9 +47,18 @@ def _fill(shard: ShardedTensor, seed: int, std: float, num_layers: int, vocab_si
     if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * num_layers)
     name = f"{seed}/{key}/{shard.global_offset[:lead]}"
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1)
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+    )
     whole = torch.zeros(shard.global_shape[lead:])
-    drawn = whole[:vocab_size] if key.endswith(("word_embeddings.weight", "output_layer.weight")) else whole
+    drawn = (
+        whole[:vocab_size]
+        if key.endswith(("word_embeddings.weight", "output_layer.weight"))
+        else whole
+    )
     drawn.normal_(0.0, std, generator=generator)
-    part = tuple(slice(start, start + length) for start, length in zip(shard.global_offset[lead:], shard.local_shape, strict=True))
+    part = tuple(
+        slice(start, start + length)
+        for start, length in zip(shard.global_offset[lead:], shard.local_shape, strict=True)
+    )
     shard.data.copy_(whole[part])

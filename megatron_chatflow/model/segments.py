@@ -1,4 +1,6 @@
-"""What keeps the documents of one window apart: from segment numbers to the arguments of GPTModel."""
+"""What keeps the documents of one window apart: from segment numbers to the arguments of
+GPTModel.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ def attention_arguments(segment_ids: torch.Tensor, transformer_engine: bool) -> 
 
     Args:
         segment_ids: int [b, s], rising within a window; all 0 where a window is one piece.
-        transformer_engine: whether the layers are Transformer Engine's (packed ``thd`` sequences) or portable (a mask).
+        transformer_engine: whether the layers are Transformer Engine's (packed ``thd`` sequences)
+        or portable (a mask).
 
     Returns:
-        ``attention_mask`` (None means causal; bool [b, 1, s, s], True where forbidden) and ``packed_seq_params``. Rotary
-        positions are relative, so a mask alone gives packed documents the attention that each would have by itself.
+        ``attention_mask`` (None means causal; bool [b, 1, s, s], True where forbidden) and
+        ``packed_seq_params``. Rotary positions are relative, so a mask alone gives packed documents
+        the attention that each would have by itself.
     """
     if transformer_engine:
         return {"attention_mask": None, "packed_seq_params": _packed(segment_ids)}
@@ -36,4 +40,10 @@ def _packed(segment_ids: torch.Tensor) -> Any:
     begin = starts.flatten().nonzero().flatten().to(torch.int32)
     bounds = torch.cat([begin, begin.new_tensor([segment_ids.numel()])])
     longest = int(bounds.diff().max())
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

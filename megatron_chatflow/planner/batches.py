@@ -13,19 +13,23 @@ def micro_batches(config: Config, layout: Layout) -> int:
 
 
 def bubble(layout: Layout, count: int) -> float:
-    """Time that a pipeline stage stands idle, over the time that it computes, with `count` micro-batches: (pp - 1) / (vpp x count).
+    """Time that a pipeline stage stands idle, over the time that it computes, with `count`
+    micro-batches: (pp - 1) / (vpp x count).
 
-    Narayanan et al. 2021 (arXiv 2104.04473), sections 2.2.1 and 2.2.2; all stages taken to be equally slow.
+    Narayanan et al. 2021 (arXiv 2104.04473), sections 2.2.1 and 2.2.2; all stages taken to be
+    equally slow.
     """
     return (layout.pp - 1) / (layout.vpp * count)
 
 
 def chunks_in_flight(layout: Layout, stage: int, count: int) -> int:
-    """Forward passes of a model chunk whose backward pass is still to come, at most, on one stage, with `count` micro-batches.
+    """Forward passes of a model chunk whose backward pass is still to come, at most, on one stage,
+    with `count` micro-batches.
 
-    1F1B holds pp - stage of them. The interleaved schedule of megatron-core (`get_pp_rank_microbatches`) runs
-    2 (pp - stage - 1) + (vpp - 1) pp forward passes ahead, and one more before the first backward pass: on the first stage that is
-    the L (1 + (pp - 1) / (pp vpp)) layers of Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.3.
+    1F1B holds pp - stage of them. The interleaved schedule of megatron-core
+    (`get_pp_rank_microbatches`) runs 2 (pp - stage - 1) + (vpp - 1) pp forward passes ahead, and
+    one more before the first backward pass: on the first stage that is the L (1 + (pp - 1) / (pp
+    vpp)) layers of Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.3.
     """
     if layout.vpp == 1:
         return min(count, layout.pp - stage)

@@ -1,7 +1,8 @@
 """Bytes on one rank: weights, gradients, optimizer, activations; and the size of a checkpoint.
 
-The activations follow Korthikanti et al. 2022 (arXiv 2205.05198), section 4: what the backward pass needs is counted tensor by tensor.
-Where the paper's layer (LayerNorm, GELU, 4 h wide, 16 bit, all heads with keys of their own) is meant, the terms add up to its equations.
+The activations follow Korthikanti et al. 2022 (arXiv 2205.05198), section 4: what the backward pass
+needs is counted tensor by tensor. Where the paper's layer (LayerNorm, GELU, 4 h wide, 16 bit, all
+heads with keys of their own) is meant, the terms add up to its equations.
 """
 
 from __future__ import annotations
@@ -10,12 +11,18 @@ from dataclasses import dataclass
 
 from megatron_chatflow.config import Config, padded_vocab_size
 from megatron_chatflow.planner.batches import chunks_in_flight, micro_batches
-from megatron_chatflow.planner.parameters import Layout, head_widths, layer_matrices, stage_layers, stage_parameters
+from megatron_chatflow.planner.parameters import (
+    Layout,
+    head_widths,
+    layer_matrices,
+    stage_layers,
+    stage_parameters,
+)
 
 GIB = 2**30
 RESERVE = 0.1
-"""Share of a device's memory that is left to what is not counted: the CUDA context, NCCL's buffers, kernels' workspaces, gradients of activations
-in the backward pass, and fragmentation."""
+"""Share of a device's memory that is left to what is not counted: the CUDA context, NCCL's buffers,
+kernels' workspaces, gradients of activations in the backward pass, and fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,14 @@ class StageMemory:
     @property
     def total(self) -> int:
         """All bytes."""
-        return self.weights + self.fp8_weights + self.gradients + self.optimizer + self.activations + self.logits
+        return (
+            self.weights
+            + self.fp8_weights
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.logits
+        )
 
 
 def element_size(config: Config) -> int:
@@ -45,9 +59,13 @@ def element_size(config: Config) -> int:
 
 
 def optimizer_bytes(config: Config) -> int:
-    """Bytes that the optimizer keeps for a parameter: the float32 main copy under bf16, and Adam's two float32 moments or SGD's momentum."""
+    """Bytes that the optimizer keeps for a parameter: the float32 main copy under bf16, and Adam's
+    two float32 moments or SGD's momentum.
+    """
     o = config.optimizer
-    return (4 if config.training.bf16 else 0) + (8 if o.optimizer == "adam" else 4 if o.sgd_momentum else 0)
+    return (4 if config.training.bf16 else 0) + (
+        8 if o.optimizer == "adam" else 4 if o.sgd_momentum else 0
+    )
 
 
 def gradient_bytes(config: Config) -> int:
@@ -62,20 +80,24 @@ def fp8_layers(config: Config, layers: list[int]) -> int:
         return 0
     if not p.first_last_layers_bf16:
         return len(layers)
-    inside = range(p.num_layers_at_start_in_bf16, config.model.num_layers - p.num_layers_at_end_in_bf16)
+    inside = range(
+        p.num_layers_at_start_in_bf16, config.model.num_layers - p.num_layers_at_end_in_bf16
+    )
     return sum(layer in inside for layer in layers)
 
 
 def layer_activations(config: Config, *, fp8: bool = False) -> int:
     """Bytes that one token leaves behind in one layer on one rank, until its backward pass.
 
-    Attention is taken to be fused (Transformer Engine, or scaled_dot_product_attention): nothing of the size seq_length x seq_length is kept, only
-    its output and a float32 a head. Norms are taken to keep their input and float32 statistics; SwiGLU its input. What `recompute_granularity
+    Attention is taken to be fused (Transformer Engine, or scaled_dot_product_attention): nothing of
+    the size seq_length x seq_length is kept, only its output and a float32 a head. Norms are taken
+    to keep their input and float32 statistics; SwiGLU its input. What `recompute_granularity
     selective` computes again is left out; what `full` does is `stage_activations`' matter.
 
     Args:
         config: resolved settings.
-        fp8: whether the layer computes in FP8: then the inputs of its four products are kept in one byte.
+        fp8: whether the layer computes in FP8: then the inputs of its four products are kept in one
+        byte.
     """
     m, p, t, e = config.model, config.parallel, config.training, element_size(config)
     tp, h, ffn = p.tensor_model_parallel_size, m.hidden_size, m.ffn_hidden_size
@@ -85,24 +107,39 @@ def layer_activations(config: Config, *, fp8: bool = False) -> int:
     rotary = m.position_embedding_type == "rope"
     statistics = 8 if m.normalization == "LayerNorm" else 4
     outside = 2 * h * e  # inputs of both norms
-    if "layernorm" not in again:  # their statistics; inputs of query-key-value and of the first feed-forward product
+    if (
+        "layernorm" not in again
+    ):  # their statistics; inputs of query-key-value and of the first feed-forward product
         outside += 2 * statistics + h * product + h * (e if "mlp" in again else product)
     outside += 2 * h if m.hidden_dropout else 0  # two masks
     attention = (heads + 2 * groups) * e + heads * e  # q, k and v in one buffer; the output
     attention += 4 * m.num_attention_heads if "core_attn" not in again else 0  # log-sum-exp
-    attention += (heads + groups) * e if rotary or m.qk_layernorm else 0  # q and k rotated or normalised, while v holds the buffer
-    if groups < tp * m.kv_channels:  # fewer key heads than ranks: queries, keys and values of all ranks are gathered
+    attention += (
+        (heads + groups) * e if rotary or m.qk_layernorm else 0
+    )  # q and k rotated or normalised, while v holds the buffer
+    if (
+        groups < tp * m.kv_channels
+    ):  # fewer key heads than ranks: queries, keys and values of all ranks are gathered
         attention += (tp - 1) * (heads + 2 * groups) * e + (tp * m.kv_channels - groups) * e
     attention += statistics * (heads + groups) // m.kv_channels if m.qk_layernorm else 0
-    attention += heads * e if groups < heads and (m.qk_layernorm or not rotary) else 0  # q of several heads a group, taken out of the buffer
-    attention += heads if fp8 else 0  # the projection's input, beside the output that attention itself needs
-    feed_forward = (2 * ffn if m.swiglu else ffn) * e + ffn * product if "mlp" not in again else 0  # before and after the activation function
-    tables = 2 * int(m.kv_channels * m.rotary_percent) * e // t.micro_batch_size if rotary else 0  # cosines and sines for q and for k
+    attention += (
+        heads * e if groups < heads and (m.qk_layernorm or not rotary) else 0
+    )  # q of several heads a group, taken out of the buffer
+    attention += (
+        heads if fp8 else 0
+    )  # the projection's input, beside the output that attention itself needs
+    feed_forward = (
+        (2 * ffn if m.swiglu else ffn) * e + ffn * product if "mlp" not in again else 0
+    )  # before and after the activation function
+    tables = (
+        2 * int(m.kv_channels * m.rotary_percent) * e // t.micro_batch_size if rotary else 0
+    )  # cosines and sines for q and for k
     return outside // (tp if p.sequence_parallel else 1) + (attention + feed_forward) // tp + tables
 
 
 def chunk_activations(config: Config, layer: float, layers: float) -> tuple[float, float]:
-    """(Bytes that one token leaves behind in one model chunk, bytes that it takes for a while where layers are computed again).
+    """(Bytes that one token leaves behind in one model chunk, bytes that it takes for a while where
+    layers are computed again).
 
     Args:
         config: resolved settings.
@@ -113,7 +150,9 @@ def chunk_activations(config: Config, layer: float, layers: float) -> tuple[floa
     if t.recompute_granularity != "full":
         return layers * layer, 0
     whole = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
-    border = config.model.hidden_size * element_size(config) / whole  # what goes into a group of layers
+    border = (
+        config.model.hidden_size * element_size(config) / whole
+    )  # what goes into a group of layers
     if not layers:
         return 0, 0
     if t.recompute_method == "uniform":
@@ -123,13 +162,17 @@ def chunk_activations(config: Config, layer: float, layers: float) -> tuple[floa
 
 
 def stage_activations(config: Config, layout: Layout, stage: int) -> int:
-    """Bytes of activations on one rank of a pipeline stage when most micro-batches are in flight, logits left out."""
+    """Bytes of activations on one rank of a pipeline stage when most micro-batches are in flight,
+    logits left out.
+    """
     m, t, e = config.model, config.training, element_size(config)
     tokens = config.data.seq_length * t.micro_batch_size
     whole = layout.tp if config.parallel.sequence_parallel else 1
     layers = stage_layers(config, stage)
     in_fp8 = fp8_layers(config, layers)
-    a_token = in_fp8 * layer_activations(config, fp8=True) + (len(layers) - in_fp8) * layer_activations(config)
+    a_token = in_fp8 * layer_activations(config, fp8=True) + (
+        len(layers) - in_fp8
+    ) * layer_activations(config)
     flying = chunks_in_flight(layout, stage, micro_batches(config, layout))
     kept, again = chunk_activations(config, a_token / max(1, len(layers)), len(layers) / layout.vpp)
     held = int(tokens * (kept * flying + again))
@@ -138,22 +181,32 @@ def stage_activations(config: Config, layout: Layout, stage: int) -> int:
     if layout.pp > 1:
         held += tokens * m.hidden_size * e // whole * flying  # what each chunk sent on
     if stage == layout.pp - 1:
-        held += 2 * tokens * m.hidden_size * e // whole  # inputs of the last norm and of the output layer, of one micro-batch
+        held += (
+            2 * tokens * m.hidden_size * e // whole
+        )  # inputs of the last norm and of the output layer, of one micro-batch
     return held
 
 
 def stage_logits(config: Config, vocab_size: int, layout: Layout, stage: int) -> int:
-    """Bytes of one micro-batch's logits on one rank of a pipeline stage: as computed, and in float32 for the loss."""
+    """Bytes of one micro-batch's logits on one rank of a pipeline stage: as computed, and in
+    float32 for the loss.
+    """
     if stage != layout.pp - 1:
         return 0
     columns = padded_vocab_size(config, vocab_size) // layout.tp
-    return config.data.seq_length * config.training.micro_batch_size * columns * (6 if config.training.bf16 else 4)
+    return (
+        config.data.seq_length
+        * config.training.micro_batch_size
+        * columns
+        * (6 if config.training.bf16 else 4)
+    )
 
 
 def stage_memory(config: Config, vocab_size: int, layout: Layout, stage: int) -> StageMemory:
     """What one rank of a pipeline stage holds when it is fullest.
 
-    The distributed optimizer's part is a data-parallel rank's; without it every rank keeps the state of all its parameters.
+    The distributed optimizer's part is a data-parallel rank's; without it every rank keeps the
+    state of all its parameters.
 
     Args:
         config: resolved settings.
@@ -172,16 +225,22 @@ def stage_memory(config: Config, vocab_size: int, layout: Layout, stage: int) ->
         weights=(count - replaced) * element_size(config),
         fp8_weights=2 * matrices,
         gradients=count * gradient_bytes(config),
-        optimizer=-(-count * optimizer_bytes(config) // (layout.dp if config.parallel.use_distributed_optimizer else 1)),
+        optimizer=-(
+            -count
+            * optimizer_bytes(config)
+            // (layout.dp if config.parallel.use_distributed_optimizer else 1)
+        ),
         activations=stage_activations(config, layout, stage),
         logits=stage_logits(config, vocab_size, layout, stage),
     )
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
-    """Bytes of one checkpoint of a model with so many parameters, the vocabulary's padding included: weights, and the optimizer's state unless it is
-    not saved."""
-    return parameters * (element_size(config) + (0 if config.checkpoint.no_save_optim else optimizer_bytes(config)))
+    """Bytes of one checkpoint of a model with so many parameters, the vocabulary's padding
+    included: weights, and the optimizer's state unless it is not saved."""
+    return parameters * (
+        element_size(config) + (0 if config.checkpoint.no_save_optim else optimizer_bytes(config))
+    )
 
 
 def cures(config: Config, dp: int, activations: float) -> str:
@@ -195,7 +254,10 @@ def cures(config: Config, dp: int, activations: float) -> str:
     p, t = config.parallel, config.training
     found = ["raise --tensor-model-parallel-size or --pipeline-model-parallel-size"]
     if activations > 0.3 and t.recompute_granularity != "full":
-        found.insert(0, "add --recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
+        found.insert(
+            0,
+            "add --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        )
     if t.micro_batch_size > 1 and activations > 0.3:
         found.insert(0, "lower --micro-batch-size")
     if p.tensor_model_parallel_size > 1 and not p.sequence_parallel:

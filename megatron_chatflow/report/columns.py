@@ -13,8 +13,16 @@ def widths(rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def line(row: Sequence[str], widths: Sequence[int]) -> str:
-    """A row, its first column aligned to the left and all others to the right, indented by two cells."""
-    return "  " + "  ".join(_aligned(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=False))).rstrip()
+    """A row, its first column aligned to the left and all others to the right, indented by two
+    cells.
+    """
+    return (
+        "  "
+        + "  ".join(
+            _aligned(cell, width, i)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ).rstrip()
+    )
 
 
 def width(text: str) -> int:

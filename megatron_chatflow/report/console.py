@@ -1,4 +1,6 @@
-"""Lines on the console: Megatron's own, with what Megatron does not tell beside them. Plain values in, text out."""
+"""Lines on the console: Megatron's own, with what Megatron does not tell beside them. Plain values
+in, text out.
+"""
 
 from __future__ import annotations
 
@@ -68,24 +70,36 @@ def iteration_line(values: Mapping[str, Any], now: datetime.datetime) -> str:
     """Megatron's line of an iteration, which log parsers know, with tokens per second added.
 
     Args:
-        values: iteration, train_iters, consumed_samples, seconds (mean a step), tokens_per_second, throughput (TFLOP/s of one process, or None),
-            learning_rate, global_batch_size, loss, grad_norm (None where no step was taken), skipped and nan (iterations since the line before).
+        values: iteration, train_iters, consumed_samples, seconds (mean a step), tokens_per_second,
+        throughput (TFLOP/s of one process, or None),
+            learning_rate, global_batch_size, loss, grad_norm (None where no step was taken),
+            skipped and nan (iterations since the line before).
         now: the time to print.
     """
     loss = "-" if values["loss"] is None else f"{values['loss']:.6E}"
     grad_norm = "-" if values["grad_norm"] is None else f"{values['grad_norm']:.3f}"
-    throughput = f" throughput per GPU (TFLOP/s/GPU): {values['throughput']:.1f} |" if values["throughput"] is not None else ""
+    throughput = (
+        f" throughput per GPU (TFLOP/s/GPU): {values['throughput']:.1f} |"
+        if values["throughput"] is not None
+        else ""
+    )
     return (
-        f" [{now:%Y-%m-%d %H:%M:%S}] iteration {values['iteration']:8d}/{values['train_iters']:8d} | "
+        f" [{now:%Y-%m-%d %H:%M:%S}] iteration "
+        f"{values['iteration']:8d}/{values['train_iters']:8d} | "
         f"consumed samples: {values['consumed_samples']:12d} |"
-        f" elapsed time per iteration (ms): {values['seconds'] * 1000:.1f} |{throughput} tokens per second: {values['tokens_per_second']:.0f} |"
-        f" learning rate: {values['learning_rate']:.6E} | global batch size: {values['global_batch_size']:5d} | lm loss: {loss} |"
+        f" elapsed time per iteration (ms): {values['seconds'] * 1000:.1f} |{throughput} "
+        f"tokens per second: {values['tokens_per_second']:.0f} |"
+        f" learning rate: {values['learning_rate']:.6E} | global batch size: "
+        f"{values['global_batch_size']:5d} | lm loss: {loss} |"
         f" loss scale: 1.0 | grad norm: {grad_norm} |"
-        f" number of skipped iterations: {values['skipped']:3d} | number of nan iterations: {values['nan']:3d} |"
+        f" number of skipped iterations: {values['skipped']:3d} | number of nan iterations: "
+        f"{values['nan']:3d} |"
     )
 
 
-def progress_line(fraction: float, seconds_left: float, stage: str, domains: Mapping[str, Mapping[str, float]]) -> str:
+def progress_line(
+    fraction: float, seconds_left: float, stage: str, domains: Mapping[str, Mapping[str, float]]
+) -> str:
     """How far the run is, and each domain's share and loss.
 
     Args:
@@ -95,9 +109,14 @@ def progress_line(fraction: float, seconds_left: float, stage: str, domains: Map
         domains: {name: {"share", "loss"}}; loss may be missing where the domain gave no token.
     """
     parts = [
-        f"{name} {v['share']:.0%}" + (f" loss {v['loss']:.3f}" if v.get("loss") is not None else "") for name, v in domains.items() if v["share"] > 0
+        f"{name} {v['share']:.0%}" + (f" loss {v['loss']:.3f}" if v.get("loss") is not None else "")
+        for name, v in domains.items()
+        if v["share"] > 0
     ]
-    return f"   {fraction:6.1%} done | time left {duration(seconds_left)} | stage {stage} | {' | '.join(parts)}"
+    return (
+        f"   {fraction:6.1%} done | time left {duration(seconds_left)} | stage {stage} | "
+        f"{' | '.join(parts)}"
+    )
 
 
 def duration(seconds: float) -> str:
@@ -107,18 +126,32 @@ def duration(seconds: float) -> str:
     return f"{days} d {text}" if days else text
 
 
-def validation_lines(iteration: int, results: Mapping[str, Mapping[str, float]], total: Mapping[str, float]) -> list[str]:
-    """Megatron's validation line over all domains, then a line for each domain and each named validation set.
+def validation_lines(
+    iteration: int, results: Mapping[str, Mapping[str, float]], total: Mapping[str, float]
+) -> list[str]:
+    """Megatron's validation line over all domains, then a line for each domain and each named
+    validation set.
 
     Args:
         iteration: where the weights stand.
         results: {name: {"loss" in nats, "ppl", "bits_per_byte" or None, "tokens"}}.
         total: the same over all tokens of all domains; loss None where no domain holds any out.
     """
-    over_domains = f" lm loss value: {total['loss']:.6E} | lm loss PPL: {total['ppl']:.6E} |" if total["loss"] is not None else ""
+    over_domains = (
+        f" lm loss value: {total['loss']:.6E} | lm loss PPL: {total['ppl']:.6E} |"
+        if total["loss"] is not None
+        else ""
+    )
     lines = [f" validation loss at iteration {iteration} |{over_domains}"]
     width = max(map(len, results), default=0)
     for name, r in results.items():
-        bits = f" | bits per byte {r['bits_per_byte']:.4f}" if r.get("bits_per_byte") is not None else ""
-        lines.append(f"   {name:<{width}} | loss {r['loss']:.4f} | perplexity {r['ppl']:10.2f}{bits} | {int(r['tokens'])} tokens")
+        bits = (
+            f" | bits per byte {r['bits_per_byte']:.4f}"
+            if r.get("bits_per_byte") is not None
+            else ""
+        )
+        lines.append(
+            f"   {name:<{width}} | loss {r['loss']:.4f} | perplexity {r['ppl']:10.2f}{bits} "
+            f"| {int(r['tokens'])} tokens"
+        )
     return lines

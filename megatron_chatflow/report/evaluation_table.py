@@ -10,17 +10,25 @@ from megatron_chatflow.report import columns
 Results = Mapping[str, Mapping[str, Any]]
 
 
-def changes(results: Results, reference: Results, *, same_tokens: bool) -> dict[str, dict[str, float | None]]:
-    """{name: {"loss", "bits_per_byte"}}: by how many percent each value is above the reference's (positive: worse, something was forgotten).
+def changes(
+    results: Results, reference: Results, *, same_tokens: bool
+) -> dict[str, dict[str, float | None]]:
+    """{name: {"loss", "bits_per_byte"}}: by how many percent each value is above the reference's
+    (positive: worse, something was forgotten).
 
     Args:
         results, reference: {name: {"loss", "bits_per_byte" or None}}.
-        same_tokens: whether both have one tokenizer; else losses a token cannot be compared, and are None.
+        same_tokens: whether both have one tokenizer; else losses a token cannot be compared, and
+        are None.
     """
     return {
         name: {
-            "loss": _percent(results[name]["loss"], reference[name]["loss"]) if same_tokens else None,
-            "bits_per_byte": _percent(results[name]["bits_per_byte"], reference[name]["bits_per_byte"]),
+            "loss": _percent(results[name]["loss"], reference[name]["loss"])
+            if same_tokens
+            else None,
+            "bits_per_byte": _percent(
+                results[name]["bits_per_byte"], reference[name]["bits_per_byte"]
+            ),
         }
         for name in results
         if name in reference
@@ -32,11 +40,16 @@ def _percent(value: float | None, before: float | None) -> float | None:
 
 
 def comparison_lines(results: Results, reference: Results, change: Results) -> list[str]:
-    """A table with a line for each name: loss a token and bits per byte, here and in the reference, and the difference."""
+    """A table with a line for each name: loss a token and bits per byte, here and in the reference,
+    and the difference.
+    """
     rows = [("", "loss", "reference", "change", "bits per byte", "reference", "change")]
     for name, percent in change.items():
         here, before = results[name], reference[name]
-        cells = [(_number(here[key]), _number(before[key]), _signed(percent[key])) for key in ("loss", "bits_per_byte")]
+        cells = [
+            (_number(here[key]), _number(before[key]), _signed(percent[key]))
+            for key in ("loss", "bits_per_byte")
+        ]
         rows.append((name, *cells[0], *cells[1]))
     widths = columns.widths(rows)
     return [columns.line(row, widths) for row in rows]

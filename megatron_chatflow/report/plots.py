@@ -1,4 +1,6 @@
-"""Plots to PNG files. matplotlib is imported when one is drawn, without a display and without touching its global state."""
+"""Plots to PNG files. matplotlib is imported when one is drawn, without a display and without
+touching its global state.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,12 @@ def plot_plan(
     for name, first in stages:
         over_run.axvline(first, color="black", linewidth=0.8, linestyle=":")
         over_run.annotate(name, (first, 1.0), xytext=(3, 3), textcoords="offset points", fontsize=8)
-    over_run.set(xlim=(samples[0], max(samples[-1], 1)), ylim=(0, 1), xlabel="sample", ylabel="scheduled share")
+    over_run.set(
+        xlim=(samples[0], max(samples[-1], 1)),
+        ylim=(0, 1),
+        xlabel="sample",
+        ylabel="scheduled share",
+    )
     bars.barh(range(len(names)), [tokens[name] for name in names], color=colours)
     bars.set_yticks(range(len(names)), names)
     bars.set(xlabel="tokens", title="drawn over the run")
@@ -47,10 +54,11 @@ def plot_plan(
 
 
 def plot_run(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Draws what a run has read and learnt to a PNG: each domain's share, realized and scheduled, and its loss, in training and held out.
+    """Draws what a run has read and learnt to a PNG: each domain's share, realized and scheduled,
+    and its loss, in training and held out.
 
-    A point stands for a stretch of iterations with 20 samples or more, and there are 200 points at most: shares of the stretch's samples, losses as
-    means over its tokens.
+    A point stands for a stretch of iterations with 20 samples or more, and there are 200 points at
+    most: shares of the stretch's samples, losses as means over its tokens.
 
     Args:
         path: the file to write.
@@ -72,15 +80,41 @@ def plot_run(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
     figure = Figure(figsize=(12, max(4.8, 0.22 * len(names))), layout="constrained")
     shares, losses = figure.subplots(1, 2)
     for name, colour in zip(names, _colours(len(names)), strict=True):
-        rows = [[trained[i]["domains"].get(name, _NOTHING) for i in stretch] for stretch in stretches]
+        rows = [
+            [trained[i]["domains"].get(name, _NOTHING) for i in stretch] for stretch in stretches
+        ]
         sizes = [[trained[i]["batch-size"] for i in stretch] for stretch in stretches]
-        shares.plot(at, [sum(row["samples"] for row in part) / sum(size) for part, size in zip(rows, sizes, strict=True)], color=colour, label=name)
-        scheduled = [np.average([row["share_target"] for row in part], weights=size) for part, size in zip(rows, sizes, strict=True)]
+        shares.plot(
+            at,
+            [
+                sum(row["samples"] for row in part) / sum(size)
+                for part, size in zip(rows, sizes, strict=True)
+            ],
+            color=colour,
+            label=name,
+        )
+        scheduled = [
+            np.average([row["share_target"] for row in part], weights=size)
+            for part, size in zip(rows, sizes, strict=True)
+        ]
         shares.plot(at, scheduled, color=colour, linestyle=":")
-        learnt = [(i, loss) for i, loss in zip(at, map(_mean_loss, rows), strict=True) if loss is not None]
+        learnt = [
+            (i, loss) for i, loss in zip(at, map(_mean_loss, rows), strict=True) if loss is not None
+        ]
         losses.plot([i for i, _ in learnt], [loss for _, loss in learnt], color=colour)
-        held_out = [(r["iteration"], r["validation"][name]["loss"]) for r in records if name in r.get("validation", {})]
-        losses.plot([i for i, _ in held_out], [loss for _, loss in held_out], color=colour, marker="o", markersize=4, linestyle="--")
+        held_out = [
+            (r["iteration"], r["validation"][name]["loss"])
+            for r in records
+            if name in r.get("validation", {})
+        ]
+        losses.plot(
+            [i for i, _ in held_out],
+            [loss for _, loss in held_out],
+            color=colour,
+            marker="o",
+            markersize=4,
+            linestyle="--",
+        )
     shares.set(xlabel="iteration", ylabel="share (dotted: scheduled)", ylim=(0, None))
     losses.set(xlabel="iteration", ylabel="loss (points: held out)")
     shares.legend(fontsize=8)
@@ -93,7 +127,11 @@ _NOTHING = {"samples": 0, "share_target": 0.0, "tokens": 0, "loss": None}
 def _mean_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Over all tokens; None where there are none."""
     read = [row for row in rows if row["tokens"] and row["loss"] is not None]
-    return float(np.average([row["loss"] for row in read], weights=[row["tokens"] for row in read])) if read else None
+    return (
+        float(np.average([row["loss"] for row in read], weights=[row["tokens"] for row in read]))
+        if read
+        else None
+    )
 
 
 def _colours(count: int) -> list[tuple[float, float, float, float]]:

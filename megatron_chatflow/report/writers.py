@@ -1,4 +1,6 @@
-"""Where numbers are kept: TensorBoard events and metrics.jsonl. Plain values in; imports no torch."""
+"""Where numbers are kept: TensorBoard events and metrics.jsonl. Plain values in; imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """`first_step`: points of an earlier process at this step or later are hidden, as a resumed run writes them again.
+        """`first_step`: points of an earlier process at this step or later are hidden, as a resumed
+        run writes them again.
 
         Raises OSError where the log cannot be written.
         """
@@ -30,7 +33,9 @@ class TensorBoardWriter:
 
         self._event, self._summary = Event, Summary
         folder.mkdir(parents=True, exist_ok=True)
-        unique = f"{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        unique = (
+            f"{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        )
         self._file = (folder / f"events.out.tfevents.{unique}").open("xb", buffering=0)
         self._end = 0
         self._records = RecordWriter(self)
@@ -43,7 +48,11 @@ class TensorBoardWriter:
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
         """One point of each tag; None is left out. Raises OSError where it cannot be written."""
-        points = [self._summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items() if value is not None]
+        points = [
+            self._summary.Value(tag=tag, simple_value=float(value))
+            for tag, value in values.items()
+            if value is not None
+        ]
         self._add(step=step, summary=self._summary(value=points))
 
     def close(self) -> None:
@@ -63,7 +72,9 @@ class TensorBoardWriter:
 
 
 class MetricsWriter:
-    """One JSON object a line; each line is handed to the operating system at once, or as soon as the disk has room again."""
+    """One JSON object a line; each line is handed to the operating system at once, or as soon as
+    the disk has room again.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

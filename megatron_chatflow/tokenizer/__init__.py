@@ -1,6 +1,6 @@
 """Tokenizers under Megatron's names, each exactly what its library gives (see README.md)."""
 
 from megatron_chatflow.tokenizer.base import TokenBytes, Tokenizer
-from megatron_chatflow.tokenizer.load import TOKENIZER_TYPES, load_tokenizer
+from megatron_chatflow.tokenizer.factory import TOKENIZER_TYPES, load_tokenizer
 
 __all__ = ["TOKENIZER_TYPES", "TokenBytes", "Tokenizer", "load_tokenizer"]

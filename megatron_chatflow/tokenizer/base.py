@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_chatflow.tokenizer.scripts import SPACE
+from megatron_chatflow.tokenizer.unicode_scripts import SPACE
 
 BYTE_SPACE = tuple(f"<0x{byte:02X}>" for byte in SPACE.encode())
 """The byte pieces that stand for a space in a vocabulary without `SPACE`."""
@@ -19,8 +19,9 @@ BYTE_SPACE = tuple(f"<0x{byte:02X}>" for byte in SPACE.encode())
 class Tokenizer(abc.ABC):
     """Text to token ids and back, exactly as the library underneath does it.
 
-    Text is data: a control token spelled inside it (`</s>`, `<|endoftext|>`) is encoded as the characters it is made of. Whoever wants a
-    control token adds its id (`eod`, `bos`, `control_id`).
+    Text is data: a control token spelled inside it (`</s>`, `<|endoftext|>`) is encoded as the
+    characters it is made of. Whoever wants a control token adds its id (`eod`, `bos`,
+    `control_id`).
 
     Attributes:
         type: Megatron's name of the kind of tokenizer, as given to `load_tokenizer`.
@@ -34,7 +35,17 @@ class Tokenizer(abc.ABC):
 
     chat_template: str | None = None
 
-    def __init__(self, *, type: str, name: str, vocab_size: int, eod: int, bos: int | None, pad: int | None, fingerprint: str) -> None:
+    def __init__(
+        self,
+        *,
+        type: str,
+        name: str,
+        vocab_size: int,
+        eod: int,
+        bos: int | None,
+        pad: int | None,
+        fingerprint: str,
+    ) -> None:
         self.type = type
         self.name = name
         self.vocab_size = vocab_size
@@ -44,7 +55,10 @@ class Tokenizer(abc.ABC):
         self._fingerprint = fingerprint
 
     def __repr__(self) -> str:
-        return f"{self.type}({self.name!r}, vocab_size={self.vocab_size}, eod={self.eod}, bos={self.bos}, pad={self.pad})"
+        return (
+            f"{self.type}({self.name!r}, vocab_size={self.vocab_size}, eod={self.eod}, "
+            f"bos={self.bos}, pad={self.pad})"
+        )
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -58,30 +72,37 @@ class Tokenizer(abc.ABC):
     def token_bytes(self) -> np.ndarray:
         """Returns how many UTF-8 bytes of text each token stands for.
 
-        The sum over `encode(text)` is `len(text.encode())`, but for what the tokenizer itself changes: a space it puts before the text, characters it
-        normalises or does not know. Where `byte_space` has ids, these three in a row count 1, not 3.
+        The sum over `encode(text)` is `len(text.encode())`, but for what the tokenizer itself
+        changes: a space it puts before the text, characters it normalises or does not know. Where
+        `byte_space` has ids, these three in a row count 1, not 3.
 
         Returns:
             int32[vocab_size]; 0 for control tokens.
         """
 
     def byte_space(self) -> tuple[int, int, int] | None:
-        """Returns the ids of the byte pieces that a space is written with; None where the vocabulary has a piece for it."""
+        """Returns the ids of the byte pieces that a space is written with; None where the
+        vocabulary has a piece for it.
+        """
         return None
 
     @abc.abstractmethod
     def control_id(self, spelling: str) -> int | None:
-        """Returns the id of the control token spelled so (such as `<|im_start|>`), or None when the tokenizer has none."""
+        """Returns the id of the control token spelled so (such as `<|im_start|>`), or None when the
+        tokenizer has none.
+        """
 
     def control_tokens(self) -> Mapping[str, int]:
-        """Returns the ids of the control tokens that a chat template may spell; none unless the tokenizer declares them as such."""
+        """Returns the ids of the control tokens that a chat template may spell; none unless the
+        tokenizer declares them as such.
+        """
         return {}
 
     def joins(self, before: str, after: str) -> bool:
         """Return whether a token may reach from one character into the next one.
 
-        Where it is False, and the pre-tokenizer agrees, texts can be encoded in two pieces (`pieces.py`).
-        A tokenizer of which that is not known returns True.
+        Where it is False, and the pre-tokenizer agrees, texts can be encoded in two pieces
+        (`pieces.py`). A tokenizer of which that is not known returns True.
         """
         return True
 
@@ -90,16 +111,28 @@ class Tokenizer(abc.ABC):
         """Returns the text of `ids`, all of which lie in the vocabulary."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`; ids beyond the vocabulary (a model's is padded) stand for nothing and are left out."""
+        """Returns the text of `ids`; ids beyond the vocabulary (a model's is padded) stand for
+        nothing and are left out.
+        """
         return self._decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     def fingerprint(self) -> str:
-        """Returns the sha256 (hex) of what decides the ids: the library, the content of the files, the end-of-document id."""
+        """Returns the sha256 (hex) of what decides the ids: the library, the content of the files,
+        the end-of-document id.
+        """
         return self._fingerprint
 
     def identity(self) -> dict[str, Any]:
-        """Returns what a corpus's manifest says of its tokenizer: `type`, `name`, `hash`, `vocab_size` and `eod`."""
-        return {"type": self.type, "name": self.name, "hash": self.fingerprint(), "vocab_size": self.vocab_size, "eod": self.eod}
+        """Returns what a corpus's manifest says of its tokenizer: `type`, `name`, `hash`,
+        `vocab_size` and `eod`.
+        """
+        return {
+            "type": self.type,
+            "name": self.name,
+            "hash": self.fingerprint(),
+            "vocab_size": self.vocab_size,
+            "eod": self.eod,
+        }
 
 
 @dataclass(frozen=True)
@@ -113,7 +146,9 @@ class TokenBytes:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer | None, vocab_size: int) -> TokenBytes:
-        """Return the bytes of a tokenizer's tokens for a model with `vocab_size` ids, at least the tokenizer's."""
+        """Return the bytes of a tokenizer's tokens for a model with `vocab_size` ids, at least the
+        tokenizer's.
+        """
         table = np.zeros(vocab_size, np.int64)
         if tokenizer is None:
             return cls(table)
@@ -127,7 +162,9 @@ def neighbors(texts: Iterable[str | bytes]) -> frozenset[str | bytes]:
 
 
 def digest(library: str, *parts: bytes | int | None) -> str:
-    """Returns the sha256 (hex) of the library's name and of each part, told apart from its neighbours."""
+    """Returns the sha256 (hex) of the library's name and of each part, told apart from its
+    neighbours.
+    """
     result = hashlib.sha256(library.encode())
     for part in parts:
         content = part if isinstance(part, bytes) else repr(part).encode()
@@ -146,4 +183,7 @@ def read_bytes(tokenizer_type: str, setting: str, path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise ValueError(f"{tokenizer_type}: {setting} {path} cannot be read ({error.strerror}): give the path of a file on this machine") from error
+        raise ValueError(
+            f"{tokenizer_type}: {setting} {path} cannot be read ({error.strerror}): give "
+            f"the path of a file on this machine"
+        ) from error

@@ -1,4 +1,6 @@
-"""Byte-level BPE in Hugging Face's `tokenizer.json` (GPT-2, SmolLM2, Qwen, LLaMA-3), read and written as the JSON that it is."""
+"""Byte-level BPE in Hugging Face's `tokenizer.json` (GPT-2, SmolLM2, Qwen, LLaMA-3), read and
+written as the JSON that it is.
+"""
 
 import copy
 import json
@@ -9,11 +11,15 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from megatron_chatflow.tokenizer.chunks import SymbolText, Target
-from megatron_chatflow.tokenizer.companions import copy_companions, write_json
+from megatron_chatflow.tokenizer.merge_candidates import SymbolText, Target
 from megatron_chatflow.tokenizer.pre_tokenizer import cut_scripts, join_marks, steps
-from megatron_chatflow.tokenizer.scripts import first_bytes, first_bytes_inside_words, only_marks
-from megatron_chatflow.tokenizer.vocabulary import NewToken, Vocabulary, last_merge
+from megatron_chatflow.tokenizer.tokenizer_files import copy_companions, write_json
+from megatron_chatflow.tokenizer.unicode_scripts import (
+    first_bytes,
+    first_bytes_inside_words,
+    only_marks,
+)
+from megatron_chatflow.tokenizer.vocabulary_base import NewToken, Vocabulary, last_merge
 from megatron_chatflow.utils.user_files import load_json
 
 _LONGEST = 16
@@ -44,7 +50,10 @@ class ByteLevelVocabulary(Vocabulary):
         model = self._description["model"]
         _check(path, self._description)
         self._tokens: dict[str, int] = model["vocab"]
-        self._merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+        self._merges = [
+            tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
+            for merge in model["merges"]
+        ]
         added = {entry["id"]: entry for entry in self._description.get("added_tokens") or ()}
         self.size = max([*self._tokens.values(), *added]) + 1
         alphabet = byte_alphabet()
@@ -53,18 +62,26 @@ class ByteLevelVocabulary(Vocabulary):
         self.text = SymbolText({i: self._bytes(token) for token, i in self._tokens.items()})
         for i, entry in added.items():
             self.text[i] = b"" if entry["special"] else entry["content"].encode()
-        self.fixed = np.array([i in added or len(self.text.get(i, b"")) < 2 for i in range(self.size)])
-        self._missing = frozenset(byte for byte in _BYTES_OF_TEXT if alphabet[byte] not in self._tokens)
+        self.fixed = np.array(
+            [i in added or len(self.text.get(i, b"")) < 2 for i in range(self.size)]
+        )
+        self._missing = frozenset(
+            byte for byte in _BYTES_OF_TEXT if alphabet[byte] not in self._tokens
+        )
         self._backend = tokenizers.Tokenizer.from_buffer(content)
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
         merging = {key: value for key, value in model.items() if key != "ignore_merges"}
-        self._merging = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", "model": merging})).model
+        self._merging = tokenizers.Tokenizer.from_str(
+            json.dumps({"version": "1.0", "model": merging})
+        ).model
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         encoded = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        ids = np.concatenate([np.array(document.ids, np.int32) for document in encoded] or [np.zeros(0, np.int32)])
+        ids = np.concatenate(
+            [np.array(document.ids, np.int32) for document in encoded] or [np.zeros(0, np.int32)]
+        )
         ends = np.zeros(len(ids), bool)
         start = 0
         for document in encoded:
@@ -75,7 +92,9 @@ class ByteLevelVocabulary(Vocabulary):
         return ids, ends
 
     def split(self, texts: Sequence[bytes]) -> list[list[int]]:
-        return [[token.id for token in self._merging.tokenize(self._spelled(text))] for text in texts]
+        return [
+            [token.id for token in self._merging.tokenize(self._spelled(text))] for text in texts
+        ]
 
     def tokens_of(self, texts: Sequence[bytes]) -> list[list[int]]:
         return [self._tokens_of(text) for text in texts]
@@ -85,7 +104,8 @@ class ByteLevelVocabulary(Vocabulary):
         if whole.encode() != text:
             return self.split([text])[0]
         words = self._backend.pre_tokenizer.pre_tokenize_str(whole)
-        # Spelled bytes of all words, but for a space that the pre-tokenizer puts before the first one.
+        # Spelled bytes of all words, but for a space that the pre-tokenizer puts before the first
+        # one.
         spelled = [word for word, _ in words]
         spelled[0] = spelled[0][sum(map(len, spelled)) - len(text) :]
         return [token.id for word in spelled for token in self._merging.tokenize(word)]
@@ -128,14 +148,17 @@ class ByteLevelVocabulary(Vocabulary):
         vocab = {token: i for token, i in self._tokens.items() if i not in gone}
         merges = [(a, b) for a, b in self._merges if a in vocab and b in vocab and a + b in vocab]
         for entry in description.get("added_tokens") or ():
-            # The library numbers added tokens that the vocabulary lacks from its end on, so they would move.
+            # The library numbers added tokens that the vocabulary lacks from its end on, so they
+            # would move.
             vocab[entry["content"]] = entry["id"]
         for token in new:
             vocab[self._spelled(token.text)] = token.id
             merges.append((self._spelled(token.left), self._spelled(token.right)))
         as_text = bool(model["merges"]) and isinstance(model["merges"][0], str)
         model["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
-        model["merges"] = [" ".join(merge) for merge in merges] if as_text else [list(merge) for merge in merges]
+        model["merges"] = (
+            [" ".join(merge) for merge in merges] if as_text else [list(merge) for merge in merges]
+        )
         return self._with(description, self._own_pattern)
 
     def _with(self, description: dict[str, Any], own_pattern: bool) -> "ByteLevelVocabulary":
@@ -143,7 +166,11 @@ class ByteLevelVocabulary(Vocabulary):
         return ByteLevelVocabulary(self.type, self._path, content, own_pattern)
 
     def lost(self, texts: Sequence[str], symbols: np.ndarray) -> set[str]:
-        return {char for char in set().union(*texts) if not self._missing.isdisjoint(char.encode())} if self._missing else set()
+        return (
+            {char for char in set().union(*texts) if not self._missing.isdisjoint(char.encode())}
+            if self._missing
+            else set()
+        )
 
     def save(self, folder: str, source: str) -> list[str]:
         with open(os.path.join(folder, "tokenizer.json"), "wb") as file:
@@ -155,13 +182,18 @@ class ByteLevelVocabulary(Vocabulary):
             with open(config_file, encoding="utf-8") as file:
                 config = json.load(file)
         if not has_config or self._own_pattern:
-            # Classes named after a model (GPT2Tokenizer, Qwen2Tokenizer) split by that model's pattern, whatever tokenizer.json has.
+            # Classes named after a model (GPT2Tokenizer, Qwen2Tokenizer) split by that model's
+            # pattern, whatever tokenizer.json has.
             write_json(config_file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
         return ["tokenizer.json", *(() if has_config else ("tokenizer_config.json",)), *copied]
 
     def _bytes(self, token: str) -> bytes:
         """The bytes that a token spells; an added token of the vocabulary is its own text."""
-        return bytes(self._byte_of[char] for char in token) if self._byte_of.keys() >= set(token) else token.encode()
+        return (
+            bytes(self._byte_of[char] for char in token)
+            if self._byte_of.keys() >= set(token)
+            else token.encode()
+        )
 
     def _spelled(self, text: bytes) -> str:
         return "".join(self._char_of[byte] for byte in text)
@@ -170,20 +202,27 @@ class ByteLevelVocabulary(Vocabulary):
 def byte_alphabet() -> list[str]:
     """Returns the character by which a byte-level vocabulary spells each byte.
 
-    A byte that is a printable character of Latin-1 stands for itself, the others take the characters from U+0100 on (GPT-2's encoder.py).
+    A byte that is a printable character of Latin-1 stands for itself, the others take the
+    characters from U+0100 on (GPT-2's encoder.py).
     """
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def _is_whole_or_begins_one(text: bytes, target: Target) -> bool:
-    """Whether a text is whole characters, or the first bytes of one; with or without a space before it.
+    """Whether a text is whole characters, or the first bytes of one; with or without a space before
+    it.
 
     Bytes from within characters are in characters of many scripts, and a token of them would change
     text that has nothing to do with the corpus. So would one of the first bytes of quotes, dashes,
-    emoji or, where the target is another script, of Latin letters and of marks that join any letter,
-    and one of such marks alone. All these join a letter of the target before them, byte by byte.
+    emoji or, where the target is another script, of Latin letters and of marks that join any
+    letter, and one of such marks alone. All these join a letter of the target before them, byte by
+    byte.
     """
     body, latin = text.removeprefix(b" "), target.other_script
     if not body or _continues(body[0]):
@@ -209,12 +248,17 @@ def _check(path: str, description: dict[str, Any]) -> None:
     model = description["model"]
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
         raise ValueError(
-            f"{path} is of type {model.get('type')}, which has no merges that could be continued: give a byte-level BPE or a SentencePiece BPE model"
+            f"{path} is of type {model.get('type')}, which has no merges that could be "
+            f"continued: give a byte-level BPE or a SentencePiece BPE model"
         )
     if not any(step["type"] == "ByteLevel" for step in steps(description.get("pre_tokenizer"))):
-        raise ValueError(f"{path} is a BPE of characters, not of bytes: give the tokenizer.model (SentencePiece) of this model instead")
+        raise ValueError(
+            f"{path} is a BPE of characters, not of bytes: give the tokenizer.model "
+            f"(SentencePiece) of this model instead"
+        )
     for setting in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(setting):
             raise ValueError(
-                f"{path} has {setting} {model[setting]!r}, with which merges cannot be continued: give a byte-level BPE as GPT-2's or LLaMA-3's"
+                f"{path} has {setting} {model[setting]!r}, with which merges cannot be "
+                f"continued: give a byte-level BPE as GPT-2's or LLaMA-3's"
             )

@@ -1,7 +1,8 @@
-"""Vocabularies for a new language: extended by new tokens, or with new tokens in place of the least used ones.
+"""Vocabularies for a new language: extended by new tokens, or with new tokens in place of the least
+used ones.
 
-Both continue the merges that the vocabulary has (arXiv 2512.03989). The new tokens merge after all old ones, so they can all be reached, and a
-text in which none of them occurs keeps its tokens.
+Both continue the merges that the vocabulary has (arXiv 2512.03989). The new tokens merge after all
+old ones, so they can all be reached, and a text in which none of them occurs keeps its tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_chatflow.tokenizer.base import read_bytes
+from megatron_chatflow.tokenizer.bpe_continuation import Learned, continue_merges
 from megatron_chatflow.tokenizer.bytelevel_vocabulary import ByteLevelVocabulary
-from megatron_chatflow.tokenizer.chunks import (
+from megatron_chatflow.tokenizer.merge_candidates import (
     NEW_SYMBOL,
     UNKNOWN_CHARACTER,
     Chunks,
@@ -19,16 +21,17 @@ from megatron_chatflow.tokenizer.chunks import (
     Target,
     find_target,
 )
-from megatron_chatflow.tokenizer.continued_bpe import Learned, continue_merges
-from megatron_chatflow.tokenizer.prune import least_used
-from megatron_chatflow.tokenizer.spm_vocabulary import SentencePieceVocabulary
-from megatron_chatflow.tokenizer.vocabulary import NewToken, Vocabulary
+from megatron_chatflow.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
+from megatron_chatflow.tokenizer.token_replacement import least_used
+from megatron_chatflow.tokenizer.vocabulary_base import NewToken, Vocabulary
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 EXTENDABLE = (*SENTENCEPIECE, "HuggingFaceTokenizer")
 
 Texts = Callable[[], Iterable[Sequence[str]]]
-"""Gives the documents of a corpus from the first to the last, in batches, as often as it is called."""
+"""Gives the documents of a corpus from the first to the last, in batches, as often as it is
+called.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,10 @@ class Outcome:
         vocabulary: as it is now.
         new: the new tokens, in the order in which they were learned.
         removed: ids whose old tokens are gone.
-        other_script: whether the new tokens are of other scripts than Latin, so that Latin text keeps its tokens.
-        joined: scripts whose marks count as letters now and did not before.
-        before: the old tokens with the marks of these scripts joined; the base where there are none.
+        other_script: whether the new tokens are of other scripts than Latin, so that Latin text
+        keeps its tokens. joined: scripts whose marks count as letters now and did not before.
+        before: the old tokens with the marks of these scripts joined; the base where there are
+        none.
     """
 
     vocabulary: Vocabulary
@@ -64,22 +68,29 @@ def open_vocabulary(tokenizer_type: str, path: str) -> Vocabulary:
     """
     if tokenizer_type not in EXTENDABLE:
         raise ValueError(
-            f"tokenizer_type {tokenizer_type} cannot be extended: give a SentencePiece BPE model (SentencePieceTokenizer, Llama2Tokenizer) "
+            f"tokenizer_type {tokenizer_type} cannot be extended: give a SentencePiece BPE "
+            f"model (SentencePieceTokenizer, Llama2Tokenizer) "
             "or a byte-level tokenizer.json (HuggingFaceTokenizer)"
         )
     kind = SentencePieceVocabulary if tokenizer_type in SENTENCEPIECE else ByteLevelVocabulary
     return kind(tokenizer_type, path, read_bytes(tokenizer_type, "tokenizer_model", path))
 
 
-def extend(base: Vocabulary, corpus: Texts, count: int, characters: bool = False, progress: Callable[[int], None] = lambda done: None) -> Outcome:
+def extend(
+    base: Vocabulary,
+    corpus: Texts,
+    count: int,
+    characters: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Outcome:
     """Adds tokens behind the last id.
 
     Args:
         base: the vocabulary.
         corpus: text of the new language.
         count: how many tokens to add.
-        characters: add single characters only, the most frequent first; in a byte-level vocabulary also the bytes that several begin with.
-        progress: told how many tokens are learned.
+        characters: add single characters only, the most frequent first; in a byte-level vocabulary
+        also the bytes that several begin with. progress: told how many tokens are learned.
 
     Raises:
         ValueError: the corpus has fewer candidates, or characters of it would still be lost.
@@ -91,14 +102,23 @@ def extend(base: Vocabulary, corpus: Texts, count: int, characters: bool = False
     _check_enough(len(learned), count)
     _check_nothing_lost(lost)
     new = _tokens(learned, text, range(base.size, base.size + count))
-    return Outcome(_checked(before.changed((), new), new), new, [], target.other_script, joined, before)
+    return Outcome(
+        _checked(before.changed((), new), new), new, [], target.other_script, joined, before
+    )
 
 
-def replace(base: Vocabulary, corpus: Texts, base_corpus: Texts, count: int, progress: Callable[[int], None] = lambda done: None) -> Outcome:
-    """Puts new tokens in the place of the least used ones (after Csaki et al., arXiv 2311.05741); the size stays.
+def replace(
+    base: Vocabulary,
+    corpus: Texts,
+    base_corpus: Texts,
+    count: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Outcome:
+    """Puts new tokens in the place of the least used ones (after Csaki et al., arXiv 2311.05741);
+    the size stays.
 
-    A token's use is its share of the tokens of the old language's text and its share of those of the new one's, added, so that tokens which
-    the new language needs stay too.
+    A token's use is its share of the tokens of the old language's text and its share of those of
+    the new one's, added, so that tokens which the new language needs stay too.
 
     Args:
         base: the vocabulary.
@@ -108,7 +128,8 @@ def replace(base: Vocabulary, corpus: Texts, base_corpus: Texts, count: int, pro
         progress: told how many tokens are learned.
 
     Raises:
-        ValueError: fewer tokens can be taken out, or the corpus has fewer candidates, or characters of a corpus would be lost.
+        ValueError: fewer tokens can be taken out, or the corpus has fewer candidates, or characters
+        of a corpus would be lost.
     """
     target = _find_target(corpus)
     joined = base.cut_scripts(target.marked)
@@ -117,7 +138,8 @@ def replace(base: Vocabulary, corpus: Texts, base_corpus: Texts, count: int, pro
     removed = least_used(before, usage, count)
     if len(removed) < count:
         raise ValueError(
-            f"--new-tokens {count} is more than can be replaced: {len(removed)} tokens are neither control tokens nor bytes; give at most that"
+            f"--new-tokens {count} is more than can be replaced: {len(removed)} tokens are "
+            f"neither control tokens nor bytes; give at most that"
         )
     pruned = before.changed(removed, ())
     learned, text, lost = _learn(pruned, target, corpus, count, False, progress)
@@ -131,7 +153,9 @@ def replace(base: Vocabulary, corpus: Texts, base_corpus: Texts, count: int, pro
 def _find_target(corpus: Texts) -> Target:
     target = find_target(corpus())
     if not target.kinds:
-        raise ValueError("the corpus has no letters, so there is nothing to learn: check --input and --json-keys")
+        raise ValueError(
+            "the corpus has no letters, so there is nothing to learn: check --input and --json-keys"
+        )
     return target
 
 
@@ -143,7 +167,9 @@ def _learn(
     characters: bool,
     progress: Callable[[int], None],
 ) -> tuple[list[Learned], SymbolText, list[str]]:
-    """Returns the new tokens, the text of each symbol, and the characters that would still be lost."""
+    """Returns the new tokens, the text of each symbol, and the characters that would still be
+    lost.
+    """
     text = SymbolText(vocabulary.text)
     chunks = Chunks(target)
     lost: set[str] = set()
@@ -152,7 +178,9 @@ def _learn(
         chunks.add(symbols, ends, text, within_characters=characters)
         lost |= vocabulary.lost(batch, symbols)
     allowed = vocabulary.may_be_added(target)
-    learned = continue_merges(chunks.counts, text, count, allowed, by_count=characters, progress=progress)
+    learned = continue_merges(
+        chunks.counts, text, count, allowed, by_count=characters, progress=progress
+    )
     lost -= {chr(token.left - UNKNOWN_CHARACTER) for token in learned if token.right is None}
     return learned, text, sorted(lost)
 
@@ -160,7 +188,8 @@ def _learn(
 def _check_enough(found: int, count: int) -> None:
     if found < count:
         raise ValueError(
-            f"--new-tokens {count} is more than the corpus holds: {found} candidates occur at least twice; give at most that, or more text"
+            f"--new-tokens {count} is more than the corpus holds: {found} candidates occur "
+            f"at least twice; give at most that, or more text"
         )
 
 
@@ -168,14 +197,21 @@ def _check_nothing_lost(lost: Sequence[str]) -> None:
     if lost:
         some = ", ".join(map(repr, lost[:5])) + ", ..." * (len(lost) > 5)
         raise ValueError(
-            f"the tokenizer would lose {len(lost)} characters of the corpus ({some}), for which it has neither tokens nor bytes: "
-            "give a larger --new-tokens if they are letters, take them out of the text, or start from a tokenizer with byte fallback"
+            f"the tokenizer would lose {len(lost)} characters of the corpus ({some}), for "
+            f"which it has neither tokens nor bytes: "
+            "give a larger --new-tokens if they are letters, take them out of the text, or "
+            "start from a tokenizer with byte fallback"
         )
 
 
 def _tokens(learned: Sequence[Learned], text: SymbolText, ids: Sequence[int]) -> list[NewToken]:
     return [
-        NewToken(i, text[NEW_SYMBOL + n], text[token.left], None if token.right is None else text[token.right])
+        NewToken(
+            i,
+            text[NEW_SYMBOL + n],
+            text[token.left],
+            None if token.right is None else text[token.right],
+        )
         for n, (token, i) in enumerate(zip(learned, ids, strict=True))
     ]
 

@@ -9,7 +9,9 @@ from megatron_chatflow.tokenizer.base import Tokenizer
 
 _WORD = re.compile(r"\S+")
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
-"""Letters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+"""Letters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Japanese,
+Chinese.
+"""
 
 _THREADS = 2
 _EXAMPLE = 40
@@ -63,7 +65,9 @@ class Comparison:
         return dataclasses.asdict(self)
 
 
-def compare(before: Tokenizer, after: Tokenizer, texts: Sequence[str], examples: int = 3) -> Comparison:
+def compare(
+    before: Tokenizer, after: Tokenizer, texts: Sequence[str], examples: int = 3
+) -> Comparison:
     """Encodes documents with two tokenizers.
 
     Args:
@@ -87,7 +91,9 @@ def compare(before: Tokenizer, after: Tokenizer, texts: Sequence[str], examples:
     )
 
 
-def _fertility(tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[Sequence[int]]) -> Fertility:
+def _fertility(
+    tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[Sequence[int]]
+) -> Fertility:
     tokens = sum(map(len, encoded))
     characters = sum(map(len, texts))
     words = sum(len(_WORD.findall(text)) for text in texts)
@@ -97,7 +103,9 @@ def _fertility(tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[Seq
         tokens_per_word=None if unspaced else tokens / words,
         tokens_per_character=tokens / characters,
         bytes_per_token=sum(len(text.encode()) for text in texts) / tokens,
-        round_trips=sum(tokenizer.decode(ids) == text for ids, text in zip(encoded, texts, strict=True)),
+        round_trips=sum(
+            tokenizer.decode(ids) == text for ids, text in zip(encoded, texts, strict=True)
+        ),
     )
 
 
@@ -106,7 +114,9 @@ def _example(before: Tokenizer, after: Tokenizer, text: str) -> dict[str, Any]:
 
 
 def _spelled(tokenizer: Tokenizer, text: str) -> str:
-    """The text with a bar between tokens; a character that is spelled in several tokens has their number behind it."""
+    """The text with a bar between tokens; a character that is spelled in several tokens has their
+    number behind it.
+    """
     ids = tokenizer.encode(text)
     pieces: list[str] = []
     start = length = 0

@@ -9,14 +9,22 @@ import numpy as np
 import tokenizers
 
 from megatron_chatflow.tokenizer.base import BYTE_SPACE, Tokenizer, digest, neighbors, read_bytes
-from megatron_chatflow.tokenizer.scripts import SPACE
+from megatron_chatflow.tokenizer.unicode_scripts import SPACE
 from megatron_chatflow.utils.user_files import load_json
 
-_USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|end\u2581of\u2581sentence|>", "<eos>", "<eod>")
+_USUAL_ENDS = (
+    "<|endoftext|>",
+    "</s>",
+    "<|end_of_text|>",
+    "<|end\u2581of\u2581sentence|>",
+    "<eos>",
+    "<eod>",
+)
 
 
 class HuggingFace(Tokenizer):
-    """A tokenizer of the `tokenizers` library, without padding, truncation and added begin or end tokens.
+    """A tokenizer of the `tokenizers` library, without padding, truncation and added begin or end
+    tokens.
 
     Args:
         backend: the library's tokenizer; it is changed so that special tokens inside text are text.
@@ -46,16 +54,32 @@ class HuggingFace(Tokenizer):
         backend.encode_special_tokens = True
         self._backend = backend
         self._vocab = backend.get_vocab(with_added_tokens=True)
-        self._control = {entry.content: token for token, entry in backend.get_added_tokens_decoder().items() if entry.special}
+        self._control = {
+            entry.content: token
+            for token, entry in backend.get_added_tokens_decoder().items()
+            if entry.special
+        }
         self.chat_template = chat_template
-        super().__init__(type=type, name=name, vocab_size=max(self._vocab.values()) + 1, eod=eod, bos=bos, pad=pad, fingerprint=fingerprint)
+        super().__init__(
+            type=type,
+            name=name,
+            vocab_size=max(self._vocab.values()) + 1,
+            eod=eod,
+            bos=bos,
+            pad=pad,
+            fingerprint=fingerprint,
+        )
 
     def encode(self, text: str) -> list[int]:
         return self._encode([text])[0]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
-        """Returns `encode` of each text; with more than one thread on as many as the library takes (all cores, or RAYON_NUM_THREADS)."""
-        return [self.encode(text) for text in texts] if num_threads == 1 else self._encode(list(texts))
+        """Returns `encode` of each text; with more than one thread on as many as the library takes
+        (all cores, or RAYON_NUM_THREADS).
+        """
+        return (
+            [self.encode(text) for text in texts] if num_threads == 1 else self._encode(list(texts))
+        )
 
     def token_bytes(self) -> np.ndarray:
         length = _length_rule(self)
@@ -75,10 +99,18 @@ class HuggingFace(Tokenizer):
         return first, second, third
 
     def control_id(self, spelling: str) -> int | None:
-        return next((token for token, entry in self._backend.get_added_tokens_decoder().items() if entry.content == spelling), None)
+        return next(
+            (
+                token
+                for token, entry in self._backend.get_added_tokens_decoder().items()
+                if entry.content == spelling
+            ),
+            None,
+        )
 
     def joins(self, before: str, after: str) -> bool:
-        """Return whether an entry of a BPE vocabulary holds the two characters in any of its spellings.
+        """Return whether an entry of a BPE vocabulary holds the two characters in any of its
+        spellings.
 
         Models of other kinds are joined anywhere.
         """
@@ -97,14 +129,21 @@ class HuggingFace(Tokenizer):
         normalizer = self._backend.normalizer
         normal = normalizer.normalize_str(character).strip(SPACE) if normalizer else character
         plain = [SPACE] if character.isspace() else []
-        return [*plain, *(each for text in (character, normal) for each in (text, _spelled_bytes(text)))]
+        return [
+            *plain,
+            *(each for text in (character, normal) for each in (text, _spelled_bytes(text))),
+        ]
 
     def control_tokens(self) -> Mapping[str, int]:
         return self._control
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        # The library's `encode` also computes where each token lies in the text, which takes a third of the time.
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        # The library's `encode` also computes where each token lies in the text, which takes a
+        # third of the time.
+        return [
+            encoding.ids
+            for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
@@ -113,37 +152,63 @@ class HuggingFace(Tokenizer):
 def load_tokenizer_json(type: str, path: str) -> HuggingFace:
     """Reads a `tokenizer.json`, or the folder that holds one.
 
-    Begin, end and padding tokens are those that `tokenizer_config.json` or `special_tokens_map.json` beside it name; without them the end
-    token is the only usual one (`</s>`, `<|endoftext|>`, ...) among the special tokens.
+    Begin, end and padding tokens are those that `tokenizer_config.json` or
+    `special_tokens_map.json` beside it name; without them the end token is the only usual one
+    (`</s>`, `<|endoftext|>`, ...) among the special tokens.
 
     Raises:
-        ValueError: the file is missing or is no `tokenizer.json`, or the end-of-document token cannot be told.
+        ValueError: the file is missing or is no `tokenizer.json`, or the end-of-document token
+        cannot be told.
     """
     file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
     content = read_bytes(type, "tokenizer_model", file)
     try:
         backend = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{type}: tokenizer_model {file} is not a tokenizer.json (Hugging Face tokenizers): give that file or its folder") from error
-    special = {entry.content: token for token, entry in backend.get_added_tokens_decoder().items() if entry.special}
+        raise ValueError(
+            f"{type}: tokenizer_model {file} is not a tokenizer.json (Hugging Face "
+            f"tokenizers): give that file or its folder"
+        ) from error
+    special = {
+        entry.content: token
+        for token, entry in backend.get_added_tokens_decoder().items()
+        if entry.special
+    }
     folder = os.path.dirname(os.path.abspath(file))
     declared = _declared_tokens(type, folder)
     roles = {}
     for role in ("eos_token", "bos_token", "pad_token"):
         roles[role] = None if declared.get(role) is None else backend.token_to_id(declared[role])
         if declared.get(role) is not None and roles[role] is None:
-            raise ValueError(f"{type}: {role} {declared[role]!r} is not in the vocabulary of {file}: mend tokenizer_config.json beside it")
+            raise ValueError(
+                f"{type}: {role} {declared[role]!r} is not in the vocabulary of {file}: "
+                f"mend tokenizer_config.json beside it"
+            )
     if roles["eos_token"] is None:
         usual = [token for token in _USUAL_ENDS if token in special]
         if len(usual) != 1:
-            found = f"it has {', '.join(usual)}" if usual else "none of the usual ones is among its special tokens"
-            raise ValueError(f"{type}: {file} does not say which token ends a document ({found}): add a tokenizer_config.json with eos_token")
+            found = (
+                f"it has {', '.join(usual)}"
+                if usual
+                else "none of the usual ones is among its special tokens"
+            )
+            raise ValueError(
+                f"{type}: {file} does not say which token ends a document ({found}): add a "
+                f"tokenizer_config.json with eos_token"
+            )
         roles["eos_token"] = special[usual[0]]
     eod, bos, pad = roles["eos_token"], roles["bos_token"], roles["pad_token"]
     name = os.path.basename(os.path.normpath(path))
     fingerprint = digest("tokenizers", content, eod)
     return HuggingFace(
-        backend, type=type, name=name, eod=eod, bos=bos, pad=pad, fingerprint=fingerprint, chat_template=_chat_template(type, folder, declared)
+        backend,
+        type=type,
+        name=name,
+        eod=eod,
+        bos=bos,
+        pad=pad,
+        fingerprint=fingerprint,
+        chat_template=_chat_template(type, folder, declared),
     )
 
 
@@ -151,26 +216,46 @@ def load_gpt2(type: str, vocab_file: str, merge_file: str) -> HuggingFace:
     """Reads GPT-2's `vocab.json` and `merges.txt`; documents end with `<|endoftext|>`.
 
     Raises:
-        ValueError: a file is missing or of another kind, or `<|endoftext|>` is not in the vocabulary.
+        ValueError: a file is missing or of another kind, or `<|endoftext|>` is not in the
+        vocabulary.
     """
-    contents = [read_bytes(type, setting, path) for setting, path in (("vocab_file", vocab_file), ("merge_file", merge_file))]
+    contents = [
+        read_bytes(type, setting, path)
+        for setting, path in (("vocab_file", vocab_file), ("merge_file", merge_file))
+    ]
     try:
         model = tokenizers.models.BPE.from_file(vocab_file, merge_file)
     except Exception as error:
-        raise ValueError(f"{type}: {vocab_file} and {merge_file} are not the vocab.json and merges.txt of a byte-level BPE ({error})") from error
+        raise ValueError(
+            f"{type}: {vocab_file} and {merge_file} are not the vocab.json and merges.txt "
+            f"of a byte-level BPE ({error})"
+        ) from error
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     eod = backend.token_to_id("<|endoftext|>")
     if eod is None:
-        raise ValueError(f"{type}: vocab_file {vocab_file} lacks <|endoftext|>: add it, or use HuggingFaceTokenizer with the model's tokenizer.json")
+        raise ValueError(
+            f"{type}: vocab_file {vocab_file} lacks <|endoftext|>: add it, or use "
+            f"HuggingFaceTokenizer with the model's tokenizer.json"
+        )
     backend.add_special_tokens(["<|endoftext|>"])
     name = os.path.basename(vocab_file)
-    return HuggingFace(backend, type=type, name=name, eod=eod, bos=None, pad=None, fingerprint=digest("tokenizers/gpt2", *contents, eod))
+    return HuggingFace(
+        backend,
+        type=type,
+        name=name,
+        eod=eod,
+        bos=None,
+        pad=None,
+        fingerprint=digest("tokenizers/gpt2", *contents, eod),
+    )
 
 
 def _declared_tokens(type: str, folder: str) -> dict[str, str]:
-    """Reads the names of the control tokens from the files beside a tokenizer.json; the first file that names one wins."""
+    """Reads the names of the control tokens from the files beside a tokenizer.json; the first file
+    that names one wins.
+    """
     result: dict[str, str] = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         path = os.path.join(folder, file)
@@ -179,7 +264,9 @@ def _declared_tokens(type: str, folder: str) -> dict[str, str]:
         try:
             content = load_json(read_bytes(type, "the file", path))
         except ValueError as error:
-            raise ValueError(f"{type}: {path} is not JSON ({error}): mend it or take it away") from error
+            raise ValueError(
+                f"{type}: {path} is not JSON ({error}): mend it or take it away"
+            ) from error
         for key, value in content.items():
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str):
@@ -188,14 +275,17 @@ def _declared_tokens(type: str, folder: str) -> dict[str, str]:
 
 
 def _chat_template(type: str, folder: str, declared: Mapping[str, str]) -> str | None:
-    """The text of chat_template.jinja, else what tokenizer_config.json holds under `chat_template`: a text, or a list of named templates, of which
-    `default` is taken."""
+    """The text of chat_template.jinja, else what tokenizer_config.json holds under `chat_template`:
+    a text, or a list of named templates, of which `default` is taken."""
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(path):
         try:
             return read_bytes(type, "the file", path).decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{type}: {path} is not UTF-8 ({error.reason} at byte {error.start}): fix it or take it away") from error
+            raise ValueError(
+                f"{type}: {path} is not UTF-8 ({error.reason} at byte {error.start}): fix "
+                f"it or take it away"
+            ) from error
     path = os.path.join(folder, "tokenizer_config.json")
     if "chat_template" in declared or not os.path.exists(path):
         return declared.get("chat_template")
@@ -205,7 +295,11 @@ def _chat_template(type: str, folder: str, declared: Mapping[str, str]) -> str |
     entries = named if isinstance(named, list) else [named]
     texts = {str(e.get("name")): e.get("template") for e in entries if isinstance(e, dict)}
     if not isinstance(texts.get("default"), str):
-        found = f"has only {', '.join(texts)}" if texts else "is neither a text nor a list of named templates"
+        found = (
+            f"has only {', '.join(texts)}"
+            if texts
+            else "is neither a text nor a list of named templates"
+        )
         raise ValueError(f"{type}: chat_template of {path} {found}: name one of them default")
     return texts["default"]
 
@@ -221,27 +315,46 @@ def _spelled_bytes(text: str) -> str:
 
 
 def _length_rule(tokenizer: HuggingFace) -> Any:
-    """Returns the function that gives the bytes of a vocabulary entry, after how the tokenizer's decoder reads it."""
+    """Returns the function that gives the bytes of a vocabulary entry, after how the tokenizer's
+    decoder reads it.
+    """
     description = load_json(tokenizer._backend.to_str())
     kinds = {step["type"] for step in _steps(description.get("decoder"))}
-    replaced = {step["content"] for step in _steps(description.get("decoder")) if step["type"] == "Replace" and step["pattern"] == {"String": SPACE}}
+    replaced = {
+        step["content"]
+        for step in _steps(description.get("decoder"))
+        if step["type"] == "Replace" and step["pattern"] == {"String": SPACE}
+    }
     if "ByteLevel" in kinds:
         alphabet = _byte_alphabet()
         return lambda text: len(text) if alphabet.issuperset(text) else len(text.encode())
     if "Metaspace" in kinds or replaced == {" "}:
         fallback = "ByteFallback" in kinds
-        return lambda text: 1 if fallback and _is_byte_piece(text) else len(text.replace(SPACE, " ").encode())
+        return lambda text: (
+            1 if fallback and _is_byte_piece(text) else len(text.replace(SPACE, " ").encode())
+        )
     raise ValueError(
-        f"{tokenizer.type}: {tokenizer.name} loses spaces, so the bytes its tokens stand for cannot be counted: "
-        "use a byte-level or a SentencePiece-like tokenizer (a decoder of type ByteLevel or Metaspace)"
+        f"{tokenizer.type}: {tokenizer.name} loses spaces, so the bytes its tokens stand "
+        f"for cannot be counted: "
+        "use a byte-level or a SentencePiece-like tokenizer (a decoder of type ByteLevel or "
+        "Metaspace)"
     )
 
 
 def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
     if step is None:
         return []
-    return [inner for each in step["decoders"] for inner in _steps(each)] if step["type"] == "Sequence" else [step]
+    return (
+        [inner for each in step["decoders"] for inner in _steps(each)]
+        if step["type"] == "Sequence"
+        else [step]
+    )
 
 
 def _is_byte_piece(text: str) -> bool:
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">") and all(c in "0123456789ABCDEFabcdef" for c in text[3:5])
+    return (
+        len(text) == 6
+        and text.startswith("<0x")
+        and text.endswith(">")
+        and all(c in "0123456789ABCDEFabcdef" for c in text[3:5])
+    )

@@ -14,13 +14,15 @@ from typing import Any
 
 import tokenizers
 
-from megatron_chatflow.tokenizer.scripts import ZERO_WIDTH, Letters, letters_of
+from megatron_chatflow.tokenizer.unicode_scripts import ZERO_WIDTH, Letters, letters_of
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """What a `ByteLevel` step with `use_regex` splits by."""
 
 _LETTERS = re.compile(r"\\p\{(?:L|Lo|Letter|Other_Letter)\}")
-_ATOM = re.compile(r"\\p\{\^?\w+\}|\\.|\[\^?\]?(?:\\p\{\^?\w+\}|\\.|\[:\^?\w+:\]|[^\]\\\[])*\]", re.DOTALL)
+_ATOM = re.compile(
+    r"\\p\{\^?\w+\}|\\.|\[\^?\]?(?:\\p\{\^?\w+\}|\\.|\[:\^?\w+:\]|[^\]\\\[])*\]", re.DOTALL
+)
 
 
 def steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -63,7 +65,8 @@ def join_marks(path: str, step: dict[str, Any], scripts: Sequence[str]) -> dict[
     if still := cut_scripts(result, scripts):
         raise ValueError(
             f"{path}: its pre-tokenizer cuts {', '.join(still)} words at combining marks, and no "
-            "pattern of it has letters as \\p{L}, which the marks could join; give a tokenizer that "
+            "pattern of it has letters as \\p{L}, which the marks could join; give a "
+            "tokenizer that "
             "splits by GPT-2's or LLaMA-3's pattern, or --characters"
         )
     return result

@@ -1,19 +1,24 @@
-"""What each new token was made of in the old tokenizer, for whoever makes its row of the embedding."""
+"""What each new token was made of in the old tokenizer, for whoever makes its row of the
+embedding.
+"""
 
 import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_chatflow.tokenizer.vocabulary import NewToken, Vocabulary
+from megatron_chatflow.tokenizer.vocabulary_base import NewToken, Vocabulary
 
 VERSION = 1
 
 
-def token_map(kind: str, base: Vocabulary, vocab_size: int, new: Sequence[NewToken]) -> dict[str, Any]:
+def token_map(
+    kind: str, base: Vocabulary, vocab_size: int, new: Sequence[NewToken]
+) -> dict[str, Any]:
     """Returns the content of `token_map.json`.
 
-    Each new token has the ids that the base tokenizer splits its text into, and of each of these the length in characters. A piece that holds
-    bytes of a character counts its share of them: 1/3 for one of three bytes.
+    Each new token has the ids that the base tokenizer splits its text into, and of each of these
+    the length in characters. A piece that holds bytes of a character counts its share of them: 1/3
+    for one of three bytes.
 
     Args:
         kind: `extend` or `replace`.
@@ -23,11 +28,22 @@ def token_map(kind: str, base: Vocabulary, vocab_size: int, new: Sequence[NewTok
     """
     splits = base.tokens_of([token.text for token in new])
     entries = [
-        {"id": token.id, "pieces": pieces, "chars": _shares(token.text, [base.text[i] for i in pieces])}
+        {
+            "id": token.id,
+            "pieces": pieces,
+            "chars": _shares(token.text, [base.text[i] for i in pieces]),
+        }
         for token, pieces in zip(new, splits, strict=True)
     ]
     digest = hashlib.sha256(base.content).hexdigest()
-    return {"version": VERSION, "kind": kind, "base_vocab_size": base.size, "vocab_size": vocab_size, "base_sha256": digest, "new": entries}
+    return {
+        "version": VERSION,
+        "kind": kind,
+        "base_vocab_size": base.size,
+        "vocab_size": vocab_size,
+        "base_sha256": digest,
+        "new": entries,
+    }
 
 
 def _shares(text: bytes, pieces: Sequence[bytes]) -> list[float]:
@@ -37,7 +53,12 @@ def _shares(text: bytes, pieces: Sequence[bytes]) -> list[float]:
     left = len(text) - sum(map(len, pieces))
     if unknown:
         known = sum(len(piece.decode(errors="ignore")) for piece in pieces)
-        return [float(len(piece.decode(errors="ignore"))) if piece else (len(text.decode()) - known) / unknown for piece in pieces]
+        return [
+            float(len(piece.decode(errors="ignore")))
+            if piece
+            else (len(text.decode()) - known) / unknown
+            for piece in pieces
+        ]
     assert left == 0, (text, pieces)
     result, at = [], 0
     for piece in pieces:
@@ -47,7 +68,9 @@ def _shares(text: bytes, pieces: Sequence[bytes]) -> list[float]:
 
 
 def _share_of_each_byte(text: bytes) -> list[float]:
-    """The part of a character that each byte is; one whose character begins before the text is taken for a third."""
+    """The part of a character that each byte is; one whose character begins before the text is
+    taken for a third.
+    """
     result: list[float] = []
     width = 3
     for byte in text:

@@ -12,11 +12,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
 from megatron_chatflow.config import Config, Schedule
-from megatron_chatflow.engine import cpu
+from megatron_chatflow.distributed import cuda_shim
 
 
 def build_optimizer(config: Config, model: list[MegatronModule]) -> MegatronOptimizer:
-    """The optimizer over the model chunks of this rank, with megatron-core's schedules told how gradients are scaled, reduced and overlapped."""
+    """The optimizer over the model chunks of this rank, with megatron-core's schedules told how
+    gradients are scaled, reduced and overlapped.
+    """
     o, training = config.optimizer, config.training
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -37,7 +39,9 @@ def build_optimizer(config: Config, model: list[MegatronModule]) -> MegatronOpti
         ),
         model,
     )
-    if cpu.is_needed():  # on CUDA megatron-core takes Transformer Engine's fused AdamW; on a CPU it takes torch's, whose fused form must be asked for
+    # on CUDA megatron-core takes Transformer Engine's fused AdamW; on a CPU it takes torch's, whose
+    # fused form must be asked for
+    if cuda_shim.is_needed():
         for group in optimizer.param_groups:
             group["fused"] = True
     if o.optimizer == "sgd":
@@ -55,7 +59,9 @@ def build_optimizer(config: Config, model: list[MegatronModule]) -> MegatronOpti
 
 
 def _start_momentum(optimizer: torch.optim.SGD, config: OptimizerConfig | None = None) -> None:
-    """Give every parameter the state that a checkpoint is read into; megatron-core has that for Adam."""
+    """Give every parameter the state that a checkpoint is read into; megatron-core has that for
+    Adam.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if group["momentum"] and not optimizer.state[parameter]:

@@ -1,4 +1,6 @@
-"""From checked inputs to a run that can take its next step: process groups, model, optimizer, checkpoint."""
+"""From checked inputs to a run that can take its next step: process groups, model, optimizer,
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +15,37 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_chatflow import __version__
-from megatron_chatflow.config import Config, Schedule, UsageError, to_yaml
+from megatron_chatflow.checkpoint.run_directory import (
+    complete_iterations,
+    find_sound_checkpoint,
+    read_state,
+)
+from megatron_chatflow.config import Config, Schedule, to_yaml
 from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
 from megatron_chatflow.data import Blend
-from megatron_chatflow.engine.launch import Launch
-from megatron_chatflow.training.durable import WriteError, unwritable
-from megatron_chatflow.training.inputs import Inputs, make_plan
-from megatron_chatflow.training.ledger import check_identity, check_seq_length, data_identity, resume_plan
-from megatron_chatflow.training.length import Batches, batch_history, fix_length
-from megatron_chatflow.training.resume import (
+from megatron_chatflow.distributed.launch import Launch
+from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.training.batch_schedule import Batches, batch_history, fix_length
+from megatron_chatflow.training.data_setup import Inputs, make_plan
+from megatron_chatflow.training.new_token_ids import new_row_ids
+from megatron_chatflow.training.resume_plan import (
+    check_identity,
+    check_seq_length,
+    data_identity,
+    resume_plan,
+)
+from megatron_chatflow.training.resume_settings import (
     check_finetune,
     check_optimizer_group,
     resume_settings,
     saved_settings,
 )
-from megatron_chatflow.training.run_directory import complete_iterations, find_sound_checkpoint, read_state
-from megatron_chatflow.training.token_map import new_row_ids
+from megatron_chatflow.utils.files import WriteError, unwritable
 
 if TYPE_CHECKING:
-    from megatron_chatflow.engine.lifeline import Lifeline
-    from megatron_chatflow.training.lease import Lease
-    from megatron_chatflow.training.saver import Saver
+    from megatron_chatflow.checkpoint.lease import Lease
+    from megatron_chatflow.checkpoint.saver import Saver
+    from megatron_chatflow.distributed.heartbeat import Lifeline
 
 
 @dataclass(frozen=True)
@@ -53,9 +65,13 @@ class Start:
     checkpoint: Path | None
     """Folder to load weights from."""
     state: dict[str, Any] | None
-    """The checkpoint's state when the run is resumed; None when it starts afresh (also under --finetune)."""
+    """The checkpoint's state when the run is resumed; None when it starts afresh (also under
+    --finetune).
+    """
     new_rows: np.ndarray
-    """The tokens whose rows are trained alone at first (--train-new-rows-samples); none where the setting is off."""
+    """The tokens whose rows are trained alone at first (--train-new-rows-samples); none where the
+    setting is off.
+    """
     notes: tuple[str, ...]
     """Checkpoints that are passed over because they are damaged, and settings that differ."""
 
@@ -72,35 +88,70 @@ def find_start(
     Args:
         config: resolved settings.
         inputs: what they name.
-        damaged: checkpoints known to be damaged, with what is wrong; the newest before them is taken.
-        plan_only: compare only what the plan depends on; model and optimizer need not be set.
+        damaged: checkpoints known to be damaged, with what is wrong; the newest before them is
+        taken. plan_only: compare only what the plan depends on; model and optimizer need not be
+        set.
 
     Raises:
-        UsageError: checkpoint and settings contradict each other.
+        ConfigError: checkpoint and settings contradict each other.
     """
     where = config.checkpoint
-    checkpoint, notes = find_sound_checkpoint(where.load, where.ckpt_step, damaged) if where.load else (None, [])
-    if where.load and checkpoint is None and (where.exit_on_missing_checkpoint or where.finetune or where.ckpt_step is not None):
-        raise UsageError(f"load {where.load} holds no checkpoint; give a run directory that has one, or drop --load")
-    if where.save and not (where.load and Path(where.load).resolve() == Path(where.save).resolve()) and complete_iterations(Path(where.save)):
-        raise UsageError(f"save {where.save} already holds checkpoints of a run; add --load {where.save} to resume it, or give --save another folder")
+    checkpoint, notes = (
+        find_sound_checkpoint(where.load, where.ckpt_step, damaged) if where.load else (None, [])
+    )
+    if (
+        where.load
+        and checkpoint is None
+        and (where.exit_on_missing_checkpoint or where.finetune or where.ckpt_step is not None)
+    ):
+        raise ConfigError(
+            f"load {where.load} holds no checkpoint; give a run directory that has one, or "
+            f"drop --load"
+        )
+    if (
+        where.save
+        and not (where.load and Path(where.load).resolve() == Path(where.save).resolve())
+        and complete_iterations(Path(where.save))
+    ):
+        raise ConfigError(
+            f"save {where.save} already holds checkpoints of a run; add --load {where.save} "
+            f"to resume it, or give --save another folder"
+        )
     if config.data.amend_curriculum and (checkpoint is None or where.finetune):
-        raise UsageError("amend_curriculum has no effect without a run to resume; drop --amend-curriculum or give --load")
+        raise ConfigError(
+            "amend_curriculum has no effect without a run to resume; drop "
+            "--amend-curriculum or give --load"
+        )
     new_rows = new_row_ids(config, inputs.vocab_size)
     if checkpoint is None or where.finetune:
         plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
         if checkpoint is not None and not plan_only:
             notes += check_finetune(checkpoint, read_state(checkpoint), config, inputs.vocab_size)
-        schedule, batches, blend = Schedule.of(config), batch_history(config), Blend(plan, inputs.domains)
-        return Start(config, schedule, blend, batches, 0, 0, checkpoint, None, new_rows, tuple(notes))
+        schedule, batches, blend = (
+            Schedule.of(config),
+            batch_history(config),
+            Blend(plan, inputs.domains),
+        )
+        return Start(
+            config, schedule, blend, batches, 0, 0, checkpoint, None, new_rows, tuple(notes)
+        )
     state = read_state(checkpoint)
     if "plan" not in state:
-        raise UsageError(f"{checkpoint} holds weights only, no run to go on with; add --finetune to train them, and give --save a folder of its own")
+        raise ConfigError(
+            f"{checkpoint} holds weights only, no run to go on with; add --finetune to "
+            f"train them, and give --save a folder of its own"
+        )
     iteration, consumed = state["iteration"], state["consumed_train_samples"]
-    if iteration and not state.get("only_new_rows") and consumed < config.training.train_new_rows_samples:
-        raise UsageError(
-            f"train_new_rows_samples is {config.training.train_new_rows_samples}, but the checkpoint at sample {consumed} has trained all weights "
-            "already, and the phase stands at the start of a run; drop --train-new-rows-samples, or --finetune to start afresh"
+    if (
+        iteration
+        and not state.get("only_new_rows")
+        and consumed < config.training.train_new_rows_samples
+    ):
+        raise ConfigError(
+            f"train_new_rows_samples is {config.training.train_new_rows_samples}, but the "
+            f"checkpoint at sample {consumed} has trained all weights "
+            "already, and the phase stands at the start of a run; drop "
+            "--train-new-rows-samples, or --finetune to start afresh"
         )
     ledger = BlendPlan.from_json(state["plan"])
     check_seq_length(ledger, config.data.seq_length)
@@ -112,7 +163,9 @@ def find_start(
         config, schedule = resumed.config, resumed.schedule
         notes += resumed.notes
     wanted = make_plan(config, inputs.curriculum, inputs.epoch_samples)
-    plan = resume_plan(ledger, wanted, consumed, amend=config.data.amend_curriculum, curriculum=inputs.curriculum)
+    plan = resume_plan(
+        ledger, wanted, consumed, amend=config.data.amend_curriculum, curriculum=inputs.curriculum
+    )
     batches = batch_history(config, state["batches"], iteration, consumed)
     blend, told = Blend(plan, inputs.domains), tuple(notes)
     return Start(
@@ -125,7 +178,9 @@ class Outlook:
     """How far the run will get."""
 
     total: int
-    """Samples that it may read: fewer than the plan's where a domain runs out under `on_exhausted: stop`."""
+    """Samples that it may read: fewer than the plan's where a domain runs out under `on_exhausted:
+    stop`.
+    """
     ending: str | None
     """Why it ends before the plan's end."""
     notes: tuple[str, ...]
@@ -133,17 +188,31 @@ class Outlook:
 
 
 def look_ahead(start: Start, inputs: Inputs) -> Outlook:
-    """Checks that every domain can give what the plan asks of it. Raises ValueError where one cannot."""
+    """Checks that every domain can give what the plan asks of it. Raises ValueError where one
+    cannot.
+    """
     plan = start.blend.plan
     check_exhaustion(plan, inputs.epoch_samples)
     outlook = forecast(plan, inputs.epoch_samples)
     ending = None
     if outlook.end < plan.num_samples:
-        first = next(domain.name for domain in outlook.domains if domain.exhausted_at == outlook.end)
+        first = next(
+            domain.name for domain in outlook.domains if domain.exhausted_at == outlook.end
+        )
         ending = f"{first} runs out at sample {outlook.end} (on_exhausted: stop)"
     notes = list(outlook.warnings)
-    if start.state is not None and len(plan.segments) > 1 and plan.segments[-1].start == start.consumed:
-        notes.insert(0, f"amended at sample {start.consumed}: the past stays as it was, the curriculum is followed from here on")
+    if (
+        start.state is not None
+        and len(plan.segments) > 1
+        and plan.segments[-1].start == start.consumed
+    ):
+        notes.insert(
+            0,
+            (
+                f"amended at sample {start.consumed}: the past stays as it was, the curriculum "
+                f"is followed from here on"
+            ),
+        )
     return Outlook(outlook.end, ending, tuple(notes))
 
 
@@ -174,7 +243,9 @@ class Run:
     only_new_rows: bool
     """Whether the last iteration trained these alone."""
     validated: bool
-    """Whether the validation that was due after the last iteration, or before the first, was made."""
+    """Whether the validation that was due after the last iteration, or before the first, was
+    made.
+    """
     resumed_from: Path | None
     """The checkpoint that the run continues; None where it starts."""
 
@@ -196,7 +267,10 @@ class Run:
 
 def _facts(start: Start, inputs: Inputs) -> dict[str, str]:
     """What must be the same on every process, in short forms."""
-    corpora = {f"the corpus of {name}": fingerprint[:12] for name, fingerprint in data_identity(start.config, inputs)["corpora"].items()}
+    corpora = {
+        f"the corpus of {name}": fingerprint[:12]
+        for name, fingerprint in data_identity(start.config, inputs)["corpora"].items()
+    }
     return corpora | {
         "the version": __version__,
         "the settings": hashlib.sha256(to_yaml(start.config).encode()).hexdigest()[:12],
@@ -207,15 +281,16 @@ def _facts(start: Start, inputs: Inputs) -> dict[str, str]:
 
 @contextmanager
 def saving(config: Config, lease: Lease | None) -> Iterator[Saver | None]:
-    """What saves the run, where --save is given. Entered before `join`, so its process shares no process groups and no weights with this one.
+    """What saves the run, where --save is given. Entered before `join`, so its process shares no
+    process groups and no weights with this one.
 
     `lease`: that of the run directory.
     """
-    from megatron_chatflow.engine import cpu, distributed
+    from megatron_chatflow.distributed import cuda_shim, process_groups
 
-    distributed.hide_engine_warnings()
-    cpu.install()
-    from megatron_chatflow.training.saver import Saver
+    process_groups.hide_engine_warnings()
+    cuda_shim.install()
+    from megatron_chatflow.checkpoint.saver import Saver
 
     where = config.checkpoint
     if not where.save:
@@ -229,10 +304,10 @@ def claim(lease: Lease | None, say: Callable[[str], None]) -> None:
     """Have rank 0 take the lease of the run directory; called by every rank, after `join`.
 
     Raises on every rank alike:
-        UsageError: another run holds it, or the folder cannot be written.
+        ConfigError: another run holds it, or the folder cannot be written.
         WriteError: the disk is full.
     """
-    from megatron_chatflow.engine.agreement import on_first_rank
+    from megatron_chatflow.distributed.consistency_check import on_first_rank
 
     def acquire() -> None:
         try:
@@ -241,24 +316,26 @@ def claim(lease: Lease | None, say: Callable[[str], None]) -> None:
             raise unwritable("save", lease.folder, error) from None
 
     if lease is not None:
-        on_first_rank(acquire, UsageError, WriteError)
+        on_first_rank(acquire, ConfigError, WriteError)
 
 
 def join(launch: Launch, config: Config) -> Lifeline | None:
     """Make this process one of the job's, with megatron-core's process groups; returns what reports
     to the others why it failed, where there are others."""
-    from megatron_chatflow.engine import distributed
+    from megatron_chatflow.distributed import process_groups
 
-    return distributed.initialize(launch, config.parallel, config.model.num_layers)
+    return process_groups.initialize(launch, config.parallel, config.model.num_layers)
 
 
 def find_sound_start(config: Config, inputs: Inputs, start: Start) -> Start:
-    """`start`, or an earlier one if its checkpoint turns out to be damaged when the ranks read all of it. Raises UsageError where none is sound.
+    """`start`, or an earlier one if its checkpoint turns out to be damaged when the ranks read all
+    of it. Raises ConfigError where none is sound.
 
-    Before that all ranks compare what they are about to run. Raises UsageError where it is not the same.
+    Before that all ranks compare what they are about to run. Raises ConfigError where it is not the
+    same.
     """
-    from megatron_chatflow.engine.agreement import require_agreement
-    from megatron_chatflow.training.checkpoint import find_damage
+    from megatron_chatflow.checkpoint.state_dict import find_damage
+    from megatron_chatflow.distributed.consistency_check import require_agreement
 
     require_agreement(_facts(start, inputs))
     damaged: dict[Path, str] = {}
@@ -268,65 +345,92 @@ def find_sound_start(config: Config, inputs: Inputs, start: Start) -> Start:
     return start
 
 
-def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say: Callable[[str], None]) -> Run:
-    """Model, optimizer and, where there is one, the checkpoint, over the groups of `join`. `say` prints a line (on one rank only)."""
+def assemble(
+    launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say: Callable[[str], None]
+) -> Run:
+    """Model, optimizer and, where there is one, the checkpoint, over the groups of `join`. `say`
+    prints a line (on one rank only).
+    """
     config = start.config
     import torch
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from megatron_chatflow.engine import distributed
-    from megatron_chatflow.engine.kernels import describe_cpu
-    from megatron_chatflow.engine.matmul import uses_float32
+    from megatron_chatflow.checkpoint import state_dict
+    from megatron_chatflow.checkpoint.ema import WeightAverage
+    from megatron_chatflow.distributed import process_groups
+    from megatron_chatflow.distributed.bf16_matmul import uses_float32
+    from megatron_chatflow.distributed.kernels import describe_cpu
     from megatron_chatflow.model.forward import make_forward_step, schedule_shape
     from megatron_chatflow.model.gpt import build_model, count_parameters
     from megatron_chatflow.model.spec import choose_transformer_impl
-    from megatron_chatflow.training import checkpoint
-    from megatron_chatflow.training.average import WeightAverage
-    from megatron_chatflow.training.new_rows import NewRows
+    from megatron_chatflow.training.lr_check import late_stage_note
+    from megatron_chatflow.training.new_token_phase import NewRows
     from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler
-    from megatron_chatflow.training.rates import late_stage_note
 
     impl, reason = choose_transformer_impl(config)
     if reason:
         say(reason)
-    device = distributed.device(launch.local_rank)
+    device = process_groups.device(launch.local_rank)
     if device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // max(1, launch.world_size)))
     torch.manual_seed(config.training.seed)
     model_parallel_cuda_manual_seed(config.training.seed)
-    dp = distributed.data_parallel()[1]
+    dp = process_groups.data_parallel()[1]
     init_num_microbatches_calculator(
-        launch.rank, config.training.rampup_batch_size, config.training.global_batch_size, config.training.micro_batch_size, dp
+        launch.rank,
+        config.training.rampup_batch_size,
+        config.training.global_batch_size,
+        config.training.micro_batch_size,
+        dp,
     )
     model = build_model(config, inputs.vocab_size, impl)
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, start.schedule, optimizer)
-    processes = f"{launch.world_size} process{'es' if launch.world_size > 1 else ''} ({launch.launcher})"
+    processes = (
+        f"{launch.world_size} process{'es' if launch.world_size > 1 else ''} ({launch.launcher})"
+    )
     cpu_note = f" ({describe_cpu(uses_float32())})" if device.type == "cpu" else ""
-    layout = f"TP {config.parallel.tensor_model_parallel_size}, PP {config.parallel.pipeline_model_parallel_size}, DP {dp}"
-    say(f"{count_parameters(config, inputs.vocab_size):,} parameters; {processes}, {layout}; {impl} layers on {device.type}{cpu_note}")
+    layout = (
+        f"TP {config.parallel.tensor_model_parallel_size}, PP "
+        f"{config.parallel.pipeline_model_parallel_size}, DP {dp}"
+    )
+    say(
+        f"{count_parameters(config, inputs.vocab_size):,} parameters; {processes}, "
+        f"{layout}; {impl} layers on {device.type}{cpu_note}"
+    )
     if note := late_stage_note(config, start.blend.plan, outlook.total):
         say(note)
     average = WeightAverage(model, config.training.ema_decay) if config.training.ema_decay else None
     if start.checkpoint is not None:
-        with_optimizer = start.state is not None and start.state["optimizer"] and not config.checkpoint.no_load_optim
-        with_average = average is not None and start.state is not None and start.state.get("ema_decay") is not None
+        with_optimizer = (
+            start.state is not None
+            and start.state["optimizer"]
+            and not config.checkpoint.no_load_optim
+        )
+        with_average = (
+            average is not None
+            and start.state is not None
+            and start.state.get("ema_decay") is not None
+        )
         wanted = (optimizer if with_optimizer else None, average if with_average else None)
         recorded = saved_settings(start.checkpoint, start.state or read_state(start.checkpoint))
-        checkpoint.check_unrecorded(
+        state_dict.check_unrecorded(
             start.checkpoint,
             None if "vocab_size" in recorded else inputs.vocab_size,
             config.optimizer.optimizer if with_optimizer and "optimizer" not in recorded else None,
         )
-        group = checkpoint.load(start.checkpoint, model, *wanted, verified=True)
+        group = state_dict.load(start.checkpoint, model, *wanted, verified=True)
         old = with_optimizer and "settings" not in start.state
         if old and (note := check_optimizer_group(group, config)):
             say(note)
         if average is not None and not with_average:
             average = WeightAverage(model, config.training.ema_decay)
             if start.state is not None:
-                say(f"{start.checkpoint} has no mean of the weights (--ema-decay); it begins at the weights as they are there")
+                say(
+                    f"{start.checkpoint} has no mean of the weights (--ema-decay); it "
+                    f"begins at the weights as they are there"
+                )
         if not with_optimizer:
             optimizer.reload_model_params()
         if start.state is not None:
@@ -338,10 +442,15 @@ def assemble(launch: Launch, inputs: Inputs, start: Start, outlook: Outlook, say
         )
     names = start.blend.plan.domain_names
     step = make_forward_step(len(names), inputs.token_bytes, impl == "transformer_engine", device)
-    shape = schedule_shape(config.data.seq_length, config.training.micro_batch_size, impl == "transformer_engine")
+    shape = schedule_shape(
+        config.data.seq_length, config.training.micro_batch_size, impl == "transformer_engine"
+    )
     return Run(
-        config, start.schedule, launch, inputs, start.blend, outlook, start.batches, device, impl, model, optimizer, scheduler, step, shape,
-        start.iteration, start.consumed, average, NewRows(model, start.new_rows) if len(start.new_rows) else None,
-        bool(start.state and start.state.get("only_new_rows")), bool(start.state) and start.state.get("validated", True),
+        config, start.schedule, launch, inputs, start.blend, outlook, start.batches, device, impl,
+        model, optimizer, scheduler, step, shape,
+        start.iteration, start.consumed, average, NewRows(model,
+        start.new_rows) if len(start.new_rows) else None,
+        bool(start.state and start.state.get("only_new_rows")),
+        bool(start.state) and start.state.get("validated", True),
         start.checkpoint if start.state is not None else None,
     )  # fmt: skip

@@ -1,4 +1,6 @@
-"""The benchmark of the data plane, in its short form: that it runs, says what it promises, and leaves nothing."""
+"""The benchmark of the data plane, in its short form: that it runs, says what it promises, and
+leaves nothing.
+"""
 
 import json
 import os
@@ -26,7 +28,13 @@ PROMISED = (
 @pytest.mark.slow
 def test_it_prints_one_json_object_last_and_cleans_up(tmp_path):
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    result = subprocess.run([sys.executable, str(BENCHMARK), "--short"], capture_output=True, text=True, env=environment, timeout=600)
+    result = subprocess.run(
+        [sys.executable, str(BENCHMARK), "--short"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
     assert set(PROMISED) <= set(figures) and all(value > 0 for value in figures.values())

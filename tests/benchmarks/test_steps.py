@@ -1,4 +1,6 @@
-"""The benchmarks of training steps run, in their shortest form, and print the ratios they promise."""
+"""The benchmarks of training steps run, in their shortest form, and print the ratios they
+promise.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(*words: str, timeout: float = 1200) -> dict[str, float]:
     """The figures of a benchmark, from the last line that it prints."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -34,7 +43,10 @@ trainer.evaluate(trainer.model)
 print(json.dumps({"losses": [trainer.step() for _ in range(3)], "uniform": math.log(32)}))
 """
     figures = run("-c", program, timeout=120)
-    assert all(0 < loss < 2 * figures["uniform"] for loss in figures["losses"]) and len(set(figures["losses"])) == 3
+    assert (
+        all(0 < loss < 2 * figures["uniform"] for loss in figures["losses"])
+        and len(set(figures["losses"])) == 3
+    )
 
 
 @pytest.mark.slow

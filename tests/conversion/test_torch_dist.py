@@ -8,19 +8,23 @@ from tests.pool import Pool
 
 
 def _written_alive(folder: str) -> tuple[int, int, list[str]]:
-    """Write a model of 12 layers; returns how many pieces there were, how many tensors were alive at most, and the order of the first."""
+    """Write a model of 12 layers; returns how many pieces there were, how many tensors were alive
+    at most, and the order of the first.
+    """
     import weakref
 
     import torch
 
     from megatron_chatflow.config import Config
-    from megatron_chatflow.config.settings import ModelSettings
+    from megatron_chatflow.config.schema import ModelSettings
     from megatron_chatflow.conversion.torch_dist import Piece, describe, write
 
     config = Config(
         model=ModelSettings(
-            num_layers=12, hidden_size=16, num_attention_heads=2, kv_channels=8, ffn_hidden_size=32, max_position_embeddings=8,
-            normalization="RMSNorm", position_embedding_type="rope", swiglu=True, add_bias_linear=False, untie_embeddings_and_output_weights=True,
+            num_layers=12, hidden_size=16, num_attention_heads=2, kv_channels=8,
+            ffn_hidden_size=32, max_position_embeddings=8,
+            normalization="RMSNorm", position_embedding_type="rope", swiglu=True,
+            add_bias_linear=False, untie_embeddings_and_output_weights=True,
         )
     )  # fmt: skip
     contents = describe(config, 100)
@@ -44,18 +48,25 @@ def test_tensors_are_asked_for_one_by_one_and_layer_by_layer(pool: Pool, tmp_pat
     ((count, most, order),) = pool.run(1, _written_alive, str(tmp_path))
     assert count == 12 * 6 + 3
     assert most <= 9  # the last of each of the nine keys
-    assert order[0] == "None embedding.word_embeddings.weight" and order[-1] == "None output_layer.weight"
-    assert [int(line.split()[0]) for line in order[1:-2]] == [layer for layer in range(12) for _ in range(6)]
+    assert (
+        order[0] == "None embedding.word_embeddings.weight"
+        and order[-1] == "None output_layer.weight"
+    )
+    assert [int(line.split()[0]) for line in order[1:-2]] == [
+        layer for layer in range(12) for _ in range(6)
+    ]
 
 
 def _keys(folder: str) -> tuple[dict[str, tuple], dict[str, tuple]]:
-    """{key: (shape, type)} of a checkpoint of `train`, and what `describe` says of the same settings."""
+    """{key: (shape, type)} of a checkpoint of `train`, and what `describe` says of the same
+    settings.
+    """
     from torch.distributed.checkpoint import FileSystemReader
 
+    from megatron_chatflow.checkpoint.run_directory import find_checkpoint
     from megatron_chatflow.config import Config, load_values
-    from megatron_chatflow.config.parse import section_of
+    from megatron_chatflow.config.loader import section_of
     from megatron_chatflow.conversion.torch_dist import describe
-    from megatron_chatflow.training.run_directory import find_checkpoint
 
     config = Config()
     for name, value in load_values(Path(folder) / "config.yaml").items():
@@ -63,7 +74,9 @@ def _keys(folder: str) -> tuple[dict[str, tuple], dict[str, tuple]]:
     contents = describe(config, 4096)
     saved = FileSystemReader(find_checkpoint(folder, None)).read_metadata().state_dict_metadata
     there = {key: tuple(getattr(entry, "size", ())) for key, entry in saved.items()}
-    told = {key: tuple(shape) for key, shape in contents.shapes.items()} | dict.fromkeys(contents.objects, ())
+    told = {key: tuple(shape) for key, shape in contents.shapes.items()} | dict.fromkeys(
+        contents.objects, ()
+    )
     return {key: shape for key, shape in there.items() if not key.startswith("optimizer.")}, told
 
 

@@ -1,4 +1,6 @@
-"""Curricula for the tests of `curriculum/`, and what they mean, computed from the definitions alone."""
+"""Curricula for the tests of `curriculum/`, and what they mean, computed from the definitions
+alone.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +18,46 @@ RAMPS = ("step", "linear", "cosine", "root2", "root3.5", "root0.5", "geometric")
 
 def quick(examples: int) -> settings:
     """Settings that find the same cases every time."""
-    return settings(max_examples=examples, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
 
 
-def make_curriculum(stages: list[dict[str, Any]], names: list[str] | None = None, **top: Any) -> Curriculum:
-    """A curriculum of text domains: those in `names`, or those that a stage weights. `top`: clock, on_exhausted, and max_epochs by name."""
+def make_curriculum(
+    stages: list[dict[str, Any]], names: list[str] | None = None, **top: Any
+) -> Curriculum:
+    """A curriculum of text domains: those in `names`, or those that a stage weights. `top`: clock,
+    on_exhausted, and max_epochs by name.
+    """
     names = names or list({name: None for stage in stages for name in stage["weights"]})
     caps = top.pop("max_epochs", {})
-    domains = {name: {"path": name, **({"max_epochs": caps[name]} if name in caps else {})} for name in names}
+    domains = {
+        name: {"path": name, **({"max_epochs": caps[name]} if name in caps else {})}
+        for name in names
+    }
     stages = [{"name": f"stage{i}", **stage} for i, stage in enumerate(stages)]
-    return parse_curriculum({"domains": domains, "stages": stages, **top}, source="test.yaml", folder="/corpora")
+    return parse_curriculum(
+        {"domains": domains, "stages": stages, **top}, source="test.yaml", folder="/corpora"
+    )
 
 
-def make_plan(stages: list[dict[str, Any]], num_samples: int, *, capacities: dict[str, int] | None = None, **top: Any) -> BlendPlan:
-    return BlendPlan(make_curriculum(stages, **top), num_samples=num_samples, global_batch_size=8, seq_length=16, capacities=capacities)
+def make_plan(
+    stages: list[dict[str, Any]],
+    num_samples: int,
+    *,
+    capacities: dict[str, int] | None = None,
+    **top: Any,
+) -> BlendPlan:
+    return BlendPlan(
+        make_curriculum(stages, **top),
+        num_samples=num_samples,
+        global_batch_size=8,
+        seq_length=16,
+        capacities=capacities,
+    )
 
 
 def named(values: Any) -> dict[str, float]:
@@ -39,9 +67,13 @@ def named(values: Any) -> dict[str, float]:
 
 @st.composite
 def weights(draw: st.DrawFn, size: int) -> np.ndarray:
-    """Positive and zero weights of every kind that is hard on a blend: equal, large among tiny, halving, zeros, anything."""
+    """Positive and zero weights of every kind that is hard on a blend: equal, large among tiny,
+    halving, zeros, anything.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
-    kind = draw(st.sampled_from(("any", "equal", "large", "halving", "zeros", "skewed", "clashing")))
+    kind = draw(
+        st.sampled_from(("any", "equal", "large", "halving", "zeros", "skewed", "clashing"))
+    )
     values = rng.random(size) + 1e-6
     if kind == "equal":
         values[:] = 1
@@ -61,18 +93,34 @@ def weights(draw: st.DrawFn, size: int) -> np.ndarray:
 
 
 @st.composite
-def stage_lists(draw: st.DrawFn, num_samples: int, sizes: tuple[int, ...] = (1, 2, 3, 4, 7, 16, 33, 128), most: int = 5) -> list[dict[str, Any]]:
-    """Stages at absolute samples, the first at 0; the last may lie beyond the run. A few of them, or many (`most` of them, from a few kinds)."""
+def stage_lists(
+    draw: st.DrawFn,
+    num_samples: int,
+    sizes: tuple[int, ...] = (1, 2, 3, 4, 7, 16, 33, 128),
+    most: int = 5,
+) -> list[dict[str, Any]]:
+    """Stages at absolute samples, the first at 0; the last may lie beyond the run. A few of them,
+    or many (`most` of them, from a few kinds).
+    """
     size = draw(st.sampled_from(sizes))
     end = num_samples + num_samples // 4
     if most > 5 and draw(st.booleans()):
         rng = np.random.default_rng(draw(st.integers(0, 10_000)))
-        places, kinds = np.unique(rng.integers(1, end, most)).tolist(), [draw(weights(size)) for _ in range(4)]
+        places, kinds = (
+            np.unique(rng.integers(1, end, most)).tolist(),
+            [draw(weights(size)) for _ in range(4)],
+        )
         vectors = [rng.permutation(kinds[rng.integers(4)]) for _ in range(len(places) + 1)]
         ramps = rng.choice(RAMPS, len(places) + 1).tolist()
-        return [{"at": at, "weights": named(v), "ramp": ramp} for at, v, ramp in zip([0, *places], vectors, ramps, strict=True)]
+        return [
+            {"at": at, "weights": named(v), "ramp": ramp}
+            for at, v, ramp in zip([0, *places], vectors, ramps, strict=True)
+        ]
     places = sorted(draw(st.sets(st.integers(1, end), max_size=min(most, 5) - 1)))
-    return [{"at": at, "weights": named(draw(weights(size))), "ramp": draw(st.sampled_from(RAMPS))} for at in [0, *places]]
+    return [
+        {"at": at, "weights": named(draw(weights(size))), "ramp": draw(st.sampled_from(RAMPS))}
+        for at in [0, *places]
+    ]
 
 
 def ramp_value(ramp: str, s: np.ndarray) -> np.ndarray:
@@ -90,7 +138,9 @@ def ramp_value(ramp: str, s: np.ndarray) -> np.ndarray:
 
 def share_at(stages: list[dict[str, Any]], names: list[str], times: np.ndarray) -> np.ndarray:
     """Shares at these times by the definition: [len(times), K]."""
-    vectors = np.array([[stage["weights"].get(name, 0.0) for name in names] for stage in stages], float)
+    vectors = np.array(
+        [[stage["weights"].get(name, 0.0) for name in names] for stage in stages], float
+    )
     vectors /= vectors.sum(1, keepdims=True)
     shares = np.empty((len(times), len(names)))
     for i, stage in enumerate(stages):
@@ -99,13 +149,20 @@ def share_at(stages: list[dict[str, Any]], names: list[str], times: np.ndarray) 
         if i + 1 < len(stages):
             after = stages[i + 1]
             rows &= times < after["at"]
-            p = ramp_value(after.get("ramp", "linear"), (times[rows] - stage["at"]) / (after["at"] - stage["at"]))[:, None]
+            p = ramp_value(
+                after.get("ramp", "linear"),
+                (times[rows] - stage["at"]) / (after["at"] - stage["at"]),
+            )[:, None]
             shares[rows] = (1 - p) * vectors[i] + p * vectors[i + 1]
     return shares
 
 
-def integrals(stages: list[dict[str, Any]], names: list[str], stop: int, steps: int = 4) -> np.ndarray:
-    """The integral of the shares from 0 to 0, 1, ..., stop, by the midpoint rule with so many steps a sample: [stop + 1, K]."""
+def integrals(
+    stages: list[dict[str, Any]], names: list[str], stop: int, steps: int = 4
+) -> np.ndarray:
+    """The integral of the shares from 0 to 0, 1, ..., stop, by the midpoint rule with so many steps
+    a sample: [stop + 1, K].
+    """
     times = (np.arange(stop * steps) + 0.5) / steps
     each = share_at(stages, names, times).reshape(stop, steps, -1).mean(1)
     return np.vstack([np.zeros(len(names)), np.cumsum(each, 0)])
@@ -126,6 +183,11 @@ def assert_counted_up(domains: np.ndarray, ordinals: np.ndarray, given: np.ndarr
     assert np.array_equal(ordinals[order], np.arange(len(order)) + first)
 
 
-def worst_window(errors: np.ndarray, lengths: tuple[int, ...] = (64, 65, 97, 128, 200, 500)) -> float:
+def worst_window(
+    errors: np.ndarray, lengths: tuple[int, ...] = (64, 65, 97, 128, 200, 500)
+) -> float:
     """The largest change of the error over windows of these lengths: errors are [n + 1, K]."""
-    return max((float(np.abs(errors[w:] - errors[:-w]).max()) for w in lengths if w < len(errors)), default=0.0)
+    return max(
+        (float(np.abs(errors[w:] - errors[:-w]).max()) for w in lengths if w < len(errors)),
+        default=0.0,
+    )

@@ -7,15 +7,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.curriculum import BlendPlan, capacities, check_exhaustion, forecast, share_curve
-from tests.curriculum.cases import assert_counted_up, make_curriculum, make_plan, quick, running_counts, share_at, stage_lists, worst_window
+from megatron_chatflow.curriculum import (
+    BlendPlan,
+    capacities,
+    check_exhaustion,
+    forecast,
+    share_curve,
+)
+from tests.curriculum.cases import (
+    assert_counted_up,
+    make_curriculum,
+    make_plan,
+    quick,
+    running_counts,
+    share_at,
+    stage_lists,
+    worst_window,
+)
 
 N = 900
 
 
 @quick(80)
 @given(stage_lists(N, sizes=(2, 3, 4, 7, 30)), st.data())
-def test_redistribute_gives_a_share_to_the_others_from_the_moment_a_domain_is_exhausted(stages, data):
+def test_redistribute_gives_a_share_to_the_others_from_the_moment_a_domain_is_exhausted(
+    stages, data
+):
     names = sorted(stages[0]["weights"])
     limits = {name: data.draw(st.sampled_from((0, 1, 20, 100, 10**6))) for name in names}
     try:
@@ -42,14 +59,25 @@ def test_redistribute_gives_a_share_to_the_others_from_the_moment_a_domain_is_ex
 
 def test_capacities_that_suffice_change_nothing():
     stages = [{"at": 0, "weights": {"a": 1, "b": 2}}, {"at": 300, "weights": {"b": 1}}]
-    plan, capped = (make_plan(stages, N, capacities=c, on_exhausted="redistribute") for c in (None, {"a": 300, "b": 900}))
+    plan, capped = (
+        make_plan(stages, N, capacities=c, on_exhausted="redistribute")
+        for c in (None, {"a": 300, "b": 900})
+    )
     assert np.array_equal(plan.locate(0, N), capped.locate(0, N))
 
 
 def test_when_every_domain_is_exhausted_the_run_is_refused_with_the_sample():
     stages = [{"at": 0, "weights": {"a": 1, "b": 1}}]
-    assert make_plan(stages, 150, capacities={"a": 50, "b": 100}, on_exhausted="redistribute").counts(150).tolist() == [50, 100]
-    with pytest.raises(ValueError, match=r"on_exhausted: redistribute: at sample 150 every domain .*\(a, b\).*; shorten the run"):
+    assert make_plan(
+        stages, 150, capacities={"a": 50, "b": 100}, on_exhausted="redistribute"
+    ).counts(150).tolist() == [50, 100]
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"on_exhausted: redistribute: at sample 150 every domain .*\(a, b\).*; shorten the "
+            r"run"
+        ),
+    ):
         make_plan(stages, 151, capacities={"a": 50, "b": 100}, on_exhausted="redistribute")
     with pytest.raises(ValueError, match="capacities: domain 'b' is missing.*; give the samples"):
         make_plan(stages, 151, capacities={"a": 50}, on_exhausted="redistribute")
@@ -58,16 +86,27 @@ def test_when_every_domain_is_exhausted_the_run_is_refused_with_the_sample():
 
 
 def test_an_amendment_counts_what_was_given_before_against_the_capacity():
-    plan = make_plan([{"at": 0, "weights": {"a": 1, "b": 1}}], 200, capacities={"a": 60, "b": 10**6}, on_exhausted="redistribute")
-    curriculum = make_curriculum([{"at": 0, "weights": {"a": 3, "b": 1}}], on_exhausted="redistribute")
+    plan = make_plan(
+        [{"at": 0, "weights": {"a": 1, "b": 1}}],
+        200,
+        capacities={"a": 60, "b": 10**6},
+        on_exhausted="redistribute",
+    )
+    curriculum = make_curriculum(
+        [{"at": 0, "weights": {"a": 3, "b": 1}}], on_exhausted="redistribute"
+    )
     assert plan.amend(at=50, curriculum=curriculum).counts(200).tolist() == [60, 140]
-    assert plan.amend(at=50, curriculum=curriculum, capacities={"a": 30, "b": 500}).counts(200).tolist() == [30, 170]
+    assert plan.amend(at=50, curriculum=curriculum, capacities={"a": 30, "b": 500}).counts(
+        200
+    ).tolist() == [30, 170]
     kept = plan.amend(at=50, curriculum=curriculum, capacities={"a": 10, "b": 500})
     assert kept.counts(200)[0] == kept.counts(50)[0] == 25
 
 
 def test_capacities_are_epochs_times_samples_and_one_epoch_without_a_cap():
-    curriculum = make_curriculum([{"at": 0, "weights": {"a": 1, "b": 1, "c": 1}}], max_epochs={"a": 4, "b": 0.29})
+    curriculum = make_curriculum(
+        [{"at": 0, "weights": {"a": 1, "b": 1, "c": 1}}], max_epochs={"a": 4, "b": 0.29}
+    )
     assert capacities(curriculum, {"a": 7, "b": 100, "c": 5}) == {"a": 28, "b": 29, "c": 5}
 
 
@@ -76,23 +115,43 @@ HALVES = [{"name": "one", "at": 0, "weights": {"a": 1, "b": 1}}]
 
 
 def test_a_forecast_counts_samples_tokens_and_epochs_by_domain_and_by_stage():
-    stages = [*HALVES, {"name": "two", "at": 100, "weights": {"a": 1, "b": 3}, "ramp": "step"}, {"name": "three", "at": 200, "weights": {"b": 1}}]
+    stages = [
+        *HALVES,
+        {"name": "two", "at": 100, "weights": {"a": 1, "b": 3}, "ramp": "step"},
+        {"name": "three", "at": 200, "weights": {"b": 1}},
+    ]
     plan = make_plan(stages, 300)
     f = forecast(plan, EPOCHS)
     a, b = f.domains
     counts = plan.counts(300)
-    assert (a.name, a.samples, a.tokens, a.epochs, a.exhausted_at) == ("a", counts[0], counts[0] * 16, counts[0] / 100, None)
+    assert (a.name, a.samples, a.tokens, a.epochs, a.exhausted_at) == (
+        "a",
+        counts[0],
+        counts[0] * 16,
+        counts[0] / 100,
+        None,
+    )
     assert b.samples == counts[1]
-    assert [(s.stage, s.domain, s.start, s.stop) for s in f.stages][::2] == [("one", "a", 0, 100), ("two", "a", 100, 200), ("three", "a", 200, 300)]
+    assert [(s.stage, s.domain, s.start, s.stop) for s in f.stages][::2] == [
+        ("one", "a", 0, 100),
+        ("two", "a", 100, 200),
+        ("three", "a", 200, 300),
+    ]
     one, two = f.stages[0], f.stages[2]
     assert (one.samples, one.tokens, one.epochs, one.share) == (50, 800, 0.5, 0.5)
-    assert (two.share_start, two.share_end, round(two.share, 3)) == (0.25, pytest.approx(0.0025), 0.125)
+    assert (two.share_start, two.share_end, round(two.share, 3)) == (
+        0.25,
+        pytest.approx(0.0025),
+        0.125,
+    )
     assert sum(s.samples for s in f.stages) == f.end == 300
     assert "b is read 4.7 times: beyond 4 epochs" in f.warnings[0]
 
 
 @quick(60)
-@given(stage_lists(N, sizes=(2, 5)), st.integers(1, 300), st.sampled_from(("stop", "error", "repeat")))
+@given(
+    stage_lists(N, sizes=(2, 5)), st.integers(1, 300), st.sampled_from(("stop", "error", "repeat"))
+)
 def test_a_domain_runs_out_at_the_sample_that_asks_for_one_more_than_it_has(stages, epoch, mode):
     names = sorted(stages[0]["weights"])
     plan = make_plan(stages, N, on_exhausted=mode, max_epochs={names[0]: 1.5})
@@ -124,20 +183,48 @@ def test_redistribute_is_foretold_with_the_sample_from_which_others_take_over():
     plan = make_plan(HALVES, 140, capacities=EPOCHS, on_exhausted="redistribute")
     f = forecast(plan, EPOCHS)
     assert f.domains[1].samples == 50
-    assert plan.counts(f.domains[1].exhausted_at)[1] == 50 > plan.counts(f.domains[1].exhausted_at - 1)[1]
+    assert (
+        plan.counts(f.domains[1].exhausted_at)[1]
+        == 50
+        > plan.counts(f.domains[1].exhausted_at - 1)[1]
+    )
     assert f.domains[0].exhausted_at is None
     check_exhaustion(plan, EPOCHS)
-    with pytest.raises(ValueError, match="domains.b: the plan draws 70 samples and it can give 50; make the plan with capacities"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "domains.b: the plan draws 70 samples and it can give 50; make the plan with capacities"
+        ),
+    ):
         check_exhaustion(make_plan(HALVES, 140, on_exhausted="redistribute"), EPOCHS)
 
 
 @pytest.mark.parametrize(
     ("top", "epochs", "sentence"),
     [
-        ({"on_exhausted": "error"}, EPOCHS, r"domains.b: .* 1.4 times \(70 samples of 50 an epoch\), and on_exhausted is error.* give it"),
-        ({"on_exhausted": "error", "max_epochs": {"b": 1.2}}, EPOCHS, "domains.b: .* max_epochs is 1.2; raise max_epochs"),
-        ({"max_epochs": {"a": 0.5}}, EPOCHS, "domains.a: .* max_epochs is 0.5; raise max_epochs, lower its weights, shorten the run"),
-        ({"on_exhausted": "stop"}, {"a": 100, "b": 0}, "domains.b: the plan draws 70 samples from it and its corpus holds none; give"),
+        (
+            {"on_exhausted": "error"},
+            EPOCHS,
+            (
+                r"domains.b: .* 1.4 times \(70 samples of 50 an epoch\), and on_exhausted is "
+                r"error.* give it"
+            ),
+        ),
+        (
+            {"on_exhausted": "error", "max_epochs": {"b": 1.2}},
+            EPOCHS,
+            "domains.b: .* max_epochs is 1.2; raise max_epochs",
+        ),
+        (
+            {"max_epochs": {"a": 0.5}},
+            EPOCHS,
+            "domains.a: .* max_epochs is 0.5; raise max_epochs, lower its weights, shorten the run",
+        ),
+        (
+            {"on_exhausted": "stop"},
+            {"a": 100, "b": 0},
+            "domains.b: the plan draws 70 samples from it and its corpus holds none; give",
+        ),
     ],
 )
 def test_a_plan_that_asks_for_more_than_a_domain_may_give_is_refused(top, epochs, sentence):
@@ -145,18 +232,33 @@ def test_a_plan_that_asks_for_more_than_a_domain_may_give_is_refused(top, epochs
         check_exhaustion(make_plan(HALVES, 140, **top), epochs)
 
 
-@pytest.mark.parametrize("top", [{}, {"on_exhausted": "error", "max_epochs": {"b": 2}}, {"max_epochs": {"b": 1.4}}, {"on_exhausted": "stop"}])
+@pytest.mark.parametrize(
+    "top",
+    [
+        {},
+        {"on_exhausted": "error", "max_epochs": {"b": 2}},
+        {"max_epochs": {"b": 1.4}},
+        {"on_exhausted": "stop"},
+    ],
+)
 def test_a_plan_within_its_means_is_let_through(top):
     check_exhaustion(make_plan(HALVES, 140, **top), EPOCHS)
 
 
 def test_warnings_name_domains_without_samples_and_stages_beyond_the_run():
-    plan = make_plan([*HALVES, {"name": "late", "at": 500, "weights": {"c": 1}, "ramp": "step"}], 100)
-    assert forecast(plan, {**EPOCHS, "c": 5}).warnings == ("c gets no sample", "stage late begins at sample 500, after the run's end")
+    plan = make_plan(
+        [*HALVES, {"name": "late", "at": 500, "weights": {"c": 1}, "ramp": "step"}], 100
+    )
+    assert forecast(plan, {**EPOCHS, "c": 5}).warnings == (
+        "c gets no sample",
+        "stage late begins at sample 500, after the run's end",
+    )
 
 
 def test_the_share_curve_has_both_sides_of_every_stage():
-    plan = make_plan([*HALVES, {"name": "two", "at": 777, "weights": {"b": 1}, "ramp": "step"}], 10**6)
+    plan = make_plan(
+        [*HALVES, {"name": "two", "at": 777, "weights": {"b": 1}, "ramp": "step"}], 10**6
+    )
     samples, shares = share_curve(plan, 50)
     found = dict(zip(samples.tolist(), shares[:, 0].tolist(), strict=True))
     assert (found[0], found[776], found[777], found[10**6 - 1]) == (0.5, 0.5, 0.0, 0.0)
@@ -164,7 +266,12 @@ def test_the_share_curve_has_both_sides_of_every_stage():
 
 
 def test_a_forecast_of_a_hundred_billion_samples_is_exact():
-    plan = BlendPlan(make_curriculum(HALVES, on_exhausted="stop"), num_samples=10**11, global_batch_size=1, seq_length=16)
+    plan = BlendPlan(
+        make_curriculum(HALVES, on_exhausted="stop"),
+        num_samples=10**11,
+        global_batch_size=1,
+        seq_length=16,
+    )
     end = forecast(plan, {"a": 10**10, "b": 10**11}).end
     domain, ordinal = (int(part[0]) for part in plan.locate(end, end + 1))
     assert (plan.domain_names[domain], ordinal) == ("a", 10**10)
@@ -174,10 +281,19 @@ def test_a_cap_beyond_any_run_never_ends_a_domain():
     stages = [{"at": 0, "weights": {"a": 1, "b": 1}}]
     curriculum = make_curriculum(stages, on_exhausted="redistribute")
     for cap in (1e30, 1e300):
-        domains = {name: dataclasses.replace(domain, max_epochs=cap) for name, domain in curriculum.domains.items()}
+        domains = {
+            name: dataclasses.replace(domain, max_epochs=cap)
+            for name, domain in curriculum.domains.items()
+        }
         capped = dataclasses.replace(curriculum, domains=domains)
         epochs = {"a": 10, "b": 10**9}
-        plan = BlendPlan(capped, num_samples=N, global_batch_size=8, seq_length=16, capacities=capacities(capped, epochs))
+        plan = BlendPlan(
+            capped,
+            num_samples=N,
+            global_batch_size=8,
+            seq_length=16,
+            capacities=capacities(capped, epochs),
+        )
         assert plan.counts(N).tolist() == [N // 2, N // 2]
         assert [domain.exhausted_at for domain in forecast(plan, epochs).domains] == [None, None]
         check_exhaustion(plan, epochs)

@@ -11,7 +11,10 @@ from megatron_chatflow.curriculum import PLAN_VERSION, BlendPlan, parse_curricul
 from tests.curriculum.cases import make_curriculum, make_plan, quick, stage_lists
 
 N = 1000
-STAGES = [{"at": 0, "weights": {"a": 1, "b": 2}}, {"at": "50%", "weights": {"b": 1, "c": 1}, "ramp": "root2"}]
+STAGES = [
+    {"at": 0, "weights": {"a": 1, "b": 2}},
+    {"at": "50%", "weights": {"b": 1, "c": 1}, "ramp": "root2"},
+]
 
 
 @quick(40)
@@ -21,12 +24,22 @@ def test_a_plan_survives_being_written_and_read(stages, edited, at):
     again = BlendPlan.from_json(plan.to_json())
     assert again.domain_names == plan.domain_names
     assert np.array_equal(again.locate(0, N), plan.locate(0, N))
-    assert (again.fingerprint(), again.to_json(), again.stages, again.domains) == (plan.fingerprint(), plan.to_json(), plan.stages, plan.domains)
+    assert (again.fingerprint(), again.to_json(), again.stages, again.domains) == (
+        plan.fingerprint(),
+        plan.to_json(),
+        plan.stages,
+        plan.domains,
+    )
     assert again.first_difference(plan, N) is None
 
 
 def test_capacities_survive_as_well():
-    plan = make_plan([{"at": 0, "weights": {"a": 1, "b": 2}}], N, capacities={"a": 100, "b": 10**6}, on_exhausted="redistribute")
+    plan = make_plan(
+        [{"at": 0, "weights": {"a": 1, "b": 2}}],
+        N,
+        capacities={"a": 100, "b": 10**6},
+        on_exhausted="redistribute",
+    )
     again = BlendPlan.from_json(plan.to_json())
     assert again.counts(N).tolist() == [100, 900]
     assert again.fingerprint() == plan.fingerprint()
@@ -70,7 +83,9 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_ledger_is_refused(damage):
-    ledger = json.loads(make_plan(STAGES, N).amend(at=100, curriculum=make_curriculum(STAGES)).to_json())
+    ledger = json.loads(
+        make_plan(STAGES, N).amend(at=100, curriculum=make_curriculum(STAGES)).to_json()
+    )
     damage(ledger)
     with pytest.raises(ValueError, match="the plan is damaged .*; restore|seq_length: "):
         BlendPlan.from_json(json.dumps(ledger))
@@ -80,14 +95,23 @@ def test_the_fingerprint_knows_what_decides_the_order_and_nothing_else():
     def parsed(stages, folder="/corpora", **domain):
         domains = {name: {"path": name, **domain} for name in ("c", "b", "a")}
         stages = [{"name": f"other{i}", **stage} for i, stage in enumerate(stages)]
-        return parse_curriculum({"domains": domains, "stages": stages}, source="other.yaml", folder=folder)
+        return parse_curriculum(
+            {"domains": domains, "stages": stages}, source="other.yaml", folder=folder
+        )
 
     def fingerprint(curriculum, length=N, seq_length=16):
-        return BlendPlan(curriculum, num_samples=length, global_batch_size=3, seq_length=seq_length).fingerprint()
+        return BlendPlan(
+            curriculum, num_samples=length, global_batch_size=3, seq_length=seq_length
+        ).fingerprint()
 
     plan = make_plan(STAGES, N).fingerprint()
-    scaled = [{**stage, "weights": {name: 10 * w for name, w in reversed(stage["weights"].items())}} for stage in STAGES]
-    assert {fingerprint(parsed(s, f)) for s in (STAGES, scaled) for f in ("/corpora", "/elsewhere")} == {plan}
+    scaled = [
+        {**stage, "weights": {name: 10 * w for name, w in reversed(stage["weights"].items())}}
+        for stage in STAGES
+    ]
+    assert {
+        fingerprint(parsed(s, f)) for s in (STAGES, scaled) for f in ("/corpora", "/elsewhere")
+    } == {plan}
     moved = [STAGES[0], {**STAGES[1], "at": "51%"}]
     bent = [STAGES[0], {**STAGES[1], "ramp": "linear"}]
     tilted = [{"at": 0, "weights": {"a": 1, "b": 2.001}}, STAGES[1]]
@@ -99,11 +123,24 @@ def test_the_fingerprint_knows_what_decides_the_order_and_nothing_else():
 
 
 @quick(60)
-@given(stage_lists(N, sizes=(1, 2, 5)), stage_lists(N, sizes=(1, 2, 5)), st.integers(0, N), st.integers(0, N))
+@given(
+    stage_lists(N, sizes=(1, 2, 5)),
+    stage_lists(N, sizes=(1, 2, 5)),
+    st.integers(0, N),
+    st.integers(0, N),
+)
 def test_the_first_difference_is_what_a_comparison_one_by_one_finds(stages, edited, at, stop):
     plan = make_plan(stages, N)
-    other = plan.amend(at=at, curriculum=make_curriculum(edited)) if at % 3 else make_plan(edited, N)
-    told = [[(p.domain_names[d], j) for d, j in zip(*map(np.ndarray.tolist, p.locate(0, stop)), strict=True)] for p in (plan, other)]
+    other = (
+        plan.amend(at=at, curriculum=make_curriculum(edited)) if at % 3 else make_plan(edited, N)
+    )
+    told = [
+        [
+            (p.domain_names[d], j)
+            for d, j in zip(*map(np.ndarray.tolist, p.locate(0, stop)), strict=True)
+        ]
+        for p in (plan, other)
+    ]
     expected = next((n for n, (a, b) in enumerate(zip(*told, strict=True)) if a != b), None)
     assert plan.first_difference(other, stop) == other.first_difference(plan, stop) == expected
 

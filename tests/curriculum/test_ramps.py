@@ -54,14 +54,33 @@ def test_handing_shares_on_in_proportion_is_again_a_ramp():
         p, q = before.at(x)[:, None], after.at(x)[:, None]
         expected = ((1 - p) * a + p * b)[:, :2]
         expected /= expected.sum(1, keepdims=True)
-        assert np.allclose((1 - q) * a[:2] / a[:2].sum() + q * b[:2] / b[:2].sum(), expected, atol=1e-6)
+        assert np.allclose(
+            (1 - q) * a[:2] / a[:2].sum() + q * b[:2] / b[:2].sum(), expected, atol=1e-6
+        )
 
 
-@pytest.mark.parametrize("name", ["step", "linear", "cosine", "geometric", "root2", "root1.5", "root0.5"])
+@pytest.mark.parametrize(
+    "name", ["step", "linear", "cosine", "geometric", "root2", "root1.5", "root0.5"]
+)
 def test_names_of_ramps_are_known(name):
     assert valid_ramp(name)
 
 
-@pytest.mark.parametrize("name", ["", "Linear", "root", "root0", "root-2", "root2x", "root1e3", "root1000", "root<p>", "sqrt", "rootnan"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "Linear",
+        "root",
+        "root0",
+        "root-2",
+        "root2x",
+        "root1e3",
+        "root1000",
+        "root<p>",
+        "sqrt",
+        "rootnan",
+    ],
+)
 def test_other_names_are_not(name):
     assert not valid_ramp(name)

@@ -26,7 +26,9 @@ LENGTH = ["--train-iters", "10", "--lr-decay-iters", "20"]
 
 def go(pool: Pool, sample: Path, run: Path, layout: str, *words: str) -> Path:
     world, flags = LAYOUTS[layout]
-    for code, out, err in pool.run(world, train, sample, "--save", str(run), *LENGTH, *flags, *words):
+    for code, out, err in pool.run(
+        world, train, sample, "--save", str(run), *LENGTH, *flags, *words
+    ):
         assert code == 0, (layout, out, err)
     return run
 
@@ -39,17 +41,29 @@ def whole(pool: Pool, sample: Path) -> Path:
 @pytest.fixture(scope="module", params=[name for name in LAYOUTS if name != "one"])
 def saved(request: pytest.FixtureRequest, pool: Pool, sample: Path) -> Path:
     """A run stopped after 5 of 10 iterations under one of the layouts."""
-    return go(pool, sample, sample / "matrix" / request.param.replace(" ", "-"), request.param, "--exit-interval", "5")
+    return go(
+        pool,
+        sample,
+        sample / "matrix" / request.param.replace(" ", "-"),
+        request.param,
+        "--exit-interval",
+        "5",
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_goes_on_in_another_layout_as_if_never_stopped(pool: Pool, sample: Path, whole: Path, saved: Path, layout: str) -> None:
+def test_a_run_goes_on_in_another_layout_as_if_never_stopped(
+    pool: Pool, sample: Path, whole: Path, saved: Path, layout: str
+) -> None:
     run = saved.with_name(f"{saved.name}-to-{layout.replace(' ', '-')}")
     shutil.copytree(saved, run)
     go(pool, sample, run, layout, "--load", str(run))
     records = metrics(run)
     assert [r["iteration"] for r in records] == list(range(1, 11))
     assert largest_difference(records, metrics(whole)) < 1e-5
-    norms = [abs(a["grad-norm"] / b["grad-norm"] - 1) for a, b in zip(records, metrics(whole), strict=True)]
+    norms = [
+        abs(a["grad-norm"] / b["grad-norm"] - 1)
+        for a, b in zip(records, metrics(whole), strict=True)
+    ]
     assert max(norms) < 1e-5, norms

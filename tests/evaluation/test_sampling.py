@@ -28,7 +28,9 @@ def slow(logits: list[float], top_k: int, top_p: float) -> list[float]:
 
 @settings(deadline=None, derandomize=True)
 @given(ROWS, st.integers(0, 14), st.sampled_from([0.1013, 0.3337, 0.7531, 0.9717, 1.0]))
-def test_top_k_and_top_p_keep_what_their_definitions_keep(logits: list[float], top_k: int, top_p: float) -> None:
+def test_top_k_and_top_p_keep_what_their_definitions_keep(
+    logits: list[float], top_k: int, top_p: float
+) -> None:
     import torch
 
     from megatron_chatflow.evaluation.sampling import likely
@@ -59,7 +61,11 @@ def test_draws_follow_the_probabilities_and_the_seed() -> None:
 def test_each_prompt_has_random_numbers_of_its_own() -> None:
     from megatron_chatflow.evaluation.sampling import Sampling
 
-    seeds = {Sampling(seed=seed).generator(number).initial_seed() for seed in range(20) for number in range(20)}
+    seeds = {
+        Sampling(seed=seed).generator(number).initial_seed()
+        for seed in range(20)
+        for number in range(20)
+    }
     assert len(seeds) == 400
 
 

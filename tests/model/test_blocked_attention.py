@@ -15,7 +15,12 @@ SEGMENTS = {"causal": None, "packed": [[0] * 40, [0] * 13 + [1] * 20 + [2] * 7]}
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize(("rows", "scores"), [(128, 300_000), (12, 300_000), (12, 500)])
 def test_value_and_gradients_are_those_of_attention(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, segments: str, heads: int, rows: int, scores: int
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    segments: str,
+    heads: int,
+    rows: int,
+    scores: int,
 ) -> None:
     from megatron_chatflow.model import blocked_attention
 
@@ -27,7 +32,9 @@ def test_value_and_gradients_are_those_of_attention(
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=~forbidden, scale=0.2, enable_gqa=True)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=~forbidden, scale=0.2, enable_gqa=True
+        )
         return out.permute(2, 0, 1, 3)
 
     generator = torch.Generator().manual_seed(heads)

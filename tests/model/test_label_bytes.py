@@ -1,4 +1,6 @@
-"""The bytes of the labels of windows are the UTF-8 bytes of their text, also where a space is written with three byte pieces."""
+"""The bytes of the labels of windows are the UTF-8 bytes of their text, also where a space is
+written with three byte pieces.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.data.documents import Documents
+from megatron_chatflow.data.blend.document_dataset import Documents
 from megatron_chatflow.model.forward import label_bytes, make_forward_step
 from megatron_chatflow.tokenizer import TokenBytes, Tokenizer, load_tokenizer
 from tests.tokenizer import samples

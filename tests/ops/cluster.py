@@ -1,7 +1,10 @@
-"""A real SLURM cluster of two nodes on this machine: own munged, slurmctld and two slurmd, everything under one folder.
+"""A real SLURM cluster of two nodes on this machine: own munged, slurmctld and two slurmd,
+everything under one folder.
 
-Debian's packages are enough (apt-get install slurmctld slurmd slurm-client munge); nothing is started by systemd, nothing outside the folder changes.
-The daemons live in mount namespaces of their own: there the nodes' names lead to this machine, and each node has a disk of its own at the same path.
+Debian's packages are enough (apt-get install slurmctld slurmd slurm-client munge); nothing is
+started by systemd, nothing outside the folder changes. The daemons live in mount namespaces of
+their own: there the nodes' names lead to this machine, and each node has a disk of its own at the
+same path.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ def missing() -> str | None:
     """Why no cluster can be started here, or None."""
     gone = [name for name in _PROGRAMS if shutil.which(name, path=_path()) is None]
     if gone:
-        return f"{', '.join(gone)} not installed: apt-get install slurmctld slurmd slurm-client munge"
+        return (
+            f"{', '.join(gone)} not installed: apt-get install slurmctld slurmd slurm-client munge"
+        )
     if os.geteuid() != 0:
         return "starting SLURM's daemons needs root"
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
@@ -56,20 +61,32 @@ class Cluster:
 
     def slurm(self, *words: str) -> str:
         """What one of SLURM's commands prints; raises where it fails."""
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, (words, done.stdout, done.stderr)
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
         """What SLURM knows about a job: JobState, Restarts, ExitCode, ..."""
-        return dict(word.split("=", 1) for word in self.slurm("scontrol", "show", "job", number).split() if "=" in word)
+        return dict(
+            word.split("=", 1)
+            for word in self.slurm("scontrol", "show", "job", number).split()
+            if "=" in word
+        )
 
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
     """Start the cluster, wait until both nodes are idle, and end it."""
     made = Cluster(folder, folder / "disk")
-    for name in ("state", "log", "munge", "disk", *(f"{kind}-{node}" for kind in ("spool", "disk") for node in NODES)):
+    for name in (
+        "state",
+        "log",
+        "munge",
+        "disk",
+        *(f"{kind}-{node}" for kind in ("spool", "disk") for node in NODES),
+    ):
         (folder / name).mkdir(parents=True)
     (folder / "munge").chmod(0o711)
     (folder / "munge" / "key").write_bytes(os.urandom(1024))
@@ -81,11 +98,23 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     try:
         munge = folder / "munge"
         files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed")]
-        processes.append(_start(made, "munged", "munged", "--foreground", "--force", f"--socket={munge / 'socket'}", *files))
+        processes.append(
+            _start(
+                made,
+                "munged",
+                "munged",
+                "--foreground",
+                "--force",
+                f"--socket={munge / 'socket'}",
+                *files,
+            )
+        )
         _wait(lambda: (munge / "socket").exists(), 10, "munged did not start")
         processes.append(_start(made, "slurmctld", "slurmctld", "-D", "-i"))
         processes += [_start(made, node, "slurmd", "-D", "-N", node) for node in NODES]
-        _wait(lambda: _idle(made) == len(NODES), 60, f"the nodes are not idle; see {folder / 'log'}")
+        _wait(
+            lambda: _idle(made) == len(NODES), 60, f"the nodes are not idle; see {folder / 'log'}"
+        )
         yield made
     finally:
         subprocess.run(["scancel", "--user=root"], env=made.environment, capture_output=True)
@@ -109,12 +138,18 @@ def _start(made: Cluster, name: str, *words: str) -> subprocess.Popen:
     script = f'{mounts} && exec "$@"'
     with open(made.folder / "log" / f"{name}.out", "wb") as log:
         return subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", script, "sh", *words], env=made.environment, stdout=log, stderr=log, start_new_session=True
+            ["unshare", "--mount", "sh", "-c", script, "sh", *words], env=made.environment,
+            stdout=log, stderr=log, start_new_session=True
         )  # fmt: skip
 
 
 def _idle(made: Cluster) -> int:
-    done = subprocess.run(["sinfo", "--noheader", "--Node", "--format=%T"], env=made.environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sinfo", "--noheader", "--Node", "--format=%T"],
+        env=made.environment,
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.split().count("idle")
 
 
@@ -136,10 +171,14 @@ def _free_ports(count: int) -> list[int]:
 def _configuration(folder: Path) -> str:
     host, ports = socket.gethostname().split(".")[0], _free_ports(1 + len(NODES))
     nodes = "\n".join(
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=1000 State=UNKNOWN"
+        (
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 "
+            f"RealMemory=1000 State=UNKNOWN"
+        )
         for node, port in zip(NODES, ports[1:], strict=True)
     )
-    # cred_expire is how long a requeued job waits, at least 5 s; config_overrides lets the nodes have more cores than the machine.
+    # cred_expire is how long a requeued job waits, at least 5 s; config_overrides lets the nodes
+    # have more cores than the machine.
     return f"""ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}

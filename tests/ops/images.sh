@@ -4,7 +4,7 @@
 #     bash tests/ops/images.sh DIR           # DIR keeps the work (some GB); made when missing
 #
 # The base images are stand-ins under the real names, made from Debian packages by mmdebstrap. The one for NVIDIA's image holds torch without CUDA and Transformer
-# Engine's Python over the emulated extension of tests/precision, so that what is built on it really imports. It says nothing about NVIDIA's image itself.
+# Engine's Python over the emulated extension of tests/fp8, so that what is built on it really imports. It says nothing about NVIDIA's image itself.
 #
 # Needs root, and buildah and mmdebstrap (apt-get install buildah mmdebstrap). VOLUMES="/a:/a:ro ..." adds volumes to the builds, e.g. of a package mirror.
 set -euo pipefail
@@ -67,7 +67,7 @@ say "the quickstart took $((SECONDS - begin)) s"
 
 say "stand-in for $nvidia_base"
 container=$("${buildah[@]}" from --pull-never "$cpu_base")
-"${buildah[@]}" copy --quiet "$container" "$root/tests/precision/emulation" /opt/standin/tests/precision/emulation >/dev/null
+"${buildah[@]}" copy --quiet "$container" "$root/tests/fp8/emulation" /opt/standin/tests/fp8/emulation >/dev/null
 "${buildah[@]}" copy --quiet "$container" "$root/tests/ops/standin/emulated_transformer_engine.py" /opt/standin/ >/dev/null
 "${buildah[@]}" copy --quiet "$container" "$root/requirements.txt" "$root/requirements-oracle.txt" /tmp/ >/dev/null
 run "$container" -- sh -c "pip install --quiet --no-cache-dir --root-user-action=ignore --extra-index-url '${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}' \

@@ -11,7 +11,9 @@ FORWARD, BACKWARD = 1, 2
 
 
 def orders(layout: Layout, count: int) -> list[list[tuple[bool, int, int]]]:
-    """(forward?, chunk, micro-batch) in the order in which each stage runs them: warm-up, one forward one backward, cool-down."""
+    """(forward?, chunk, micro-batch) in the order in which each stage runs them: warm-up, one
+    forward one backward, cool-down.
+    """
     total, pp, vpp = count * layout.vpp, layout.pp, layout.vpp
 
     def place(k: int, forward: bool) -> tuple[bool, int, int]:
@@ -29,7 +31,9 @@ def orders(layout: Layout, count: int) -> list[list[tuple[bool, int, int]]]:
 
 
 def play(layout: Layout, count: int) -> tuple[float, list[int]]:
-    """(time of the whole in units of one chunk's forward pass, most chunks in flight on each stage)."""
+    """(time of the whole in units of one chunk's forward pass, most chunks in flight on each
+    stage).
+    """
     done: dict[tuple[bool, int, int, int], float] = {}
     queues, clocks = orders(layout, count), [0.0] * layout.pp
     flying, most = [0] * layout.pp, [0] * layout.pp
@@ -40,15 +44,27 @@ def play(layout: Layout, count: int) -> tuple[float, list[int]]:
             while queue:
                 forward, chunk, batch = queue[0]
                 if forward:
-                    before = (True, chunk, batch, stage - 1) if stage else (True, chunk - 1, batch, last) if chunk else None
+                    before = (
+                        (True, chunk, batch, stage - 1)
+                        if stage
+                        else (True, chunk - 1, batch, last)
+                        if chunk
+                        else None
+                    )
                 elif stage < last:
                     before = (False, chunk, batch, stage + 1)
                 else:
-                    before = (False, chunk + 1, batch, 0) if chunk < layout.vpp - 1 else (True, chunk, batch, stage)
+                    before = (
+                        (False, chunk + 1, batch, 0)
+                        if chunk < layout.vpp - 1
+                        else (True, chunk, batch, stage)
+                    )
                 if before is not None and before not in done:
                     break
                 queue.pop(0)
-                clocks[stage] = max(clocks[stage], done[before] if before else 0.0) + (FORWARD if forward else BACKWARD)
+                clocks[stage] = max(clocks[stage], done[before] if before else 0.0) + (
+                    FORWARD if forward else BACKWARD
+                )
                 done[forward, chunk, batch, stage] = clocks[stage]
                 flying[stage] += 1 if forward else -1
                 most[stage] = max(most[stage], flying[stage])
@@ -57,9 +73,13 @@ def play(layout: Layout, count: int) -> tuple[float, list[int]]:
     return max(clocks), most
 
 
-@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), *((pp, vpp) for pp in (2, 3, 4, 8) for vpp in (1, 2, 3))])
+@pytest.mark.parametrize(
+    ("pp", "vpp"), [(1, 1), *((pp, vpp) for pp in (2, 3, 4, 8) for vpp in (1, 2, 3))]
+)
 @pytest.mark.parametrize("rounds", [1, 2, 5])
-def test_a_schedule_played_through_has_the_bubble_and_the_chunks_in_flight(pp: int, vpp: int, rounds: int) -> None:
+def test_a_schedule_played_through_has_the_bubble_and_the_chunks_in_flight(
+    pp: int, vpp: int, rounds: int
+) -> None:
     layout, count = Layout(1, pp, vpp, 1), pp * rounds
     time, most = play(layout, count)
     assert most == [chunks_in_flight(layout, stage, count) for stage in range(pp)]
@@ -68,7 +88,16 @@ def test_a_schedule_played_through_has_the_bubble_and_the_chunks_in_flight(pp: i
 
 
 def test_fewer_micro_batches_than_stages_are_all_in_flight() -> None:
-    assert [chunks_in_flight(Layout(1, 8, 1, 1), stage, 3) for stage in range(8)] == [3, 3, 3, 3, 3, 3, 2, 1]
+    assert [chunks_in_flight(Layout(1, 8, 1, 1), stage, 3) for stage in range(8)] == [
+        3,
+        3,
+        3,
+        3,
+        3,
+        3,
+        2,
+        1,
+    ]
 
 
 def test_the_first_stage_of_an_interleaved_pipeline_holds_the_layers_of_korthikanti() -> None:

@@ -33,11 +33,13 @@ def test_output_that_nobody_can_read_does_not_end_a_program() -> None:
 def test_lines_that_a_full_disk_does_not_take_are_dropped() -> None:
     with open("/dev/full", "wb") as full:
         code = LOSSY.replace('print("before", end="", flush=True)', "") + "os._exit(0)"
-        assert subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full).returncode == 0
+        assert (
+            subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full).returncode == 0
+        )
 
 
 def test_an_interrupted_command_gives_one_line_and_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_chatflow.commands import plan
+    from megatron_chatflow.cli import plan
 
     def interrupted(argv: list[str]) -> int:
         raise KeyboardInterrupt

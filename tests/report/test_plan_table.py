@@ -6,13 +6,29 @@ from megatron_chatflow.report.plan_table import plan_table
 
 
 def stage(**values):
-    row = {"stage": "one", "start": 0, "stop": 60_000, "share": 0.5, "share_start": 0.75, "share_end": 0.25, "samples": 30_000, "epochs": 1.5}
+    row = {
+        "stage": "one",
+        "start": 0,
+        "stop": 60_000,
+        "share": 0.5,
+        "share_start": 0.75,
+        "share_end": 0.25,
+        "samples": 30_000,
+        "epochs": 1.5,
+    }
     row |= values
     return SimpleNamespace(**row, tokens=row["samples"] * 2048)
 
 
 def domain(name, samples, epochs, max_epochs=None, exhausted_at=None):
-    return SimpleNamespace(name=name, samples=samples, tokens=samples * 2048, epochs=epochs, max_epochs=max_epochs, exhausted_at=exhausted_at)
+    return SimpleNamespace(
+        name=name,
+        samples=samples,
+        tokens=samples * 2048,
+        epochs=epochs,
+        max_epochs=max_epochs,
+        exhausted_at=exhausted_at,
+    )
 
 
 STAGES = [
@@ -20,13 +36,34 @@ STAGES = [
     stage(domain="中文", share=0.5 - 1e-6),
     stage(domain="rare", share=1e-6, share_start=0.0, share_end=2e-6, samples=0, epochs=0.0),
     stage(domain="gone", share=0.0, samples=0),
-    stage(stage="two", start=60_000, stop=100_000, domain="en", share=1.0, share_start=1.0, share_end=1.0, samples=40_000, epochs=0.001),
+    stage(
+        stage="two",
+        start=60_000,
+        stop=100_000,
+        domain="en",
+        share=1.0,
+        share_start=1.0,
+        share_end=1.0,
+        samples=40_000,
+        epochs=0.001,
+    ),
 ]
-DOMAINS = [domain("en", 70_000, 3.501), domain("中文", 30_000, 1.5, 4, 88_000), domain("rare", 0, 0.0), domain("gone", 0, 0.0)]
+DOMAINS = [
+    domain("en", 70_000, 3.501),
+    domain("中文", 30_000, 1.5, 4, 88_000),
+    domain("rare", 0, 0.0),
+    domain("gone", 0, 0.0),
+]
 
 
 def table(**changes):
-    values = {"num_samples": 100_000, "seq_length": 2048, "end": 100_000, "warnings": ["rare gets no sample"], **changes}
+    values = {
+        "num_samples": 100_000,
+        "seq_length": 2048,
+        "end": 100_000,
+        "warnings": ["rare gets no sample"],
+        **changes,
+    }
     return plan_table(STAGES, DOMAINS, **values)
 
 
@@ -60,4 +97,6 @@ def test_columns_end_at_the_same_place_whatever_the_script():
 
 
 def test_a_run_that_ends_early_says_so():
-    assert "the whole run: 90,000 of 100,000 samples of 2,048 tokens, 184M tokens" in table(end=90_000)
+    assert "the whole run: 90,000 of 100,000 samples of 2,048 tokens, 184M tokens" in table(
+        end=90_000
+    )

@@ -15,14 +15,29 @@ def test_a_plan_is_drawn_to_a_png_without_a_display(tmp_path, size):
 
     samples, shares = np.arange(100), np.full((100, size), 1 / size)
     names = [f"domain{i}" for i in range(size)]
-    plot_plan(tmp_path / "plan.png", samples=samples, shares=shares, names=names, stages=[("a", 0), ("b", 50)], tokens=dict.fromkeys(names, 10))
+    plot_plan(
+        tmp_path / "plan.png",
+        samples=samples,
+        shares=shares,
+        names=names,
+        stages=[("a", 0), ("b", 50)],
+        tokens=dict.fromkeys(names, 10),
+    )
     picture = imread(tmp_path / "plan.png")
     assert picture.shape[0] >= 400 and picture.shape[1] >= 1000
     assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > size
 
 
 def record(iteration, names):
-    rows = {name: {"samples": 8 // len(names), "share_target": 1 / len(names), "tokens": 100, "loss": 5.0 / iteration} for name in names}
+    rows = {
+        name: {
+            "samples": 8 // len(names),
+            "share_target": 1 / len(names),
+            "tokens": 100,
+            "loss": 5.0 / iteration,
+        }
+        for name in names
+    }
     return {"iteration": iteration, "batch-size": 8, "domains": rows}
 
 
@@ -36,15 +51,27 @@ def test_a_run_is_drawn_from_its_records(tmp_path, iterations):
     records.append({"iteration": iterations, "validation": {"en": {"loss": 4.0}}})
     plot_run(tmp_path / "run.png", records)
     picture = imread(tmp_path / "run.png")
-    assert picture.shape[0] >= 400 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 3
+    assert (
+        picture.shape[0] >= 400
+        and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 3
+    )
 
 
 def test_the_tool_draws_a_run_and_says_where_there_is_none(tmp_path, reference):
     call = [sys.executable, "tools/plot_run.py"]
-    done = subprocess.run([*call, reference, "--output", tmp_path / "a.png"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*call, reference, "--output", tmp_path / "a.png"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and "a.png: 23 records drawn" in done.stdout, done
     missing = subprocess.run([*call, tmp_path], capture_output=True, text=True, timeout=60)
-    assert missing.returncode == 2 and "metrics.jsonl: No such file" in missing.stderr and not (tmp_path / "run.png").exists()
+    assert (
+        missing.returncode == 2
+        and "metrics.jsonl: No such file" in missing.stderr
+        and not (tmp_path / "run.png").exists()
+    )
     (tmp_path / "metrics.jsonl").write_text("")
     empty = subprocess.run([*call, tmp_path], capture_output=True, text=True, timeout=60)
     assert empty.returncode == 2 and "no record is of an iteration" in empty.stderr

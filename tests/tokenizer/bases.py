@@ -1,4 +1,6 @@
-"""Tokenizers that know English only, to be extended; and the sample corpora of the quickstart to extend them with."""
+"""Tokenizers that know English only, to be extended; and the sample corpora of the quickstart to
+extend them with.
+"""
 
 import io
 import json
@@ -10,16 +12,22 @@ import sentencepiece
 import tokenizers
 
 from megatron_chatflow.tokenizer.extend import open_vocabulary
-from megatron_chatflow.tokenizer.vocabulary import Vocabulary
+from megatron_chatflow.tokenizer.vocabulary_base import Vocabulary
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "data"
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n"
+    r"]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @cache
 def documents(name: str) -> tuple[str, ...]:
     """The documents of a sample corpus."""
-    return tuple(json.loads(line)["text"] for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+    return tuple(
+        json.loads(line)["text"]
+        for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    )
 
 
 def corpus(*batches: Sequence[str]):
@@ -41,22 +49,32 @@ def english_spm(vocab_size: int = 1000, **options) -> bytes:
         "num_threads": 1,
     }
     lines = (line for text in documents("en")[:150] for line in text.split("\n"))
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, **defaults | options)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, **defaults | options
+    )
     return model.getvalue()
 
 
 @cache
-def english_bytes(vocab_size: int = 1000, pattern: str | None = None, ignore_merges: bool = False) -> bytes:
-    """A byte-level BPE in GPT-2's manner, or split by a pattern as LLaMA-3's; `<|endoftext|>` stands behind the vocabulary, as there."""
+def english_bytes(
+    vocab_size: int = 1000, pattern: str | None = None, ignore_merges: bool = False
+) -> bytes:
+    """A byte-level BPE in GPT-2's manner, or split by a pattern as LLaMA-3's; `<|endoftext|>`
+    stands behind the vocabulary, as there.
+    """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=ignore_merges))
     before = tokenizers.pre_tokenizers
     if pattern is None:
         backend.pre_tokenizer = before.ByteLevel(add_prefix_space=False)
     else:
         split = before.Split(tokenizers.Regex(pattern), behavior="isolated")
-        backend.pre_tokenizer = before.Sequence([split, before.ByteLevel(add_prefix_space=False, use_regex=False)])
+        backend.pre_tokenizer = before.Sequence(
+            [split, before.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=before.ByteLevel.alphabet(), show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=before.ByteLevel.alphabet(), show_progress=False
+    )
     backend.train_from_iterator(documents("en")[:150], trainer)
     backend.add_special_tokens(["<|endoftext|>"])
     return backend.to_str().encode()
@@ -70,7 +88,9 @@ def write_base(folder: Path, kind: str) -> tuple[str, Path]:
         path.write_bytes(english_spm())
         return "SentencePieceTokenizer", path
     path = folder / "tokenizer.json"
-    path.write_bytes({"gpt2": english_bytes, "llama3": lambda: english_bytes(1000, LLAMA3, True)}[kind]())
+    path.write_bytes(
+        {"gpt2": english_bytes, "llama3": lambda: english_bytes(1000, LLAMA3, True)}[kind]()
+    )
     return "HuggingFaceTokenizer", path
 
 

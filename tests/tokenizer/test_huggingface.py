@@ -30,7 +30,11 @@ def metaspace(files):
 
 @pytest.fixture(scope="module")
 def gpt2(files):
-    return load_tokenizer("GPT2BPETokenizer", vocab_file=files / "gpt2-vocab.json", merge_file=files / "gpt2-merges.txt")
+    return load_tokenizer(
+        "GPT2BPETokenizer",
+        vocab_file=files / "gpt2-vocab.json",
+        merge_file=files / "gpt2-merges.txt",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,9 @@ def test_ids_of_gpt2_files_are_those_of_another_library(gpt2, tiktoken_gpt2, tex
 
 
 @given(text=samples.texts)
-def test_ids_of_a_tokenizer_json_are_the_library_s_without_truncation_and_padding(files, byte_level, text):
+def test_ids_of_a_tokenizer_json_are_the_library_s_without_truncation_and_padding(
+    files, byte_level, text
+):
     library = tokenizers.Tokenizer.from_file(str(files / "byte_level" / "tokenizer.json"))
     library.no_truncation()
     library.no_padding()
@@ -62,7 +68,9 @@ def test_the_bytes_of_byte_level_tokens_are_the_bytes_of_the_text(byte_level, gp
 
 
 @given(text=samples.texts)
-def test_the_bytes_of_sentencepiece_like_tokens_are_the_bytes_of_the_text_and_the_space_before_it(metaspace, text):
+def test_the_bytes_of_sentencepiece_like_tokens_are_the_bytes_of_the_text_and_the_space_before_it(
+    metaspace, text
+):
     total = metaspace.token_bytes()[metaspace.encode(text)].sum()
     assert total == len(text.replace("\u2581", " ").encode()) + bool(text)
 
@@ -82,7 +90,11 @@ def test_added_tokens_that_are_not_special_are_found_in_text_and_stand_for_their
 def test_a_batch_gives_the_ids_of_each_text_on_any_number_of_threads(byte_level, metaspace):
     for tokenizer in (byte_level, metaspace):
         expected = [tokenizer.encode(text) for text in samples.TEXTS]
-        assert tokenizer.encode_batch(samples.TEXTS) == tokenizer.encode_batch(samples.TEXTS, num_threads=2) == expected
+        assert (
+            tokenizer.encode_batch(samples.TEXTS)
+            == tokenizer.encode_batch(samples.TEXTS, num_threads=2)
+            == expected
+        )
 
 
 def test_control_tokens_are_found_by_their_spelling(byte_level):
@@ -103,8 +115,12 @@ def test_begin_end_and_padding_are_those_that_the_files_beside_it_name(tmp_path)
     backend.add_special_tokens(["<a>", "<b>", "<c>", "</s>"])
     config = {"eos_token": {"content": "<a>", "lstrip": False}, "pad_token": None}
     other = {"eos_token": "<b>", "bos_token": "<b>", "pad_token": "<c>"}
-    tokenizer = load(write_json(tmp_path / "model", backend, tokenizer_config=config, special_tokens_map=other))
-    assert [tokenizer.eod, tokenizer.bos, tokenizer.pad] == [backend.token_to_id(token) for token in ("<a>", "<b>", "<c>")]
+    tokenizer = load(
+        write_json(tmp_path / "model", backend, tokenizer_config=config, special_tokens_map=other)
+    )
+    assert [tokenizer.eod, tokenizer.bos, tokenizer.pad] == [
+        backend.token_to_id(token) for token in ("<a>", "<b>", "<c>")
+    ]
     assert tokenizer.name == "model"
     assert tokenizer.vocab_size == backend.get_vocab_size()
 
@@ -128,22 +144,37 @@ def test_an_end_token_that_cannot_be_told_is_refused(tmp_path, special, config, 
 def test_files_of_another_kind_are_refused(files, tmp_path):
     with pytest.raises(ValueError, match=r"bytes\.model is not a tokenizer\.json"):
         load(files / "bytes.model")
-    with pytest.raises(ValueError, match="cannot be read .No such file or directory.: give the path of a file on this machine"):
+    with pytest.raises(
+        ValueError,
+        match="cannot be read .No such file or directory.: give the path of a file on this machine",
+    ):
         load(tmp_path)
     write_json(tmp_path, samples.byte_level_bpe())
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
         load(tmp_path)
     with pytest.raises(ValueError, match=r"are not the vocab\.json and merges\.txt"):
-        load_tokenizer("GPT2BPETokenizer", vocab_file=files / "bytes.model", merge_file=files / "gpt2-merges.txt")
+        load_tokenizer(
+            "GPT2BPETokenizer",
+            vocab_file=files / "bytes.model",
+            merge_file=files / "gpt2-merges.txt",
+        )
     (tmp_path / "vocab.json").write_text(json.dumps(samples.byte_level_bpe().get_vocab()))
     with pytest.raises(ValueError, match="lacks <|endoftext|>: add it"):
-        load_tokenizer("GPT2BPETokenizer", vocab_file=tmp_path / "vocab.json", merge_file=files / "gpt2-merges.txt")
+        load_tokenizer(
+            "GPT2BPETokenizer",
+            vocab_file=tmp_path / "vocab.json",
+            merge_file=files / "gpt2-merges.txt",
+        )
 
 
 def test_a_tokenizer_that_loses_spaces_has_no_table_of_bytes(tmp_path):
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "</s>": 1, "[UNK]": 2}, unk_token="[UNK]")
+    )
     backend.add_special_tokens(["</s>"])
     tokenizer = load(write_json(tmp_path, backend))
-    with pytest.raises(ValueError, match="loses spaces, .*: use a byte-level or a SentencePiece-like tokenizer"):
+    with pytest.raises(
+        ValueError, match="loses spaces, .*: use a byte-level or a SentencePiece-like tokenizer"
+    ):
         tokenizer.token_bytes()

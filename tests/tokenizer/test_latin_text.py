@@ -1,4 +1,6 @@
-"""An extension for another script leaves the tokens of all text in Latin letters, also of rare ones."""
+"""An extension for another script leaves the tokens of all text in Latin letters, also of rare
+ones.
+"""
 
 import unicodedata
 from functools import cache
@@ -9,14 +11,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.tokenizer.extend import extend
-from megatron_chatflow.tokenizer.scripts import ZERO_WIDTH
+from megatron_chatflow.tokenizer.unicode_scripts import ZERO_WIDTH
 from tests.tokenizer import bases
 from tests.tokenizer.test_marks import LINES as MARKED
 
 LINES = {
     **MARKED,
     "GEORGIAN": "ყველა ადამიანი იბადება თავისუფალი და თანასწორი თავისი ღირსებითა და უფლებებით",
-    "CYRILLIC": "за\u0301мок замо\u0301к мука\u0301 дом\ufe0f о\u20d7 вода\u0301 \u0301а е\u0308 и\u0306",
+    "CYRILLIC": (
+        "за\u0301мок замо\u0301к мука\u0301 дом\ufe0f о\u20d7 вода\u0301 \u0301а е\u0308 и\u0306"
+    ),
     "GREEK": "ἄνθρωποι ἐλεύθεροι καὶ ἴσοι ᾰ\u0313\u0301νθρωπος Ͳͳ ἐλε\u0301υθερος ͻα ͻα",
     "ETHIOPIC": "ꬁꬂꬃ ꬄꬅꬆ ሰው ሁሉ ነጻ ኾኖ ተወለደ ⷀⷁ ⷂⷃ",
     "CHEROKEE": "ꮎꮝꭹ ꭰꮒᏼꮻ ꭱꮅꮚꮝ ᎠᏂᏴᏫ ᏂᎦᏓ",

@@ -11,19 +11,22 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.commands.extend_tokenizer import main
+from megatron_chatflow.cli.tokenizer import main
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import Outcome, extend, open_vocabulary, replace
 from megatron_chatflow.tokenizer.pre_tokenizer import cut_scripts, join_marks
-from megatron_chatflow.tokenizer.scripts import ZERO_WIDTH, letters_of
 from megatron_chatflow.tokenizer.token_map import token_map
+from megatron_chatflow.tokenizer.unicode_scripts import ZERO_WIDTH, letters_of
 from tests.tokenizer import bases, samples
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = {
     "THAI": "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ",
     "LAO": "ມະນຸດທຸກຄົນເກີດມາມີກຽດສັກສິດ ສິດທິ ເສລີພາບ ແລະ ຄວາມສະເໝີພາບເທົ່າທຽມກັນ",
-    "DEVANAGARI": "सभी मनुष्यों को गौरव और अधिकारों के मामले में मनुष्यों की समानता और सभी अधिकारों की समानता के मामले में समानता",
+    "DEVANAGARI": (
+        "सभी मनुष्यों को गौरव और अधिकारों के मामले में मनुष्यों की समानता और सभी अधिकारों की "
+        "समानता के मामले में समानता"
+    ),
     "BENGALI": "সমস্ত মানুষ স্বাধীনভাবে সমান মর্যাদা এবং অধিকার নিয়ে জন্মগ্রহণ করে",
     "TAMIL": "மனிதப் பிறிவியினர் சகலரும் சுதந்திரமாகவே பிறக்கின்றனர்",
     "TELUGU": "ప్రతిపత్తిస్వత్వముల విషయమున మానవులెల్లరును జన్మతః స్వతంత్రులును సమానులును నగుదురు",
@@ -37,24 +40,39 @@ LINES = {
 }
 QWEN2 = bases.LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 O200K = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"[^\r\n"
+    r"\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n"
+    r"\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def byte_level(**changes) -> dict:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True} | changes
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    } | changes
 
 
 def split_by(pattern: str, **changes) -> dict:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     return {"type": "Sequence", "pretokenizers": [split | changes, byte_level(use_regex=False)]}
 
 
 PRE_TOKENIZERS = {
     "gpt2": byte_level(),
-    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level()]},
+    "smollm": {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level()],
+    },
     "llama3": split_by(bases.LLAMA3),
     "cl100k": split_by(bases.LLAMA3, behavior="Removed", invert=True),
     "qwen2": split_by(QWEN2),
@@ -68,11 +86,19 @@ def splitter(name: str, joined: tuple[str, ...] = ()):
     step = PRE_TOKENIZERS[name]
     step = join_marks(name, step, joined) if joined else step
     model = {"type": "BPE", "vocab": {}, "merges": []}
-    backend = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", "pre_tokenizer": step, "model": model}))
+    backend = tokenizers.Tokenizer.from_str(
+        json.dumps({"version": "1.0", "pre_tokenizer": step, "model": model})
+    )
     return lambda text: backend.pre_tokenizer.pre_tokenize_str(text)
 
 
-FRENCH = unicodedata.normalize("NFD", "L'été où Zoé a garçonné près de la forêt, l'œuvre naïve coûte 1 234,50 €\u202f: déjà vu\u200d!")
+FRENCH = unicodedata.normalize(
+    "NFD",
+    (
+        "L'été où Zoé a garçonné près de la forêt, l'œuvre naïve coûte 1 234,50 €\u202f: déjà "
+        "vu\u200d!"
+    ),
+)
 LATIN = [
     FRENCH,
     *bases.documents("en")[150:170],
@@ -81,18 +107,27 @@ LATIN = [
     (ROOT / "megatron_chatflow" / "tokenizer" / "extend.py").read_text(encoding="utf-8"),
 ]
 others = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-texts = st.lists(st.sampled_from(LATIN[:1] + LATIN[-3:-1]) | others | st.sampled_from(list("e\u0301 \u200d\u200cก'1ä")), max_size=8).map("".join)
+texts = st.lists(
+    st.sampled_from(LATIN[:1] + LATIN[-3:-1])
+    | others
+    | st.sampled_from(list("e\u0301 \u200d\u200cก'1ä")),
+    max_size=8,
+).map("".join)
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
-@pytest.mark.parametrize("text", [LATIN[0], LATIN[1], *LATIN[-3:]], ids=["french", "english", "other", "emoji", "code"])
+@pytest.mark.parametrize(
+    "text", [LATIN[0], LATIN[1], *LATIN[-3:]], ids=["french", "english", "other", "emoji", "code"]
+)
 def test_text_of_scripts_without_marks_is_split_as_before(name, text):
     assert splitter(name, tuple(LINES))(text) == splitter(name)(text)
 
 
 @settings(max_examples=300)
 @given(name=st.sampled_from([*PRE_TOKENIZERS]), text=texts)
-def test_only_marks_and_joiners_behind_letters_of_the_scripts_change_where_text_is_split(name, text):
+def test_only_marks_and_joiners_behind_letters_of_the_scripts_change_where_text_is_split(
+    name, text
+):
     scripts = ("THAI", "DEVANAGARI")
     joined = {char for script in scripts for char in letters_of(script).marks}
     for a, b in zip(" " + text, text, strict=False):
@@ -109,7 +144,9 @@ def test_words_are_no_longer_cut(name, script):
     words = splitter(name, (script,))(LINES[script])
     starts = {start for _, (start, _) in words}
     assert starts == {0} | {i for i, char in enumerate(LINES[script]) if char == " "}
-    assert cut_scripts(join_marks(name, PRE_TOKENIZERS[name], [script]), LINES) == [other for other in LINES if other != script]
+    assert cut_scripts(join_marks(name, PRE_TOKENIZERS[name], [script]), LINES) == [
+        other for other in LINES if other != script
+    ]
 
 
 def test_scripts_are_joined_one_after_the_other_as_at_once():
@@ -127,7 +164,11 @@ def bases_of_all_kinds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     for kind in KINDS:
         bases.write_base(folder / kind, kind)
-        config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "model_max_length": 77}
+        config = {
+            "tokenizer_class": "GPT2Tokenizer",
+            "eos_token": "<|endoftext|>",
+            "model_max_length": 77,
+        }
         (folder / kind / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
@@ -137,7 +178,9 @@ def open_kind(folder: Path, kind: str):
 
 
 def three_tokenizers(folder: Path, outcome: Outcome, source: Path):
-    """Ours, that of `tokenizers` and that of `transformers`, next to the configuration of a model."""
+    """Ours, that of `tokenizers` and that of `transformers`, next to the configuration of a
+    model.
+    """
     import transformers
 
     folder.mkdir(exist_ok=True)
@@ -148,7 +191,9 @@ def three_tokenizers(folder: Path, outcome: Outcome, source: Path):
     return ours, library, transformers.AutoTokenizer.from_pretrained(folder)
 
 
-MIXED = st.lists(st.sampled_from([*LINES.values(), *samples.ODD, FRENCH]) | st.text(max_size=10), max_size=4).map("".join)
+MIXED = st.lists(
+    st.sampled_from([*LINES.values(), *samples.ODD, FRENCH]) | st.text(max_size=10), max_size=4
+).map("".join)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -157,7 +202,11 @@ def extended(request, bases_of_all_kinds, tmp_path_factory):
     base = open_kind(bases_of_all_kinds, request.param)
     outcome = extend(base, bases.corpus(*([line] * 20 for line in LINES.values())), 600)
     source = bases_of_all_kinds / request.param / "tokenizer.json"
-    return base, outcome, three_tokenizers(tmp_path_factory.mktemp("new") / request.param, outcome, source)
+    return (
+        base,
+        outcome,
+        three_tokenizers(tmp_path_factory.mktemp("new") / request.param, outcome, source),
+    )
 
 
 @settings(max_examples=60)
@@ -165,7 +214,11 @@ def extended(request, bases_of_all_kinds, tmp_path_factory):
 def test_all_libraries_agree_and_text_comes_back(extended, text):
     _, _, (ours, library, theirs) = extended
     ids = ours.encode(text)
-    assert ids == library.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False)
+    assert (
+        ids
+        == library.encode(text, add_special_tokens=False).ids
+        == theirs.encode(text, add_special_tokens=False)
+    )
     assert ours.decode(ids) == text
 
 
@@ -205,22 +258,31 @@ def test_new_tokens_cross_marks(script, kind, bases_of_all_kinds):
     marks = {*letters_of(script).marks, *letters_of(script).signs, *ZERO_WIDTH}
     letters = {*letters_of(script).all} - marks
     texts = [token.text.decode(errors="ignore") for token in outcome.new]
-    crossing = [text for text in texts if any(a in letters and b in marks for a, b in pairwise(text))]
+    crossing = [
+        text for text in texts if any(a in letters and b in marks for a, b in pairwise(text))
+    ]
     assert len(crossing) >= 3
     assert all(len(splitter(kind)(text)) > 1 for text in crossing)
-    old, before, after = (len(v.encode([LINES[script]])[0]) for v in (base, outcome.before, outcome.vocabulary))
+    old, before, after = (
+        len(v.encode([LINES[script]])[0]) for v in (base, outcome.before, outcome.vocabulary)
+    )
     assert after < 0.75 * min(old, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_tokens_across_marks_come_from_what_the_old_tokenizer_makes(kind, bases_of_all_kinds):
+def test_rows_of_tokens_across_marks_come_from_what_the_old_tokenizer_makes(
+    kind, bases_of_all_kinds
+):
     base = open_kind(bases_of_all_kinds, kind)
     outcome = extend(base, bases.corpus([LINES["KHMER"]] * 50), NEW)
     content = token_map("extend", base, outcome.vocabulary.size, outcome.new)
     old = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=bases_of_all_kinds / kind)
     whole = 0
     for entry, token in zip(content["new"], outcome.new, strict=True):
-        assert b"".join(base.text[i] for i in entry["pieces"]) == token.text and max(entry["pieces"]) < base.size
+        assert (
+            b"".join(base.text[i] for i in entry["pieces"]) == token.text
+            and max(entry["pieces"]) < base.size
+        )
         text = token.text.decode(errors="ignore")
         if text.encode() == token.text:
             whole += 1
@@ -231,7 +293,9 @@ def test_rows_of_tokens_across_marks_come_from_what_the_old_tokenizer_makes(kind
 
 def test_old_merges_do_not_decide_the_rows_of_tokens_across_marks(bases_of_all_kinds, tmp_path):
     """An old token that the old pattern never let arise is no part of a new one."""
-    content = json.loads((bases_of_all_kinds / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
+    content = json.loads(
+        (bases_of_all_kinds / "gpt2" / "tokenizer.json").read_text(encoding="utf-8")
+    )
     base = open_kind(bases_of_all_kinds, "gpt2")
     with_dead = base.changed((), extend(base, bases.corpus(["กิ"] * 50), 4).new)
     content["model"] = json.loads(with_dead.content)["model"]
@@ -248,9 +312,13 @@ def test_old_merges_do_not_decide_the_rows_of_tokens_across_marks(bases_of_all_k
 
 def test_replaced_tokens_cross_marks_and_the_size_stays(bases_of_all_kinds):
     base = open_kind(bases_of_all_kinds, "gpt2")
-    outcome = replace(base, bases.corpus([LINES["THAI"]] * 50), bases.corpus(bases.documents("en")[:60]), NEW)
+    outcome = replace(
+        base, bases.corpus([LINES["THAI"]] * 50), bases.corpus(bases.documents("en")[:60]), NEW
+    )
     assert outcome.joined == ["THAI"] and outcome.vocabulary.size == base.size
-    assert len(outcome.vocabulary.encode([LINES["THAI"]])[0]) < 0.75 * len(base.encode([LINES["THAI"]])[0])
+    assert len(outcome.vocabulary.encode([LINES["THAI"]])[0]) < 0.75 * len(
+        base.encode([LINES["THAI"]])[0]
+    )
 
 
 def test_a_tokenizer_is_extended_for_one_script_after_another(bases_of_all_kinds, tmp_path):
@@ -258,31 +326,63 @@ def test_a_tokenizer_is_extended_for_one_script_after_another(bases_of_all_kinds
     hindi = extend(thai.vocabulary, bases.corpus([LINES["DEVANAGARI"]] * 50), NEW)
     assert (thai.joined, hindi.joined) == (["THAI"], ["DEVANAGARI"])
     assert extend(hindi.vocabulary, bases.corpus(["กินดี อยู่ดี"] * 50), 3).joined == []
-    assert hindi.vocabulary.encode([LINES["THAI"]])[0].tolist() == thai.vocabulary.encode([LINES["THAI"]])[0].tolist()
+    assert (
+        hindi.vocabulary.encode([LINES["THAI"]])[0].tolist()
+        == thai.vocabulary.encode([LINES["THAI"]])[0].tolist()
+    )
 
 
-@pytest.mark.parametrize("text", ["人人生而自由", "Minden emberi lény", "Все люди рождаются", unicodedata.normalize("NFD", "がぎぐ é")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "人人生而自由",
+        "Minden emberi lény",
+        "Все люди рождаются",
+        unicodedata.normalize("NFD", "がぎぐ é"),
+    ],
+)
 def test_the_pattern_stays_for_languages_without_marks_of_their_own(text, bases_of_all_kinds):
     base = open_kind(bases_of_all_kinds, "gpt2")
     outcome = extend(base, bases.corpus([text] * 50), 3)
     assert outcome.joined == [] and outcome.before is base
-    assert json.loads(outcome.vocabulary.content)["pre_tokenizer"] == json.loads(base.content)["pre_tokenizer"]
+    assert (
+        json.loads(outcome.vocabulary.content)["pre_tokenizer"]
+        == json.loads(base.content)["pre_tokenizer"]
+    )
 
 
 def test_the_pattern_stays_where_single_characters_are_added(bases_of_all_kinds):
-    assert extend(open_kind(bases_of_all_kinds, "gpt2"), bases.corpus([LINES["THAI"]] * 50), 20, characters=True).joined == []
+    assert (
+        extend(
+            open_kind(bases_of_all_kinds, "gpt2"),
+            bases.corpus([LINES["THAI"]] * 50),
+            20,
+            characters=True,
+        ).joined
+        == []
+    )
 
 
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (byte_level(add_prefix_space=True), "add_prefix_space true, with which the pattern .* marks of THAI"),
-        (split_by(r"[\p{Lu}\p{Ll}]+|\P{M}+|\p{M}+"), r"cuts THAI words at combining marks, and no pattern of it has letters as"),
+        (
+            byte_level(add_prefix_space=True),
+            "add_prefix_space true, with which the pattern .* marks of THAI",
+        ),
+        (
+            split_by(r"[\p{Lu}\p{Ll}]+|\P{M}+|\p{M}+"),
+            r"cuts THAI words at combining marks, and no pattern of it has letters as",
+        ),
     ],
 )
 def test_patterns_that_cannot_take_marks_are_refused(step, message, bases_of_all_kinds, tmp_path):
-    content = json.loads((bases_of_all_kinds / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": step}), encoding="utf-8")
+    content = json.loads(
+        (bases_of_all_kinds / "gpt2" / "tokenizer.json").read_text(encoding="utf-8")
+    )
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(content | {"pre_tokenizer": step}), encoding="utf-8"
+    )
     base = open_vocabulary("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=message):
         extend(base, bases.corpus([LINES["THAI"]] * 50), NEW)
@@ -299,14 +399,37 @@ def test_sentencepiece_models_do_not_cut_at_marks(script, tmp_path):
 
 
 def test_the_report_says_what_the_pattern_alone_changes(bases_of_all_kinds, tmp_path, capsys):
-    (tmp_path / "hi.jsonl").write_text("".join(json.dumps({"text": LINES["DEVANAGARI"]}) + "\n" for _ in range(50)), encoding="utf-8")
-    (tmp_path / "en.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in LATIN[1:9]), encoding="utf-8")
-    words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", bases_of_all_kinds / "gpt2", "--input", tmp_path / "hi.jsonl"]
-    words += ["--held-out", f"hi={tmp_path / 'hi.jsonl'}", f"en={tmp_path / 'en.jsonl'}", "--new-tokens", NEW, "--output", tmp_path / "new"]
+    (tmp_path / "hi.jsonl").write_text(
+        "".join(json.dumps({"text": LINES["DEVANAGARI"]}) + "\n" for _ in range(50)),
+        encoding="utf-8",
+    )
+    (tmp_path / "en.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in LATIN[1:9]), encoding="utf-8"
+    )
+    words = [
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        bases_of_all_kinds / "gpt2",
+        "--input",
+        tmp_path / "hi.jsonl",
+    ]
+    words += [
+        "--held-out",
+        f"hi={tmp_path / 'hi.jsonl'}",
+        f"en={tmp_path / 'en.jsonl'}",
+        "--new-tokens",
+        NEW,
+        "--output",
+        tmp_path / "new",
+    ]
     assert main([str(word) for word in words]) == 0
     report = json.loads((tmp_path / "new" / "report.json").read_text(encoding="utf-8"))
     tokens = report["marks_joined"]["tokens_without_new_ones"]
     assert report["marks_joined"]["scripts"] == ["DEVANAGARI"]
-    assert tokens["en"] == report["languages"]["en"]["before"]["tokens"] and tokens["hi"] > report["languages"]["hi"]["after"]["tokens"]
+    assert (
+        tokens["en"] == report["languages"]["en"]["before"]["tokens"]
+        and tokens["hi"] > report["languages"]["hi"]["after"]["tokens"]
+    )
     assert report["languages"]["en"]["unchanged_documents"] == 8
     assert "combining marks of Devanagari count as letters now" in capsys.readouterr().out

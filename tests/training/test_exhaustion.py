@@ -35,8 +35,15 @@ def story(pool: Pool, corpora: Path, tmp_path: Path) -> Story:
 def write(story: Story, on_exhausted: str, stages: list[dict[str, Any]] = HALVES, **zh: Any) -> int:
     """The curriculum file; returns the samples in one epoch of zh."""
     story.write(stages, {"en": {}, "zh": zh}, on_exhausted=on_exhausted)
-    windows = open_domains(load_curriculum(story.folder / "curriculum.yaml"), seq_length=64, seed=1234, split="900,100,0")["zh"].num_samples
-    assert 50 < windows < 70  # half of the run's samples are zh: it runs out between sample 100 and 140
+    windows = open_domains(
+        load_curriculum(story.folder / "curriculum.yaml"),
+        seq_length=64,
+        seed=1234,
+        split="900,100,0",
+    )["zh"].num_samples
+    assert (
+        50 < windows < 70
+    )  # half of the run's samples are zh: it runs out between sample 100 and 140
     return windows
 
 
@@ -45,14 +52,25 @@ def plan(story: Story, *words: str) -> tuple[int, str, str]:
 
 
 def whole_run(out: str, name: str) -> list[str]:
-    """The columns of a domain in the table of the whole run: share, samples, tokens, epochs, max epochs, sample at which it runs out."""
-    return re.search(rf"^  {name} +(.+)$", out[out.index("the whole run") :], re.MULTILINE)[1].split()
+    """The columns of a domain in the table of the whole run: share, samples, tokens, epochs, max
+    epochs, sample at which it runs out.
+    """
+    return re.search(rf"^  {name} +(.+)$", out[out.index("the whole run") :], re.MULTILINE)[
+        1
+    ].split()
 
 
 def test_repeat_reads_a_domain_again_in_another_order(story: Story) -> None:
     windows = write(story, "repeat")
     code, out, _ = plan(story)
-    assert code == 0 and whole_run(out, "zh") == ["50.0%", "160", "10.2K", f"{160 / windows:.2f}", "-", "-"]
+    assert code == 0 and whole_run(out, "zh") == [
+        "50.0%",
+        "160",
+        "10.2K",
+        f"{160 / windows:.2f}",
+        "-",
+        "-",
+    ]
     story.go("--exit-interval", "9")
     story.go()
     served = story.audit(320, (0, HALVES))
@@ -69,14 +87,22 @@ def test_repeat_reads_a_domain_again_in_another_order(story: Story) -> None:
         ("error", {}, "on_exhausted is error, so it may be read once; give it a max_epochs"),
     ],
 )
-def test_what_cannot_be_met_is_refused_before_the_run(story: Story, on_exhausted: str, keys: dict[str, int], reason: str) -> None:
+def test_what_cannot_be_met_is_refused_before_the_run(
+    story: Story, on_exhausted: str, keys: dict[str, int], reason: str
+) -> None:
     windows = write(story, on_exhausted, **keys)
-    sentence = f"domains.zh: the run reads it {160 / windows:.4g} times (160 samples of {windows} an epoch), and {reason}"
+    sentence = (
+        f"domains.zh: the run reads it {160 / windows:.4g} times (160 samples of {windows} an "
+        f"epoch), and {reason}"
+    )
     assert sentence in story.refused() and not story.run.exists()
     code, out, err = plan(story)
     assert code == 2 and sentence in err
     runs_out = int(whole_run(out, "zh")[-1])
-    assert f"warning: zh runs out at sample {runs_out}: the run would be refused (on_exhausted: {on_exhausted})" in out
+    assert (
+        f"warning: zh runs out at sample {runs_out}: the run would be refused "
+        f"(on_exhausted: {on_exhausted})"
+    ) in out
     assert abs(runs_out - 2 * windows * keys.get("max_epochs", 1)) <= 2
 
 
@@ -84,17 +110,27 @@ def test_stop_ends_the_run_with_the_last_whole_iteration_that_can_be_served(stor
     windows = write(story, "stop")
     code, out, _ = plan(story)
     end = int(whole_run(out, "zh")[-1])
-    assert code == 0 and f"warning: the run ends at sample {end} of 320: zh runs out there (on_exhausted: stop)" in out
+    assert (
+        code == 0
+        and f"warning: the run ends at sample {end} of 320: zh runs out there (on_exhausted: stop)"
+        in out
+    )
     out = story.go("--save-interval", "3")
     done = end - end % 16
     assert f"the run ends at sample {end} of 320: zh runs out there" in out
-    assert f"the run ends {320 - done} samples before its planned 320: zh runs out at sample {end} (on_exhausted: stop)" in out
+    assert (
+        f"the run ends {320 - done} samples before its planned 320: zh runs out at sample "
+        f"{end} (on_exhausted: stop)"
+    ) in out
     served = story.audit(done, (0, HALVES))
     assert windows - 16 < served.names.count("zh") <= windows
 
     before = (story.run / "metrics.jsonl").read_bytes()
     out = story.go()
-    assert f"nothing to do: {done} of {end} samples are trained on, and an iteration is 16; zh runs out at sample {end}" in out
+    assert (
+        f"nothing to do: {done} of {end} samples are trained on, and an iteration is 16; zh "
+        f"runs out at sample {end}"
+    ) in out
     assert len(story.launches) == 1 and (story.run / "metrics.jsonl").read_bytes() == before
 
     write(story, "stop", max_epochs=2)
@@ -112,7 +148,10 @@ def test_redistribute_gives_the_share_to_the_others(story: Story) -> None:
     windows = write(story, "redistribute")
     code, out, _ = plan(story)
     end = int(whole_run(out, "zh")[-1])
-    assert code == 0 and f"warning: zh runs out at sample {end}: from there its share goes to the others" in out
+    assert (
+        code == 0
+        and f"warning: zh runs out at sample {end}: from there its share goes to the others" in out
+    )
     assert whole_run(out, "zh")[1] == str(windows) and whole_run(out, "en")[1] == str(320 - windows)
     for stop in (end // 16, end // 16 + 1):
         story.go("--exit-interval", str(stop))
@@ -121,7 +160,9 @@ def test_redistribute_gives_the_share_to_the_others(story: Story) -> None:
     assert served.names.count("zh") == windows and set(served.names[end:]) == {"en"}
 
 
-def test_an_amendment_counts_what_was_read_before_against_what_a_domain_can_give(story: Story) -> None:
+def test_an_amendment_counts_what_was_read_before_against_what_a_domain_can_give(
+    story: Story,
+) -> None:
     windows = write(story, "redistribute")
     story.go("--exit-interval", "4")
     mostly = [{"name": "mostly zh", "at": 0, "weights": {"en": 0.1, "zh": 0.9}}]

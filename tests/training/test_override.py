@@ -83,19 +83,19 @@ def override(folder: Path, kind: str, distributed: bool, styles: list[str]) -> d
     optimizer) of every iteration after the override."""
     import torch
 
-    from megatron_chatflow.config import Config, Schedule, make_parser, parse, resolve
-    from megatron_chatflow.engine import distributed as groups
-    from megatron_chatflow.engine.launch import read_launch
+    from megatron_chatflow.checkpoint import state_dict
+    from megatron_chatflow.config import Config, Schedule, loader, make_parser, resolve
+    from megatron_chatflow.distributed import process_groups as groups
+    from megatron_chatflow.distributed.launch import read_launch
     from megatron_chatflow.model.gpt import build_model
-    from megatron_chatflow.training import checkpoint
     from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler
-    from megatron_chatflow.training.update import update
+    from megatron_chatflow.training.optimizer_step import update
 
     launch = read_launch()
     forms = f"--optimizer {kind} " + ("--use-distributed-optimizer" if distributed else "")
 
     def settings(words: str) -> Config:
-        written = parse(make_parser("test", ""), f"{SHAPE} {forms} {words}".split())[0]
+        written = loader(make_parser("test", ""), f"{SHAPE} {forms} {words}".split())[0]
         return resolve(written, launch.world_size)
 
     def assemble(config: Config) -> tuple[Any, ...]:
@@ -129,11 +129,11 @@ def override(folder: Path, kind: str, distributed: bool, styles: list[str]) -> d
         start = [parameter.detach().clone() for parameter in parts[0][0].parameters()]
         for i in range(DONE):
             step(*parts, i)
-        saved = checkpoint.save(folder, DONE, parts[0], parts[1], {})
+        saved = state_dict.save(folder, DONE, parts[0], parts[1], {})
         result: dict[str, list[Any]] = {}
         for style in styles:
             model, optimizer, scheduler = assemble(settings(f"{flags(style)} {OVERRIDE}"))
-            checkpoint.load(saved, model, optimizer)
+            state_dict.load(saved, model, optimizer)
             scheduler.step(4 * DONE)
             weights = [weight.clone().requires_grad_() for weight in start]
             split = [
@@ -154,7 +154,7 @@ def override(folder: Path, kind: str, distributed: bool, styles: list[str]) -> d
                 step(model, optimizer, scheduler, i)
                 step_torch(reference, weights, i, lr, decay, **others)
                 if distributed:
-                    checkpoint.gather_weights(model)
+                    state_dict.gather_weights(model)
                 pairs = zip(model[0].parameters(), weights, strict=True)
                 result[style].append((used, lr, max(float((a - b).abs().max()) for a, b in pairs)))
         return result

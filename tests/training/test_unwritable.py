@@ -1,4 +1,6 @@
-"""What a run cannot write when it starts is one message on rank 0, and one exit code on all ranks."""
+"""What a run cannot write when it starts is one message on rank 0, and one exit code on all
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.engine.launch import node_name
+from megatron_chatflow.distributed.launch import node_name
 from tests.chaos import small_disk
 from tests.pool import Pool
 from tests.sample import train
@@ -57,7 +59,9 @@ def test_a_read_only_disk_is_exit_code_2_and_a_full_one_exit_code_1(
         if not mounted:
             pytest.skip("a tmpfs cannot be mounted here (not root?)")
         run = disk / "run"
-        full = "(No space left on device); free space on the disk, then start the same command again"
+        full = (
+            "(No space left on device); free space on the disk, then start the same command again"
+        )
         for free in (0, 2):  # in pages: for nothing, for the lease and TensorBoard's log
             with open(disk / "filler", "wb", buffering=0) as file:
                 stat = os.statvfs(disk)
@@ -72,4 +76,6 @@ def test_a_read_only_disk_is_exit_code_2_and_a_full_one_exit_code_1(
         message = refused(pool, sample, 2, "--save", str(run))
         assert "Read-only file system" in message
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-        assert {code for code, _, _ in pool.run(2, train, sample, *SHORT, "--save", str(run))} == {0}
+        assert {code for code, _, _ in pool.run(2, train, sample, *SHORT, "--save", str(run))} == {
+            0
+        }

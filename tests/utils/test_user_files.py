@@ -1,4 +1,6 @@
-"""What users write is read, or refused with one message, however it is nested and whatever it repeats."""
+"""What users write is read, or refused with one message, however it is nested and whatever it
+repeats.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.config.parse import UsageError, load_values
-from megatron_chatflow.conversion.hf_folder import read_json
+from megatron_chatflow.checkpoint.integrity import damage_at_first_sight
+from megatron_chatflow.checkpoint.run_directory import read_state
+from megatron_chatflow.config.loader import load_values
+from megatron_chatflow.conversion.safetensors_io import read_json
 from megatron_chatflow.curriculum import BlendPlan, load_curriculum, parse_curriculum
-from megatron_chatflow.data.manifest import read_manifest
-from megatron_chatflow.data.unfinished import load_state
+from megatron_chatflow.data.corpus.manifest import read_manifest
+from megatron_chatflow.data.preprocess.resume_state import load_state
+from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.tokenizer import load_tokenizer
-from megatron_chatflow.training.manifest import damage_at_first_sight
-from megatron_chatflow.training.run_directory import read_state
 from megatron_chatflow.utils.user_files import dump_yaml, load_json, load_yaml, visible
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -27,7 +30,9 @@ DEEP_YAML = {
     "block": "- " * 3000 + "x",
     "mapping": "\n".join(" " * i + "a:" for i in range(3000)),
 }
-text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85\u2028\u2029"))  # PyYAML does not escape these
+text = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\x85\u2028\u2029")
+)  # PyYAML does not escape these
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text
 values = st.recursive(
     scalars,
@@ -103,7 +108,7 @@ def test_what_cannot_be_read_is_one_message(text: str, parts: list[str]):
 def test_a_section_that_comes_twice_in_a_file_of_settings_is_refused(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text("training: {lr: 1}\nmodel: {num_layers: 2}\ntraining: {lr: 2}\n")
-    with pytest.raises(UsageError, match="'training' comes twice, the second time in line 3"):
+    with pytest.raises(ConfigError, match="'training' comes twice, the second time in line 3"):
         load_values(path)
 
 
@@ -146,7 +151,7 @@ def test_a_setting_with_a_control_character_is_refused_by_its_name(tmp_path: Pat
         ("tokenizer", "tokenizer_model", f"a{character}b"),
     ):
         path.write_text(dump_yaml({section: {name: value}}))
-        with pytest.raises(UsageError, match=name) as error:
+        with pytest.raises(ConfigError, match=name) as error:
             load_values(path)
         assert character not in str(error.value)
 

@@ -1,6 +1,7 @@
-"""In the stand-in for NVIDIA's image Transformer Engine's own Python comes from its wheel; the first import of it is given the emulated extension.
+"""In the stand-in for NVIDIA's image Transformer Engine's own Python comes from its wheel; the
+first import of it is given the emulated extension.
 
-tests/precision/emulation lies in /opt/standin there.
+tests/fp8/emulation lies in /opt/standin there.
 """
 
 import importlib.abc
@@ -25,12 +26,14 @@ class _Loaded(importlib.abc.Loader):
 class _Emulated(importlib.abc.MetaPathFinder):
     asked = False
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: object = None, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name != "transformer_engine" or self.asked:
             return None
         self.asked = True
         sys.path.append("/opt/standin")
-        from tests.precision.emulation import loader
+        from tests.fp8.emulation import loader
 
         loader.load((9, 0))
         # Were it still there, Python would take its own specification and run it a second time.

@@ -1,0 +1,131 @@
+"""manifest.json of a checkpoint: the size and SHA-256 of every file in it, and of itself. Imports
+no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.utils.files import seal, seal_file, write_atomically
+from megatron_chatflow.utils.user_files import load_json, open_inside
+
+NAME = "manifest.json"
+Seals = Mapping[str, Mapping[str, Any]]
+"""{file name: {"bytes", "sha256"}}."""
+
+
+REQUIRED = (".metadata", "common.pt", "metadata.json", "state.json")
+"""What every checkpoint has next to its shards."""
+
+
+def write_manifest(folder: Path, seals: Seals) -> None:
+    """Seal a checkpoint folder: `seals` are those of all its files, taken where they were
+    written.
+    """
+    write_atomically(folder / NAME, _render(seals))
+
+
+def seal_folder(folder: Path) -> Seals:
+    """The seals of all files that are in a folder, taken now."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return {name: seal_file(folder / name) for name in names if name != NAME}
+
+
+def check_files(folder: Path, seals: Seals) -> None:
+    """Raise ValueError where the files in a folder are not exactly those of `seals`, by name and
+    size.
+    """
+    there = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    there.pop(NAME, None)
+    for name, wanted in seals.items():
+        if name not in there:
+            raise ValueError(f"{name} was written and is not there")
+        if there[name] != wanted["bytes"]:
+            raise ValueError(f"{name} has {there[name]} bytes, and {wanted['bytes']} were written")
+    if unknown := sorted(set(there) - set(seals)):
+        raise ValueError(f"{unknown[0]} was not written by this run")
+
+
+def read_manifest(folder: Path) -> Seals | None:
+    """The seals of a checkpoint; None where it has no manifest, as those of version 0.1.0. Raises
+    ValueError for a damaged manifest.
+    """
+    try:
+        with open_inside(folder, NAME) as file:
+            text = file.read().decode("utf-8")
+    except FileNotFoundError:
+        return None
+    files = load_json(text)["files"]
+    if text != _render(files):
+        raise ValueError("its content is not what was written")
+    for name, entry in files.items():
+        if type(entry) is not dict or type(entry.get("bytes")) is not int:
+            raise ValueError(f"{name!r:.100} has no size")
+    return files
+
+
+def _was_sealed(folder: Path) -> bool:
+    try:
+        return bool(load_json((folder / "state.json").read_bytes()).get("sealed"))
+    except (OSError, ValueError, AttributeError):
+        return True  # a state that cannot be read is damage enough
+
+
+def _render(files: Seals) -> str:
+    body = json.dumps(files, indent=1, sort_keys=True)
+    return (
+        json.dumps(
+            {"version": 1, "sha256": hashlib.sha256(body.encode()).hexdigest(), "files": files},
+            indent=1,
+            sort_keys=True,
+        )
+        + "\n"
+    )
+
+
+def damage_at_first_sight(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, told from sizes and from the small files' content; None
+    where nothing is.
+    """
+    return damage(folder, lambda name, size: size < 1 << 20)
+
+
+def damage(folder: Path, read: Any) -> str | None:
+    """What is wrong with a checkpoint; None where nothing is, or where it never had a manifest.
+
+    Args:
+        folder: the checkpoint.
+        read: (file name, bytes) -> whether to read that file and compare its SHA-256; the sizes of
+        all are compared.
+    """
+    try:
+        seals = read_manifest(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{NAME} is damaged ({error})"
+    if seals is None and _was_sealed(folder):
+        return f"{NAME} is missing"
+    for name, wanted in (seals or {}).items():
+        try:
+            with open_inside(folder, name) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != wanted["bytes"]:
+                    return f"{name} has {size} bytes instead of {wanted['bytes']}"
+                if read(name, size) and seal(file) != wanted:
+                    return f"{name} is not what was written (SHA-256 differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        except ValueError as error:
+            return f"{NAME} is damaged ({error})"
+    for name in REQUIRED:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if seals is not None and name not in seals:
+            return f"{NAME} does not list {name}"
+    return None

@@ -1,0 +1,107 @@
+"""Which checkpoints of a run directory are on one course of training. Imports no torch.
+
+A run that is sent back (--ckpt-step, or a damaged checkpoint) trains from there on under a new
+branch. Every checkpoint records its lineage: its branch, and where the branches before it were
+left. What a course does not contain is never loaded in its place, averaged with it or counted.
+
+RUN/lineage.json    the course that the run is on, written before anything of it is
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.checkpoint import integrity
+from megatron_chatflow.utils.files import write_atomically
+from megatron_chatflow.utils.user_files import load_json
+
+FILE = "lineage.json"
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A branch, and those that it grew from."""
+
+    branch: str
+    ancestors: tuple[tuple[str, int], ...] = ()
+    """(branch, the last iteration that is on the course), oldest first."""
+
+    @classmethod
+    def new(cls) -> Lineage:
+        """The lineage of a run that starts."""
+        return cls(uuid.uuid4().hex[:12])
+
+    @classmethod
+    def of(cls, value: Any) -> Lineage:
+        """Read what `plain` gave; None is that of checkpoints of earlier versions.
+
+        Raises ValueError where it is something else.
+        """
+        if value is None:
+            return UNKNOWN
+        branch, ancestors = value["branch"], value["ancestors"]
+        if type(branch) is not str or not all(
+            type(b) is str and type(i) is int for b, i in ancestors
+        ):
+            raise ValueError("it is not a lineage")
+        return cls(branch, tuple((name, left) for name, left in ancestors))
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"branch": self.branch, "ancestors": [list(pair) for pair in self.ancestors]}
+
+    def leave(self, iteration: int) -> Lineage:
+        """A new branch that grows from `iteration` of this one."""
+        return Lineage(uuid.uuid4().hex[:12], (*self.ancestors, (self.branch, iteration)))
+
+    def contains(self, other: Lineage | None, iteration: int) -> bool:
+        """Whether the checkpoint of `iteration` with the lineage `other` is on this course."""
+        return other is not None and self.has(other.branch, iteration)
+
+    def has(self, branch: str, iteration: int) -> bool:
+        """Whether what `branch` did at `iteration` is on this course."""
+        return branch == self.branch or iteration <= dict(self.ancestors).get(branch, -1)
+
+
+UNKNOWN = Lineage("unknown")
+"""That of checkpoints which record none: one course."""
+
+
+def read_lineage(folder: Path) -> Lineage | None:
+    """The lineage of a checkpoint; None where its state.json is damaged."""
+    try:
+        content = (folder / "state.json").read_bytes()
+        seals = integrity.read_manifest(folder)
+        digest = hashlib.sha256(content).hexdigest()
+        if seals is not None and seals["state.json"]["sha256"] != digest:
+            return None
+        return Lineage.of(load_json(content).get("lineage"))
+    except _DAMAGE:
+        return None
+
+
+def read_course(run: Path) -> Lineage | None:
+    """The lineage in `RUN/lineage.json`; None where it is missing or damaged."""
+    try:
+        return Lineage.of(load_json((run / FILE).read_bytes()))
+    except _DAMAGE:
+        return None
+
+
+def write_course(run: Path, lineage: Lineage) -> None:
+    """Record the course that a run is on."""
+    write_atomically(run / FILE, json.dumps(lineage.plain()) + "\n")
+
+
+def listed(iterations: Iterable[int]) -> str:
+    """Iterations in a message: the first ten."""
+    numbers = sorted(iterations)
+    more = f", ... ({len(numbers)} in all)" if len(numbers) > 10 else ""
+    return f"iteration{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:10]))}{more}"

@@ -1,0 +1,105 @@
+"""The forms in which megatron-core's optimizers lay out a checkpoint, and the reading of one form
+into an optimizer of another.
+
+The moments have the same names in all three. What differs is where the float32 parameters are, and
+where the groups and the step count stand:
+
+| optimizer | float32 parameters | groups, step |
+|---|---|---|
+| FP32Optimizer | the weights themselves | ``param_groups``, ``state.common_step`` |
+| Float16OptimizerWithFloat16Params | ``optimizer.state.fp32_param.*`` | ``optimizer.param_groups``, ``optimizer.state.common_step`` |
+| DistributedOptimizer | ``optimizer.state.param.*`` | ``optimizer.param_groups``, the step in each group |
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
+
+_MOMENTS = ("optimizer.state.exp_avg.", "optimizer.state.momentum_buffer.")
+"""Before the name of a weight: the first moment of Adam, the momentum of SGD."""
+
+
+class Form(Enum):
+    """A form by the prefix that its float32 parameters have before the name of the weight."""
+
+    FP32 = ""
+    HALF = "optimizer.state.fp32_param."
+    DISTRIBUTED = "optimizer.state.param."
+
+
+def form_of(optimizer: MegatronOptimizer) -> Form:
+    """The form that an optimizer reads and writes; `optimizer` is one part of a
+    ChainedOptimizer.
+    """
+    if isinstance(optimizer, DistributedOptimizer):
+        return Form.DISTRIBUTED
+    return Form.FP32 if isinstance(optimizer, FP32Optimizer) else Form.HALF
+
+
+def form_in(saved: dict[str, Any]) -> Form:
+    """The form of the ``optimizer`` part of a checkpoint's common state."""
+    if "param_state_sharding_type" in saved:
+        return Form.DISTRIBUTED
+    return Form.HALF if "optimizer" in saved else Form.FP32
+
+
+def ask_for(weights: dict[str, Any], state: dict[str, Any], have: Form, want: Form) -> None:
+    """Rename the float32 parameters that an optimizer of the form `want` is about to load to what a
+    checkpoint of the form `have` calls them.
+
+    `weights` and `state` are the sharded state dicts of the model and the optimizer, changed in
+    place. An FP32Optimizer's parameters are the model's.
+    """
+    if have == want:
+        return
+    if want != Form.FP32:
+        apply_prefix_mapping(state, {want.value: have.value})
+        return
+    keys = [entry.key for entry in nested_values(state) if isinstance(entry, ShardedBase)]
+    trained = {key.removeprefix(m) for key in keys for m in _MOMENTS if key.startswith(m)}
+    for entry in nested_values(weights):
+        if isinstance(entry, ShardedBase) and entry.key in trained:
+            entry.key = have.value + entry.key
+
+
+def hand_over(loaded: dict[str, Any], optimizer: MegatronOptimizer, have: Form) -> None:
+    """Put groups and step of a checkpoint of the form `have` where `optimizer` looks for them in
+    `loaded`, which is changed in place.
+    """
+    want = form_of(optimizer)
+    if have == want:
+        return
+    source, target = (
+        loaded if form == Form.FP32 else loaded.setdefault("optimizer", {}) for form in (have, want)
+    )
+    # What an optimizer without distribution loads has the numbers of its own parameters, which
+    # stand in the order of its groups.
+    numbers = [group.get("params") for group in target.get("param_groups", [])]
+    groups, common = source.pop("param_groups"), source.get("state", {}).pop("common_step", None)
+    steps = {int(group["step"]) for group in groups if "step" in group}
+    if common is not None:
+        steps.add(int(common))
+    groups = [
+        {key: value for key, value in group.items() if key not in ("step", "params")}
+        for group in groups
+    ]
+    with_each_parameter = isinstance(
+        optimizer.optimizer, torch.optim.Adam
+    )  # Transformer Engine's and apex's have the step in the group
+    if len(steps) > 1:
+        raise ValueError(f"the optimizer's groups have made {sorted(steps)} steps, not one number")
+    if steps and (want == Form.DISTRIBUTED or not with_each_parameter):  # SGD counts no steps
+        groups = [group | {"step": max(steps)} for group in groups]
+    if want != Form.DISTRIBUTED:
+        groups = [group | {"params": own} for group, own in zip(groups, numbers, strict=True)]
+        if with_each_parameter:
+            target["state"]["common_step"] = torch.tensor(float(max(steps)))
+    target["param_groups"] = groups

@@ -1,0 +1,58 @@
+"""megatron-core's torch_dist strategy, with the end of a save in our hands.
+
+megatron-core's own ending writes files on rank 0 between two collectives, so a full disk there
+leaves the other ranks waiting for ever; and it does not say what is durable. Here every rank's
+shards are made durable and hashed where they are written, and one function ends the save with one
+verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megatron_chatflow.checkpoint.integrity import Seals
+from megatron_chatflow.checkpoint.writer_process import Answer, write_shards
+
+filesystem_async._results_queue = (
+    SimpleQueue()
+)  # megatron-core would start a process for it, which outlives a killed rank for ever
+
+
+class SealedShards(TorchDistSaveShardedStrategy):
+    """Has this rank's shards written by its `Writer` and calls `end(writer, metadata)` on every
+    rank when all of them are.
+    """
+
+    def __init__(self, end: Callable[[Any, Any], None]) -> None:
+        super().__init__("torch_dist", 1)
+        self._end = end
+
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, save_state_dict_ret: Any
+    ) -> AsyncRequest:
+        transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+        write = partial(write_shards, transforms) if writer.write_buckets else None
+        return AsyncRequest(
+            write, (writer.write_buckets,), [partial(self._end, writer, save_state_dict_ret[1])]
+        )
+
+
+def results_of_rank(writer: Any, answer: Answer | None) -> tuple[str | None, list[Any], Seals]:
+    """(what went wrong here or None, megatron-core's write results, seals of this rank's
+    shards).
+    """
+    if not writer.write_buckets:
+        return None, [], {}
+    if answer is None:
+        return "the process that writes was killed (out of memory?)", [], {}
+    results, seals = answer
+    writer.results_queue.put(results)
+    outcome = writer.retrieve_write_results()
+    return (None, outcome, seals) if isinstance(outcome, list) else (f"{outcome[0]}", [], {})

@@ -1,0 +1,110 @@
+"""A copy of a checkpoint's tensors in memory that a rank shares with the process that writes its
+shards, made once a save into the same place.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+_ALIGNMENT = 64
+"""Bytes; a tensor's address is a multiple of its element size at least."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the shared memory."""
+
+    offset: int
+    """In bytes."""
+    dtype: torch.dtype
+    shape: Sequence[int]
+
+    def within(self, memory: mmap.mmap) -> torch.Tensor:
+        """The tensor that lies there; not a copy."""
+        count = torch.Size(self.shape).numel()
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(memory, dtype=self.dtype, count=count, offset=self.offset).view(
+            self.shape
+        )
+
+
+class Staging:
+    """Shared memory for the tensors of a checkpoint; kept from save to save, as fresh memory costs
+    more than the copy.
+    """
+
+    def __init__(self) -> None:
+        self.file: int | None = None
+        """Descriptor of the memory, which another process can map; another one when a checkpoint is
+        larger than those before.
+        """
+        self.size = 0
+        """In bytes."""
+        self._memory: mmap.mmap | None = None
+
+    def copy(self, buckets: list[Any]) -> list[Any]:
+        """Copy the tensors of megatron-core's write buckets here; returns the buckets with each
+        tensor's `Place` instead of it.
+
+        Raises:
+            OSError: there is no memory; what was here before still is.
+        """
+        staged, moves, end = [], [], 0
+        for path, name, (objects, tensors) in buckets:
+            places = []
+            for item, tensor in tensors:
+                place = Place(end, tensor.dtype, tuple(tensor.shape))
+                places.append((item, place))
+                moves.append((place, tensor))
+                end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            staged.append((path, name, (objects, places)))
+        self._reserve(end)
+        for place, tensor in moves:
+            place.within(self._memory).copy_(tensor)
+        return staged
+
+    def _reserve(self, size: int) -> None:
+        if size <= self.size:
+            return
+        file = os.memfd_create("checkpoint")
+        try:
+            os.ftruncate(file, size)
+            memory = mmap.mmap(file, size)
+        except OSError:
+            os.close(file)
+            raise
+        self.close()
+        self.file, self.size, self._memory = file, size, memory
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self.file is not None:
+            os.close(self.file)
+        self.file, self.size, self._memory = None, 0, None
+
+
+def without_views(sharded_state: dict[str, Any]) -> None:
+    """Give every CPU tensor of a sharded state dict a storage of its own over the same memory, in
+    place.
+
+    Weights and moments are views into megatron-core's buffers, and its writer clones views before
+    they are copied here once more.
+    """
+    for entry in nested_values(sharded_state):
+        data = getattr(entry, "data", None)
+        if (
+            isinstance(data, torch.Tensor)
+            and data.device.type == "cpu"
+            and data.is_contiguous()
+            and data.numel()
+        ):
+            flat = data.detach().view(-1).view(torch.uint8)
+            entry.data = torch.from_numpy(flat.numpy()).view(data.dtype).view(data.shape)

@@ -1,0 +1,62 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.config import load_values
+from megatron_chatflow.config.schema import ParallelSettings
+from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.report import console
+
+
+@contextlib.contextmanager
+def usage_errors(of: str = "") -> Iterator[None]:
+    """Inside, a ValueError or a missing file is the user's matter: it becomes a ConfigError. Wraps
+    only what checks the user's words.
+
+    `of`: what the words are about, put in front of the sentence.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{of}{error}") if of else error from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{of}{error}") from None
+
+
+def install_engine() -> None:
+    """Make megatron-core usable on this machine; before the first import that needs it."""
+    from megatron_chatflow.distributed import cuda_shim, process_groups
+
+    process_groups.hide_engine_warnings()
+    cuda_shim.install()
+
+
+def complain_on(rank: int) -> Callable[[str], None]:
+    """A function that prints a line to standard error on the first rank, and nothing elsewhere."""
+    return console.complain if rank == 0 else lambda text: None
+
+
+def run_values(run: str | Path, *, keep_layout: bool = True) -> dict[str, Any]:
+    """{setting: value} of a run directory's config.yaml, as the base that flags win over.
+
+    Args:
+        run: the run directory (what was --save).
+        keep_layout: False leaves out how the run was laid over processes: its checkpoint loads into
+        any layout.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"{run} is not a run directory: it has no config.yaml; give the folder that was "
+            f"--save of a run"
+        )
+    values = load_values(path)
+    if not keep_layout:
+        for name in ParallelSettings.__dataclass_fields__:
+            values.pop(name, None)
+    return values

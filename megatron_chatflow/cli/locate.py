@@ -1,0 +1,120 @@
+"""``chatflow locate``: which documents a sample holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_chatflow.cli.common import run_values, usage_errors
+from megatron_chatflow.config import Config, loader, make_parser, resolve_data
+from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.report import console
+
+EPILOG = """examples:
+  chatflow locate --checkpoint runs/zh --iteration 57
+  chatflow locate --checkpoint runs/zh --sample 912
+  chatflow locate --config run.yaml --curriculum curriculum.yaml --iteration 57
+"""
+_EXCERPT = 160
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print domain, ordinal, epoch and documents of every asked sample, with their text."""
+    parser = make_parser(
+        "chatflow locate",
+        "Show which documents of which domain a sample or an iteration holds, and their text.",
+        EPILOG,
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--iteration",
+        type=int,
+        metavar="N",
+        help="every sample of this iteration (counted from 1); the beginning of each document",
+    )
+    which.add_argument(
+        "--sample", type=int, metavar="N", help="this sample (counted from 0); its whole text"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="RUN",
+        help="a run directory: its config.yaml and its plan.json, amendments included",
+    )
+    with usage_errors():
+        _, args = loader(parser, argv)
+        config, _ = loader(parser, argv, run_values(args.checkpoint) if args.checkpoint else None)
+        config = resolve_data(config)
+        from megatron_chatflow.curriculum import BlendPlan
+        from megatron_chatflow.data import Blend
+        from megatron_chatflow.training.batch_schedule import count_iterations, samples_of_iteration
+        from megatron_chatflow.training.data_setup import make_plan, open_inputs
+
+        inputs = open_inputs(config)
+        if args.checkpoint:
+            plan = BlendPlan.from_json(
+                (Path(args.checkpoint) / "plan.json").read_text(encoding="utf-8")
+            )
+        else:
+            plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
+        if args.iteration is not None:
+            history = _batches(config, args.checkpoint)
+            last = count_iterations(history, plan.num_samples)
+            if not 1 <= args.iteration <= last:
+                raise ConfigError(
+                    f"iteration {args.iteration} is not in the run; give --iteration a "
+                    f"number from 1 to {last}"
+                )
+            start, stop = samples_of_iteration(history, args.iteration)
+        else:
+            if not 0 <= args.sample < plan.num_samples:
+                raise ConfigError(
+                    f"sample {args.sample} is not in the run; give --sample a number from 0 "
+                    f"to {plan.num_samples - 1}"
+                )
+            start, stop = args.sample, args.sample + 1
+        blend = Blend(plan, inputs.domains)
+    domains, ordinals = plan.locate(start, stop)
+    if args.iteration is not None:
+        console.say(
+            f"iteration {args.iteration}: samples {start} to {stop - 1}, stage "
+            f"{plan.stage_at(start)}"
+        )
+    for n, number, ordinal in zip(range(start, stop), domains, ordinals, strict=True):
+        origin = blend.provenance(n)
+        name = plan.domain_names[number]
+        console.say(f"sample {n}: domain {name}, ordinal {ordinal}, epoch {origin['epoch']}")
+        for document, first, last in origin["documents"]:
+            console.say(
+                f"  document {document}, tokens {first} to {last - 1}: "
+                f"{_text(inputs, name, document, first, last, None if args.sample is not None else _EXCERPT)}"
+            )
+    return 0
+
+
+def _batches(config: Config, run: str | None) -> tuple[Any, ...]:
+    """The batch sizes of the run: what its latest checkpoint knows, and from there on those of its
+    settings.
+    """
+    from megatron_chatflow.checkpoint.run_directory import find_checkpoint, read_state
+    from megatron_chatflow.training.batch_schedule import batch_history
+
+    folder = find_checkpoint(run, None) if run else None
+    if folder is None:
+        return batch_history(config)
+    state = read_state(folder)
+    return batch_history(
+        config, state["batches"], state["iteration"], state["consumed_train_samples"]
+    )
+
+
+def _text(inputs: Any, name: str, document: int, first: int, last: int, most: int | None) -> str:
+    """The text of a document's tokens first .. last - 1; nothing else of the corpus is read."""
+    if inputs.tokenizer is None:
+        return f"(no text: give {inputs.tokenizer_flags})"
+    dataset = inputs.domains[name].dataset
+    (start,) = dataset.document_starts(np.array([document])).tolist()
+    text = inputs.tokenizer.decode(dataset.tokens[start + first : start + last].tolist())
+    return repr(text if most is None or len(text) <= most else text[:most] + "...")

@@ -1,0 +1,115 @@
+"""A Hugging Face folder to a run directory that holds one checkpoint, of iteration 0, and no
+optimizer.
+
+SAVE/iter_0000000/      the weights in torch_dist, for any layout, state.json and manifest.json
+SAVE/huggingface/       the tokenizer's files, config.json, generation_config.json: what the way back needs
+SAVE/config.yaml        the model's settings and its tokenizer
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_chatflow.checkpoint.integrity import seal_folder, write_manifest
+from megatron_chatflow.checkpoint.run_directory import POINTER, iteration_folder
+from megatron_chatflow.config import to_yaml
+from megatron_chatflow.conversion.hf_config import config_json
+from megatron_chatflow.conversion.hf_model import Opened, open_folder
+from megatron_chatflow.conversion.safetensors_io import (
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    check_target,
+    copy_files,
+)
+from megatron_chatflow.conversion.torch_dist import Piece, write
+from megatron_chatflow.utils.files import sync_folder, write_atomically
+from megatron_chatflow.utils.user_files import dump_yaml, load_yaml
+
+FILES = "huggingface"
+"""Folder of a run directory with the files that are carried along."""
+
+
+def convert(
+    load: Path,
+    save: Path,
+    tokenizer_folder: Path | None,
+    methods: dict[str, str | None],
+    say: Callable[[str], None],
+) -> None:
+    """Convert the folder `load` into the run directory `save`, which must not exist or be empty.
+
+    Args:
+        load: see `open_folder`, as are `tokenizer_folder` and `methods`.
+        save: is there, whole, when this returns; a killed conversion leaves ``SAVE.partial``
+        behind. tokenizer_folder: an extended tokenizer, or None. methods: of new rows. say: prints
+        a line.
+
+    Raises:
+        ConfigError: what is there cannot be converted; nothing has been written.
+    """
+    check_target(save)
+    model = open_folder(load, tokenizer_folder, methods)
+    for note in model.notes:
+        say(note)
+    partial = save.with_name(save.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    folder = iteration_folder(partial, 0)
+    folder.mkdir(parents=True)
+    write(folder, model.contents, model.dtypes, _with_progress(model, say))
+    source = {"type": "huggingface", "name": load.name}
+    state = {
+        "iteration": 0,
+        "consumed_train_samples": 0,
+        "sealed": True,
+        "optimizer": False,
+        "converted_from": source,
+    }
+    write_atomically(folder / "state.json", json.dumps(state, indent=1))
+    write_manifest(folder, seal_folder(folder))
+    _carry_files(model, partial / FILES)
+    write_atomically(partial / "config.yaml", _yaml(model))
+    write_atomically(partial / POINTER, "0\n")
+    os.rename(partial, save)
+    sync_folder(save.parent)
+
+
+def _with_progress(model: Opened, say: Callable[[str], None]) -> Callable[[Piece], torch.Tensor]:
+    layers, told = model.config.model.num_layers, -1
+
+    def make(piece: Piece) -> torch.Tensor:
+        nonlocal told
+        if piece.layer is not None and piece.layer >= told + max(1, layers // 10):
+            told = piece.layer
+            say(f" layer {piece.layer + 1} of {layers}")
+        return model.tensor(piece)
+
+    return make
+
+
+def _carry_files(model: Opened, target: Path) -> None:
+    target.mkdir()
+    copy_files(model.folder, target, MODEL_FILES)
+    copy_files(model.vocabulary.tokenizer_file.parent, target, TOKENIZER_FILES)
+    dtype = str(model.dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
+    content = config_json(model.config.model, model.vocabulary.rows, dtype, model.hf)
+    (target / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _yaml(model: Opened) -> str:
+    """The sections that a conversion knows; all other settings are the command's that reads it. The
+    tokenizer's path is relative to the file.
+    """
+    sections = load_yaml(to_yaml(model.config))
+    sections["tokenizer"]["tokenizer_model"] = f"{FILES}/{model.vocabulary.tokenizer_file.name}"
+    kept = {
+        "model": sections["model"],
+        "training": {"bf16": model.config.training.bf16},
+        "tokenizer": sections["tokenizer"],
+    }
+    return dump_yaml(kept)

@@ -1,0 +1,188 @@
+"""Rows of the embedding and of the output layer for tokens that the model has never seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chatflow.conversion.safetensors_io import read_json
+from megatron_chatflow.errors import ConfigError
+
+TOKEN_MAP = "token_map.json"
+METHODS = ("mean", "random", "mean_all")
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A token and what its text was before it was a token."""
+
+    id: int
+    pieces: tuple[int, ...]
+    """Ids of the base tokenizer."""
+    chars: tuple[float, ...]
+    """Characters in each piece; a byte piece counts its share of its character."""
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """How a tokenizer was made from the one that the model was trained with."""
+
+    kind: str
+    """``extend``: the new ids follow the old ones. ``replace``: they stand in the place of old
+    ones.
+    """
+    base_vocab_size: int
+    vocab_size: int
+    base_sha256: str
+    new: tuple[NewToken, ...]
+
+
+def read_token_map(folder: Path) -> TokenMap:
+    """Read and check token_map.json. Raises ConfigError where it is missing, of another version or
+    contradicts itself.
+    """
+    path = folder / TOKEN_MAP
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} has no {TOKEN_MAP}, so nothing tells where the rows of its tokens "
+            f"come from; give a folder that tools/extend_tokenizer.py made"
+        )
+    content = read_json(path)
+    if content.get("version") != 1 or content.get("kind") not in ("extend", "replace"):
+        raise ConfigError(
+            f"{path}: version {content.get('version')!r}, kind {content.get('kind')!r}; "
+            f"make the tokenizer with this release's tools"
+        )
+    try:
+        new = tuple(
+            NewToken(int(e["id"]), tuple(map(int, e["pieces"])), tuple(map(float, e["chars"])))
+            for e in content["new"]
+        )
+        result = TokenMap(
+            content["kind"],
+            int(content["base_vocab_size"]),
+            int(content["vocab_size"]),
+            str(content["base_sha256"]),
+            new,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged ({error!r}); make the tokenizer again") from None
+    fault = _fault(result)
+    if fault:
+        raise ConfigError(f"{path} contradicts itself: {fault}; make the tokenizer again")
+    return result
+
+
+def _fault(told: TokenMap) -> str | None:
+    ids = [token.id for token in told.new]
+    if told.kind == "extend" and sorted(ids) != list(range(told.base_vocab_size, told.vocab_size)):
+        return f"the new ids are not {told.base_vocab_size} to {told.vocab_size - 1}"
+    if told.kind == "replace" and (
+        told.vocab_size != told.base_vocab_size or len(set(ids)) != len(ids)
+    ):
+        return "a replacement leaves the size as it was and names every id once"
+    for token in told.new:
+        if (
+            not 0 <= token.id < told.vocab_size
+            or not token.pieces
+            or len(token.pieces) != len(token.chars)
+        ):
+            return (
+                f"token {token.id} has {len(token.pieces)} pieces and {len(token.chars)} "
+                f"lengths in a vocabulary of {told.vocab_size}"
+            )
+        if not all(0 <= piece < told.base_vocab_size for piece in token.pieces):
+            return (
+                f"token {token.id} has pieces outside the base vocabulary of {told.base_vocab_size}"
+            )
+    return None
+
+
+def check_base(told: TokenMap, folder: Path, tokenizer_files: Sequence[Path], rows: int) -> None:
+    """Refuse a map that was made from none of the model's tokenizer files. `rows` of the model's
+    embedding.
+    """
+    actual = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tokenizer_files}
+    if told.base_sha256 not in actual.values():
+        raise ConfigError(
+            f"{folder / TOKEN_MAP}: made from a tokenizer with the sha256 "
+            f"{told.base_sha256[:12]}..., and the model's is "
+            f"{', '.join(f'{name} {sha[:12]}...' for name, sha in actual.items())}; extend "
+            f"the tokenizer of this very model"
+        )
+    if told.base_vocab_size > rows:
+        raise ConfigError(
+            f"{folder / TOKEN_MAP}: its base has {told.base_vocab_size} tokens and the "
+            f"model {rows} rows; extend its own"
+        )
+
+
+def with_new_rows(
+    matrix: torch.Tensor,
+    base_vocab_size: int,
+    rows: int,
+    new: Sequence[NewToken],
+    method: str,
+    side: str,
+    std: float,
+    seed: int,
+) -> torch.Tensor:
+    """The matrix [rows, hidden] with the rows of `new` made by `method` and all others as they are,
+    bit for bit.
+
+    ``mean`` is the mean of the rows of a token's pieces: for the ``input`` side the plain one,
+    ``E[pieces].mean(0)``, for the ``output`` side weighted with the characters of each piece (arXiv
+    2608.03494). ``mean_all`` is the mean of all rows of the base vocabulary, ``random`` is normal
+    with `std`, a function of (seed, side). Means are taken in float32.
+
+    Args:
+        matrix: [base rows, hidden], what the pieces are looked up in.
+        base_vocab_size: rows of `matrix` that are tokens; those beyond are the padding of whoever
+        trained the model. rows: of the result. new: the tokens to make rows for. method: one of
+        `METHODS`. side: ``input`` or ``output``. A tied matrix is both, and takes the input's rule:
+        every layer reads the embedding, and the weighted mean was
+            shown for an output layer of its own.
+        std: of the initial weights.
+        seed: of ``random``.
+    """
+    result = matrix.new_zeros(rows, matrix.shape[1])
+    result[: len(matrix)] = matrix
+    ids = torch.tensor([token.id for token in new])
+    if method == "mean_all":
+        result[ids] = matrix[:base_vocab_size].float().mean(0).to(matrix.dtype)
+    elif method == "random":
+        name = f"{seed}/new rows/{side}"
+        generator = torch.Generator().manual_seed(
+            int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+        )
+        result[ids] = (
+            torch.empty(len(new), matrix.shape[1])
+            .normal_(0.0, std, generator=generator)
+            .to(matrix.dtype)
+        )
+    else:
+        for token in new:
+            result[token.id] = _mean(
+                matrix[list(token.pieces)].float(), token.chars if side == "output" else None
+            ).to(matrix.dtype)
+    return result
+
+
+def _mean(rows: torch.Tensor, weights: Sequence[float] | None) -> torch.Tensor:
+    if weights is None or not sum(weights):
+        return rows.mean(0)
+    share = torch.tensor(weights) / sum(weights)
+    return (rows * share[:, None]).sum(0)
+
+
+def report(told: TokenMap, methods: dict[str, Any]) -> str:
+    """One line: how many rows were made, and how."""
+    verb = "added" if told.kind == "extend" else "replaced"
+    return f"{len(told.new):,} rows {verb}: " + ", ".join(
+        f"{side} {method}" for side, method in methods.items()
+    )

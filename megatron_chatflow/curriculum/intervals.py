@@ -1,0 +1,224 @@
+"""The plan's pieces: spans of samples among which the same domains take turns.
+
+A piece ends where a domain joins or leaves, at every knot, at every amendment, and where a domain
+has given its capacity. What each domain is behind or ahead at that moment is carried over, so
+nothing is forgotten; a domain whose share is 0 has no place in the piece and gets nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from megatron_chatflow.curriculum.apportion import Apportionment
+from megatron_chatflow.curriculum.merge_tree import Tree
+from megatron_chatflow.curriculum.ramps import STILL, Pacing, without
+from megatron_chatflow.curriculum.schedule import GRID, Knot, Span, grid_shares, spans
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A span of the plan that was fixed at one time."""
+
+    start: int
+    """Its first sample."""
+    knots: tuple[Knot, ...]
+    """From the one in force at `start` on."""
+    capacities: Mapping[str, int] | None = None
+    """Samples that each domain can give in all, where exhausted domains hand their share on; else
+    None.
+    """
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Samples begin .. end - 1. Arrays are over the plan's domains, by number: [K]."""
+
+    begin: int
+    end: int
+    origin: int
+    """The sample from which the pacing counts."""
+    pacing: Pacing
+    before: np.ndarray
+    """Scheduled shares where the pacing is 0: float64."""
+    after: np.ndarray
+    """And where it is 1."""
+    members: np.ndarray
+    """Numbers of the domains that take turns, in order of their names: int64 [M]."""
+    given: np.ndarray
+    """Samples that each domain gave before this piece: int64."""
+    integral: np.ndarray
+    """The integral of each domain's share before this piece: float64."""
+    version: int
+    """The plan's version: 1 orders samples by a tree of due times, 2 apportions them."""
+
+    @cached_property
+    def order(self) -> Apportionment | Tree:
+        """The order of the piece's samples."""
+        behind = (self.integral - self.given)[self.members]
+        kind = Tree if self.version == 1 else Apportionment
+        return kind(
+            self.before[self.members],
+            self.after[self.members],
+            self.pacing,
+            self.begin - self.origin,
+            behind - _mean(behind),
+        )
+
+    def shares(self, n: int) -> np.ndarray:
+        """Scheduled shares at sample n: float64 [K]."""
+        p = self.pacing.at(np.asarray(float(n - self.origin)))
+        return (1 - p) * self.before + p * self.after
+
+    def integral_at(self, n: int) -> np.ndarray:
+        """The integral of the shares from 0 to n: float64 [K]."""
+        first, last = self.pacing.area(
+            np.array([self.begin - self.origin, n - self.origin], np.float64)
+        ).tolist()
+        area = last - first
+        return self.integral + self.before * (n - self.begin - area) + self.after * area
+
+    def counts(self, n: int) -> np.ndarray:
+        """Samples of each domain before sample n: int64 [K]."""
+        counts = self.given.copy()
+        counts[self.members] += self.order.counts(n - self.begin)
+        return counts
+
+    def locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Domain number and ordinal of samples start .. stop - 1: int64 [stop - start] each."""
+        members, ordinals = self.order.locate(start - self.begin, stop - self.begin)
+        domains = self.members[members]
+        return domains, ordinals + self.given[domains]
+
+    def same_order(self, other: Piece, numbers: np.ndarray) -> bool:
+        """Whether another plan's piece says the same as far as both reach. `numbers`: the other
+        plan's number of each domain of this one, or -1.
+        """
+        mine, theirs = self.members, other.members
+        return (
+            (self.version, self.begin, self.origin) == (other.version, other.begin, other.origin)
+            and np.array_equal(numbers[mine], theirs)
+            and np.array_equal(self.given[mine], other.given[theirs])
+            and np.array_equal(self.before[mine], other.before[theirs])
+            and np.array_equal(self.after[mine], other.after[theirs])
+            and np.array_equal(self.pacing.knots, other.pacing.knots)
+            and np.array_equal(self.pacing.values, other.pacing.values)
+            and np.array_equal(self.integral[mine], other.integral[theirs])
+        )
+
+
+def build(
+    segment: Segment, names: Sequence[str], stop: int, previous: Piece | None, version: int
+) -> Iterator[Piece]:
+    """The pieces of a segment up to sample `stop`.
+
+    Args:
+        segment: what is scheduled.
+        names: the plan's domains, in order of their numbers.
+        stop: where the segment ends.
+        previous: the last piece before the segment; it ends where the segment starts. None: the
+        segment is the first. version: the plan's.
+
+    Raises:
+        ValueError: every domain that is scheduled has given its capacity before `stop`.
+    """
+    number = {name: i for i, name in enumerate(names)}
+    capacity = (
+        None
+        if segment.capacities is None
+        else np.array([segment.capacities.get(name, 0) for name in names], np.int64)
+    )
+    for span in spans(segment.knots, segment.start, stop):
+        begin = span.begin
+        while begin < span.end:
+            given, integral = np.zeros(len(names), np.int64), np.zeros(len(names))
+            if previous is not None:
+                known = len(previous.given)
+                given[:known], integral[:known] = (
+                    previous.counts(begin),
+                    previous.integral_at(begin),
+                )
+            before, after, pace = span.before, span.after, span.pacing
+            if capacity is not None:
+                alive = {
+                    name
+                    for name in {**before, **after}
+                    if given[number[name]] < capacity[number[name]]
+                }
+                before, after, pace = _remaining(span, alive, begin)
+            joins_later = begin == span.origin and not before.keys() >= after.keys()
+            members = sorted(before if joins_later else {**before, **after})
+            piece = Piece(
+                begin,
+                begin + 1 if joins_later else span.end,
+                span.origin,
+                pace,
+                _vector(before, number),
+                _vector(after, number),
+                np.array([number[name] for name in members], np.int64),
+                given,
+                integral,
+                version,
+            )
+            if capacity is not None:
+                piece = _until_exhausted(piece, capacity)
+            yield piece
+            previous, begin = piece, piece.end
+
+
+def _remaining(
+    span: Span, alive: set[str], begin: int
+) -> tuple[Mapping[str, int], Mapping[str, int], Pacing]:
+    """Shares before and after and their pacing when only the domains in `alive` are left, the
+    others' shares going to them in proportion.
+    """
+    if not alive:
+        names = ", ".join(sorted({**span.before, **span.after}))
+        raise ValueError(
+            f"on_exhausted: redistribute: at sample {begin} every domain that is scheduled "
+            f"({names}) has given all it has; shorten the run, "
+            "raise max_epochs, or write on_exhausted: repeat"
+        )
+    if len(alive) == len({**span.before, **span.after}):
+        return span.before, span.after, span.pacing
+    before, after = (
+        {name: share for name, share in shares.items() if name in alive}
+        for shares in (span.before, span.after)
+    )
+    if not before or not after:
+        left = grid_shares(before or after)
+        return left, left, STILL
+    pace = without(span.pacing, sum(before.values()) / GRID, sum(after.values()) / GRID)
+    return grid_shares(before), grid_shares(after), pace
+
+
+def _until_exhausted(piece: Piece, capacity: np.ndarray) -> Piece:
+    """The piece, cut at the first sample before which one of its domains has given its capacity."""
+
+    def exhausted(n: int) -> bool:
+        return bool((piece.counts(n) >= capacity)[piece.members].any())
+
+    low, high = piece.begin, piece.end
+    if not exhausted(high):
+        return piece
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if exhausted(middle) else (middle, high)
+    return Piece(
+        **{**{name: getattr(piece, name) for name in Piece.__dataclass_fields__}, "end": high}
+    )
+
+
+def _vector(shares: Mapping[str, int], number: Mapping[str, int]) -> np.ndarray:
+    values = np.zeros(len(number))
+    for name, share in shares.items():
+        values[number[name]] = share / GRID
+    return values
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean, added up in the order of the values on every machine."""
+    return float(np.cumsum(values)[-1]) / len(values)

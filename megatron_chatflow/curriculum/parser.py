@@ -1,0 +1,421 @@
+"""Read and check a curriculum: whatever is wrong is one message with file, key, value and what to
+do. Nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_chatflow.curriculum.ramps import RAMPS, valid_ramp
+from megatron_chatflow.curriculum.schema import (
+    CLOCKS,
+    KINDS,
+    ON_EXHAUSTED,
+    Curriculum,
+    Domain,
+    Stage,
+)
+from megatron_chatflow.utils.user_files import control_character, load_yaml, valid_name, visible
+
+_SUFFIXES = ("_text_document", "_document")
+
+
+def load_curriculum(path: str | Path) -> Curriculum:
+    """Reads a curriculum file (docs: the curriculum file). Relative paths of domains are resolved
+    against the file's folder.
+
+    Only the text is checked: whether the corpora exist is for those who open them.
+
+    Raises:
+        ValueError: the file is missing, not YAML, or says something wrong; one message with file,
+        key, value and what to do.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ValueError(
+            f"{path}: cannot be read ({reason}); give the path of a curriculum file"
+        ) from None
+    try:
+        mapping = load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return parse_curriculum(mapping, source=str(path), folder=Path(path).parent)
+
+
+def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curriculum:
+    """Checks a curriculum that is already loaded.
+
+    Args:
+        mapping: what the YAML file holds (clock, domains, stages, on_exhausted, validation).
+        source: what error messages call it, e.g. the file.
+        folder: against which relative paths of domains are resolved.
+
+    Raises:
+        ValueError: something is wrong; one message with source, key, value and what to do.
+    """
+
+    def fail(key: str, problem: str, advice: str) -> NoReturn:
+        raise ValueError(visible(f"{source}: {key}: {problem}; {advice}"))
+
+    if not isinstance(mapping, Mapping):
+        fail(
+            "curriculum",
+            f"a mapping is expected, found {_kind(mapping)}",
+            "write clock, domains and stages",
+        )
+    _known(mapping, ("clock", "domains", "stages", "on_exhausted", "validation"), "", fail)
+    clock = _choice(mapping.get("clock", "samples"), CLOCKS, "clock", fail)
+    on_exhausted = _choice(
+        mapping.get("on_exhausted", "repeat"), ON_EXHAUSTED, "on_exhausted", fail
+    )
+    entries = mapping.get("domains")
+    if not isinstance(entries, Mapping) or not entries:
+        problem = (
+            "no domain is named"
+            if not entries
+            else f"a mapping is expected, found {_kind(entries)}"
+        )
+        fail("domains", problem, "write at least one as `name: {path: prefix}`")
+    domains = {name: _domain(name, entry, Path(folder), fail) for name, entry in entries.items()}
+    written = mapping.get("stages")
+    if not isinstance(written, Sequence) or isinstance(written, str) or not written:
+        problem = (
+            "no stage is given" if not written else f"a list is expected, found {_kind(written)}"
+        )
+        fail("stages", problem, "write at least one as `- {name: start, at: 0, weights: {...}}`")
+    stages: list[Stage] = []
+    order = _Order()
+    for number, entry in enumerate(written, 1):
+        stage = _stage(entry, f"stages[{number}]", domains, fail)
+        order.check(stage, f"stages[{number}]", fail)
+        stages.append(stage)
+    return Curriculum(
+        clock,
+        domains,
+        tuple(stages),
+        on_exhausted,
+        source,
+        _validation(mapping.get("validation", {}), domains, Path(folder), fail),
+    )
+
+
+def constant_curriculum(pairs: Iterable[tuple[float, str]]) -> Curriculum:
+    """The curriculum that Megatron's --data-path means: fixed weights over the whole run.
+
+    Args:
+        pairs: (weight, prefix) of each corpus. A domain is called by the last part of its prefix,
+        without `_text_document` or `_document`.
+
+    Raises:
+        ValueError: two corpora would have one name, a weight is negative or not a number, or none
+        is positive.
+    """
+    source, domains, weights = "--data-path", {}, {}
+    for weight, prefix in pairs:
+        name = os.path.basename(os.fspath(prefix))
+        name = next(
+            (name.removesuffix(s) for s in _SUFFIXES if name.endswith(s) and name != s), name
+        )
+        if name in domains:
+            other = domains[name]["path"]
+            raise ValueError(
+                f"{source}: {prefix} and {other} would both be called {name!r}; write a "
+                f"curriculum file, where each domain has a name"
+            )
+        domains[name], weights[name] = {"path": os.fspath(prefix)}, weight
+    if not domains:
+        raise ValueError(f"{source}: no corpus is given; write WEIGHT PREFIX pairs")
+    stages = [{"name": "constant", "at": 0, "weights": weights}]
+    return parse_curriculum({"domains": domains, "stages": stages}, source=source, folder=Path())
+
+
+def _domain(name: Any, entry: Any, folder: Path, fail: Any) -> Domain:
+    key = _entry_key(
+        "domains",
+        "a domain",
+        name,
+        entry,
+        ("path", "kind", "max_epochs", "valid", "train_on_prompt"),
+        fail,
+    )
+    path = _prefix(entry.get("path"), f"{key}.path", folder, fail)
+    cap = entry.get("max_epochs")
+    if cap is not None:
+        cap = _number(cap, f"{key}.max_epochs", fail)
+        if cap <= 0:
+            fail(
+                f"{key}.max_epochs",
+                f"{cap} is not positive",
+                "write how often the domain may be read at most, or leave it out",
+            )
+    valid = _prefix(entry["valid"], f"{key}.valid", folder, fail) if "valid" in entry else None
+    kind = _choice(entry.get("kind", "text"), KINDS, f"{key}.kind", fail)
+    return Domain(
+        name, path, kind, cap, valid, _train_on_prompt(entry, kind, f"{key}.train_on_prompt", fail)
+    )
+
+
+def _train_on_prompt(entry: Mapping[str, Any], kind: str, key: str, fail: Any) -> bool:
+    value = entry.get("train_on_prompt", False)
+    if not isinstance(value, bool):
+        fail(
+            key, f"a truth value is expected, found {_kind(value)} {value!r}", "write true or false"
+        )
+    if "train_on_prompt" in entry and kind != "instruct":
+        fail(
+            key,
+            f"a domain of kind {kind} has no prompts, all of it is trained on",
+            "drop the key, or write `kind: instruct`",
+        )
+    return value
+
+
+def _validation(
+    entries: Any, domains: Mapping[str, Domain], folder: Path, fail: Any
+) -> dict[str, Domain]:
+    """The named validation sets; also checks that no held-out corpus is one that is trained on."""
+    if not isinstance(entries, Mapping):
+        fail(
+            "validation",
+            f"a mapping is expected, found {_kind(entries)}",
+            "write `name: {path: prefix}`, or leave it out",
+        )
+    sets = {}
+    for name, entry in entries.items():
+        key = _entry_key("validation", "a validation set", name, entry, ("path", "kind"), fail)
+        if name in domains:
+            advice = f"give it another name, or write the corpus as domains.{name}.valid"
+            fail(key, "a domain has the same name, and both are reported under it", advice)
+        path = _prefix(entry.get("path"), f"{key}.path", folder, fail)
+        sets[name] = Domain(
+            name, path, _choice(entry.get("kind", "text"), KINDS, f"{key}.kind", fail)
+        )
+    trained = {domain.path: name for name, domain in domains.items()}
+    held_out = [(f"domains.{name}.valid", domain.valid) for name, domain in domains.items()]
+    for key, path in [
+        *held_out,
+        *((f"validation.{name}.path", entry.path) for name, entry in sets.items()),
+    ]:
+        if path in trained:
+            fail(
+                key,
+                f"{path} is what domain {trained[path]!r} is trained on",
+                "give text that is not trained on",
+            )
+    return sets
+
+
+def _entry_key(
+    section: str, what: str, name: Any, entry: Any, keys: Sequence[str], fail: Any
+) -> str:
+    """The key of a named corpus, when its name and its keys are valid."""
+    if not isinstance(name, str):
+        fail(section, f"the name {name!r} is {_kind(name)}, not text", "put it in quotes")
+    if not valid_name(name):
+        fail(
+            section,
+            f"{name!r} is no name for {what}",
+            "use letters, digits, - _ and . (it becomes part of metric names)",
+        )
+    key = f"{section}.{name}"
+    if not isinstance(entry, Mapping):
+        fail(key, f"a mapping is expected, found {_kind(entry)}", "write `{path: prefix}`")
+    _known(entry, keys, f"{key}.", fail)
+    return key
+
+
+def _prefix(path: Any, key: str, folder: Path, fail: Any) -> str:
+    """The absolute prefix of a corpus."""
+    if isinstance(path, str):
+        _one_line(path, key, fail)
+    if not isinstance(path, str) or not path:
+        problem = (
+            "no path is given" if path in (None, "") else f"text is expected, found {_kind(path)}"
+        )
+        fail(key, problem, "write the prefix of its .bin and .idx")
+    for suffix in (".bin", ".idx"):
+        if path.endswith(suffix):
+            fail(key, f"{path!r} ends with {suffix}", "write the prefix, without the ending")
+    return os.path.abspath(folder / path)
+
+
+def _stage(entry: Any, key: str, domains: Mapping[str, Domain], fail: Any) -> Stage:
+    if not isinstance(entry, Mapping):
+        fail(
+            key,
+            f"a mapping is expected, found {_kind(entry)}",
+            "write `{name: ..., at: ..., weights: {...}}`",
+        )
+    _known(entry, ("name", "at", "weights", "ramp"), f"{key}.", fail)
+    name = entry.get("name")
+    if not isinstance(name, str) or not name.strip():
+        fail(
+            f"{key}.name",
+            "no name is given" if name in (None, "") else f"{name!r} is no name",
+            "give the stage a name (text)",
+        )
+    _one_line(name, f"{key}.name", fail)
+    key = f"{key} ({name})"
+    if "at" not in entry:
+        fail(
+            f"{key}.at",
+            "it is missing",
+            "write where the stage begins, in the clock's unit or as a percentage",
+        )
+    at, relative = _position(entry["at"], f"{key}.at", fail)
+    ramp = entry.get("ramp", "linear")
+    if not isinstance(ramp, str) or not valid_ramp(ramp):
+        nearest = _nearest(ramp, ("step", "linear", "cosine", "root2", "geometric"))
+        fail(
+            f"{key}.ramp",
+            f"{ramp!r} is unknown{nearest}",
+            f"choose one of {', '.join(RAMPS)} (root2: the square root)",
+        )
+    weights = entry.get("weights")
+    if not isinstance(weights, Mapping):
+        problem = (
+            "it is missing" if weights is None else f"a mapping is expected, found {_kind(weights)}"
+        )
+        fail(f"{key}.weights", problem, "write `{domain: weight, ...}`")
+    checked = {}
+    for domain, weight in weights.items():
+        if domain not in domains:
+            fail(
+                f"{key}.weights",
+                f"domain {domain!r} is unknown{_nearest(domain, domains)}",
+                "name it under domains, or correct the name",
+            )
+        checked[domain] = _number(weight, f"{key}.weights.{domain}", fail)
+        if checked[domain] < 0:
+            fail(f"{key}.weights.{domain}", f"{weight} is negative", "write 0 or a positive number")
+    if not any(weight > 0 for weight in checked.values()):
+        fail(
+            f"{key}.weights", "no weight is positive", "give at least one domain a positive weight"
+        )
+    return Stage(name, at, checked, ramp, relative)
+
+
+class _Order:
+    """Checks what can be said without the length of the run: a number and a percentage are compared
+    when the plan is made.
+    """
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._latest: dict[bool, Stage] = {}
+
+    def check(self, stage: Stage, key: str, fail: Any) -> None:
+        """Check a stage against those before it."""
+        at = f"{key} ({stage.name}).at"
+        if stage.name in self._names:
+            fail(f"{key}.name", f"two stages are called {stage.name!r}", "give each its own name")
+        if not self._names:
+            if stage.at != 0:
+                fail(
+                    at,
+                    f"the first stage begins at {_shown(stage)}",
+                    "let the first stage begin at 0",
+                )
+            self._latest = {True: stage, False: stage}
+        before = self._latest[stage.relative]
+        if self._names and before.at == stage.at:
+            fail(
+                at,
+                f"stages {before.name!r} and {stage.name!r} both begin at {_shown(stage)}",
+                "move one of them, or drop it",
+            )
+        if before.at > stage.at:
+            problem = (
+                f"{_shown(stage)} comes before the stage above it, {before.name!r} at "
+                f"{_shown(before)}"
+            )
+            fail(at, problem, "list the stages in the order in which they begin")
+        self._names.add(stage.name)
+        self._latest[stage.relative] = stage
+
+
+def _position(value: Any, key: str, fail: Any) -> tuple[int | float, bool]:
+    relative = isinstance(value, str) and value.rstrip().endswith("%")
+    if relative:
+        try:
+            value = float(value.rstrip()[:-1])
+        except ValueError:
+            fail(key, f"{value!r} is no percentage", "write one such as 40%")
+        value = int(value) if value.is_integer() else value
+    number = _number(value, key, fail)
+    if number < 0:
+        fail(key, f"{number}{'%' * relative} is negative", "write 0 or more")
+    if relative and number > 100:
+        fail(key, f"{number}% is beyond the end of the run", "write at most 100%")
+    return number, relative
+
+
+def _number(value: Any, key: str, fail: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(
+            key,
+            f"a number is expected, found {_kind(value)} {value!r}",
+            "write a number, without quotes",
+        )
+    if not abs(value) <= 1e300:
+        fail(
+            key,
+            f"{value:.3} is not a number to reckon with"
+            if isinstance(value, float)
+            else "the number is too large",
+            "write a finite one",
+        )
+    return value
+
+
+def _one_line(text: str, key: str, fail: Any) -> None:
+    if control_character(text) is not None:
+        fail(key, f"{text!r} holds a control character", "write it without")
+
+
+def _choice(value: Any, choices: Sequence[str], key: str, fail: Any) -> str:
+    if not isinstance(value, str) or value not in choices:
+        fail(
+            key,
+            f"{value!r} is unknown{_nearest(value, choices)}",
+            f"choose one of {', '.join(choices)}",
+        )
+    return value
+
+
+def _known(mapping: Mapping, names: Sequence[str], prefix: str, fail: Any) -> None:
+    for name in mapping:
+        if name not in names:
+            fail(
+                f"{prefix}{name}",
+                f"unknown key{_nearest(name, names)}",
+                f"the keys here are {', '.join(names)}",
+            )
+
+
+def _nearest(value: Any, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(value), list(names), 1, 0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _kind(value: Any) -> str:
+    names = {
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+        type(None): "nothing",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _shown(stage: Stage) -> str:
+    return f"{stage.at}{'%' * stage.relative}"

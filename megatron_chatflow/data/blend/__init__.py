@@ -1,0 +1,1 @@
+"""The datasets of the domains, and the blend of them that a run reads."""

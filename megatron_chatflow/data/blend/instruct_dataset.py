@@ -1,0 +1,193 @@
+"""An instruction domain: whole conversations packed into windows, trained on the answers alone or
+on prompts as well.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from megatron_chatflow.data.blend.packing import pack, positions
+from megatron_chatflow.data.blend.window_dataset import Batch, WindowDomain, ranges, segments
+from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
+from megatron_chatflow.data.corpus.verify import index_faults
+
+_BLOCK = 1 << 18
+"""Conversations that are looked at together at opening."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """What a domain does not train on because windows are no longer than they are.
+
+    Attributes:
+        conversations: all of the domain.
+        left_out: conversations of two tokens or more without one with loss among their first S + 1,
+        which no window holds. cut: conversations longer than S + 1 tokens that windows hold,
+        without their end. tokens: tokens with loss, were windows long enough for all. lost_tokens:
+        of these, the ones that are in no window.
+    """
+
+    conversations: int
+    left_out: int
+    cut: int
+    tokens: int
+    lost_tokens: int
+
+
+class InstructDomain(WindowDomain):
+    """The conversations of a corpus with sequence modes, packed into windows of S positions.
+
+    A conversation of L tokens t takes L - 1 positions: tokens t[0] .. t[L-2], labels t[1] ..
+    t[L-1]. loss_mask is 1 where the label lies in a sequence of mode 0 (an answer), with
+    `train_on_prompt` everywhere. Each conversation is a segment of its own, its position_ids start
+    at 0, and no label belongs to another conversation than its token. What is longer than S + 1
+    tokens is cut there; where that leaves no label with loss, the conversation is left out, so
+    every window has one. What is left of a window is padded with token 0, loss_mask 0, and a
+    segment of its own.
+
+    The packing is a function of S and of the lengths of the conversations that are not left out,
+    the same in every epoch; it is made at every opening. The windows are shuffled as a text
+    domain's are.
+
+    Args:
+        name, dataset, seq_length, seed, documents: as in `WindowDomain`.
+        train_on_prompt: whether labels in prompts (mode 1) carry loss as well.
+
+    Attributes:
+        packing: which conversations each window holds; conversations are numbered from
+        `documents[0]`. losses: what is not trained on because it is longer than a window.
+
+    Raises:
+        ValueError: the corpus has no sequence modes, its sequences are not stored in order, or its
+        index is damaged.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dataset: IndexedDataset,
+        *,
+        seq_length: int,
+        seed: int,
+        documents: tuple[int, int],
+        train_on_prompt: bool = False,
+    ) -> None:
+        super().__init__(name, dataset, seq_length=seq_length, seed=seed, documents=documents)
+        self.train_on_prompt = train_on_prompt
+        if dataset.sequence_modes is None:
+            raise ValueError(
+                f"corpus {dataset.prefix}: it has no sequence modes, so prompts and answers "
+                f"cannot be told apart"
+            )
+        for fault in index_faults(dataset):
+            raise ValueError(f"corpus {dataset.prefix}: {fault}: preprocess it again")
+        lengths = np.diff(dataset.document_starts(np.arange(documents[0], documents[1] + 1)))
+        trained, kept = self._count_trained(lengths)
+        left_out = (lengths > 1) & (kept == 0)
+        self.packing = pack(np.where(left_out, 0, lengths), seq_length)
+        self.num_samples = self.packing.num_windows
+        total = int(trained.sum())
+        self.losses = Losses(
+            len(lengths), int(left_out.sum()), self.packing.num_cut, total, total - int(kept.sum())
+        )
+
+    def _count_trained(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the labels with loss of each conversation: in all of it, and in its first S + 1
+        tokens, int64 [conversations] each.
+        """
+        whole = np.maximum(lengths.astype(np.int64) - 1, 0)
+        kept = positions(lengths, self.seq_length)
+        if self.train_on_prompt:
+            return whole, kept
+        trained = self._count_answers(np.arange(len(lengths)), whole)
+        cut = np.flatnonzero(kept < whole)
+        trained_kept = trained.copy()
+        trained_kept[cut] = self._count_answers(cut, kept[cut])
+        return trained, trained_kept
+
+    def _count_answers(self, conversations: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Returns how many of the labels t[1] .. t[size] of each conversation are in answers, int64
+        [conversations].
+        """
+        counts = np.zeros(len(conversations), np.int64)
+        for begin in range(0, len(conversations), _BLOCK):
+            block = slice(begin, begin + _BLOCK)
+            document = conversations[block] + self.documents[0]
+            which, labels, answer = self._labels(document, size[block])
+            counts[block] = np.bincount(which, labels * answer, len(document))
+        return counts
+
+    def fill_chunk(self, batch: Batch, rows: np.ndarray, windows: np.ndarray) -> None:
+        """See `WindowDomain.fill_chunk`."""
+        document, which = self._conversations(windows)
+        start = self.dataset.document_starts(document)
+        size = positions(self.dataset.document_starts(document + 1) - start, self.seq_length)
+        shape = len(windows), self.seq_length
+
+        # The windows, one after the other, are a row of pieces: the conversations of a window, and
+        # its padding, which may be empty.
+        used = np.bincount(which, size, len(windows)).astype(np.int64)
+        last = np.cumsum(np.bincount(which, minlength=len(windows)))
+        sizes = np.insert(size, last, self.seq_length - used)
+        segment_ids, position_ids = segments((np.cumsum(sizes) - sizes)[sizes > 0], *shape)
+        source = np.repeat(np.insert(start, last, 0), sizes) + position_ids.reshape(-1)
+        trained = np.repeat(np.insert(np.ones(len(size), bool), last, False), sizes)
+        if not self.train_on_prompt:
+            trained[trained] = self._answers(document, size)
+
+        batch["tokens"][rows] = self.dataset.tokens.take(source, mode="clip").reshape(shape)
+        batch["labels"][rows] = self.dataset.tokens.take(source + 1, mode="clip").reshape(shape)
+        batch["loss_mask"][rows] = trained.reshape(shape)
+        batch["position_ids"][rows] = position_ids
+        batch["segment_ids"][rows] = segment_ids
+        for window in np.flatnonzero(used < self.seq_length):
+            batch["tokens"][rows[window], used[window] :] = 0
+            batch["labels"][rows[window], used[window] :] = 0
+
+    def window_documents(self, window: int) -> list[tuple[int, int, int]]:
+        """See `WindowDomain.window_documents`: the conversations of a window, each from its first
+        token.
+        """
+        document, _ = self._conversations(np.array([window]))
+        lengths = self.dataset.document_starts(document + 1) - self.dataset.document_starts(
+            document
+        )
+        return [
+            (d, 0, min(n, self.seq_length + 1))
+            for d, n in zip(document.tolist(), lengths.tolist(), strict=True)
+        ]
+
+    def _conversations(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the documents of the windows, and for each which of the windows it lies in, int64
+        [conversations] each.
+        """
+        begin = self.packing.starts[windows]
+        which, within = ranges(self.packing.starts[windows + 1] - begin)
+        return self.packing.order[begin[which] + within].astype(np.int64) + self.documents[0], which
+
+    def _answers(self, document: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Returns for the labels t[1] .. t[size] of each document whether they are in an answer,
+        bool [sum(size)].
+        """
+        _, labels, answer = self._labels(document, size)
+        return np.repeat(answer, labels)
+
+    def _labels(
+        self, document: np.ndarray, size: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Looks at the sequences of documents one by one.
+
+        Returns:
+            which document each belongs to, how many of its labels t[1] .. t[size] it has, int64
+            [sequences] each; and whether it is an answer, bool.
+        """
+        begin = self.dataset.document_indices[document]
+        which, within = ranges(self.dataset.document_indices[document + 1] - begin)
+        sequence = begin[which] + within
+        first = (
+            self.dataset.sequence_pointers[sequence] // self.dataset.dtype.itemsize
+            - self.dataset.document_starts(document)[which]
+        )
+        last = first + self.dataset.sequence_lengths[sequence]
+        labels = np.minimum(last, size[which] + 1) - np.clip(first, 1, size[which] + 1)
+        return which, np.maximum(labels, 0), self.dataset.sequence_modes[sequence] == 0

@@ -1,0 +1,215 @@
+"""What text and instruction domains have in common: numbered windows, read in another order each
+epoch; and the batch they fill.
+"""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from megatron_chatflow.data.blend.buffer_pool import BufferPool
+from megatron_chatflow.data.blend.index_shuffle import shuffled_windows
+from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
+from megatron_chatflow.errors import DataError
+
+Batch = dict[str, np.ndarray]
+_POOL = BufferPool()
+_CHUNK_POSITIONS = 1 << 17
+
+
+def empty_batch(num_samples: int, seq_length: int) -> Batch:
+    """Allocates a batch; all but tokens and labels already holds what a plain text window has.
+
+    Returns:
+        tokens, labels, position_ids: int64 [num_samples, seq_length]; loss_mask: float32, 1;
+        segment_ids: int32, 0 (same shape).
+    """
+    count = num_samples * seq_length
+    memory = _POOL.take(32 * count)
+    fields = {
+        "tokens": np.int64,
+        "labels": np.int64,
+        "position_ids": np.int64,
+        "loss_mask": np.float32,
+        "segment_ids": np.int32,
+    }
+    batch, at = {}, 0
+    for name, dtype in fields.items():
+        size = count * np.dtype(dtype).itemsize
+        batch[name] = memory[at : at + size].view(dtype).reshape(num_samples, seq_length)
+        at += size
+    batch["position_ids"][:] = np.arange(seq_length)
+    batch["loss_mask"].fill(1)
+    batch["segment_ids"].fill(0)
+    return batch
+
+
+def first_outside(batch: Batch, vocab_size: int | None) -> int | None:
+    """Returns the first row of a batch with an id outside of the vocabulary; None where there is
+    none, or no vocabulary.
+    """
+    if vocab_size is None or not batch["tokens"].size:
+        return None
+    unsigned = [
+        batch[key].view(np.uint64) for key in ("tokens", "labels")
+    ]  # a negative id is a large one
+    if all(ids.max() < vocab_size for ids in unsigned):
+        return None
+    return int(np.argmax(np.logical_or(*((ids >= vocab_size).any(1) for ids in unsigned))))
+
+
+def segments(
+    starts: np.ndarray, num_samples: int, seq_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Counts segments and the positions within them.
+
+    Args:
+        starts: int64 [any], row * seq_length + column of each place where a segment starts; the
+        start of a row is one without saying. num_samples: rows n. seq_length: columns S.
+
+    Returns:
+        segment_ids int32 [n, S] and position_ids int64 [n, S], both from 0 in each row.
+    """
+    total = num_samples * seq_length
+    first_of_row = np.arange(0, total, seq_length)
+    starts = np.union1d(first_of_row, starts)
+    sizes = np.diff(starts, append=total)
+    number = np.arange(len(starts)) - np.searchsorted(starts, first_of_row)[starts // seq_length]
+    position = np.arange(total) - np.repeat(starts, sizes)
+    return np.repeat(number.astype(np.int32), sizes).reshape(
+        num_samples, seq_length
+    ), position.reshape(num_samples, seq_length)
+
+
+def ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (which, within) for the concatenation of range(counts[0]), range(counts[1]), ...:
+    int64 [sum(counts)] each.
+    """
+    which = np.repeat(np.arange(len(counts)), counts)
+    return which, np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+class WindowDomain(ABC):
+    """A domain of `num_samples` windows; the sample with ordinal j is a window of epoch j //
+    num_samples.
+
+    Attributes:
+        name: the domain's name; it and the seed decide the order of the windows.
+        dataset: the corpus.
+        seq_length: S, positions in a window.
+        seed: seed of the run.
+        documents: the documents [begin, end) of the corpus that belong to the domain's subset.
+        num_samples: windows an epoch; 0 when there is nothing to read.
+        vocab_size: tokens of the vocabulary, before padding: what reads whole batches checks that
+        all ids are below it; None: nothing is checked.
+    """
+
+    vocab_size: int | None = None
+
+    def __init__(
+        self,
+        name: str,
+        dataset: IndexedDataset,
+        *,
+        seq_length: int,
+        seed: int,
+        documents: tuple[int, int],
+    ) -> None:
+        self.name = name
+        self.dataset = dataset
+        self.seq_length = seq_length
+        self.seed = seed
+        self.documents = documents
+        self.num_samples = 0
+        if not dataset.header.contiguous:
+            raise ValueError(
+                f"corpus {dataset.prefix}: the sequences do not fill {dataset.prefix}.bin "
+                f"from its start to its end in order "
+                "(other token type, other index, or rearranged): run "
+                "megatron_chatflow.data.corpus.verify on it and preprocess it again"
+            )
+
+    def __repr__(self) -> str:
+        begin, end = self.documents
+        size = f"documents {begin}..{end}, {self.num_samples} windows of {self.seq_length}"
+        return f"{type(self).__name__}({self.name!r}, {self.dataset.prefix!r}, {size})"
+
+    def epoch_of(self, ordinal: int) -> int:
+        """Returns the epoch in which the domain reads a sample, from 0."""
+        return int(ordinal) // self.num_samples
+
+    def window_of(self, ordinals: np.ndarray) -> np.ndarray:
+        """Returns the window that each ordinal reads, int64 [n] (see `permute.py`)."""
+        ordinals = np.asarray(ordinals, np.int64)
+        return shuffled_windows(
+            ordinals, np.zeros_like(ordinals), np.array([self.num_samples]), (self.name,), self.seed
+        )
+
+    def read(self, ordinals: np.ndarray) -> Batch:
+        """Reads samples by ordinal, int64 [n]; see `empty_batch` for what comes back."""
+        return self.read_window(self.window_of(ordinals))
+
+    def read_window(self, windows: np.ndarray) -> Batch:
+        """Reads windows by their number in file order, int64 [n] in [0, num_samples): what
+        validation does.
+        """
+        windows = np.asarray(windows, np.int64)
+        batch = empty_batch(len(windows), self.seq_length)
+        if len(windows) and (windows.min() < 0 or windows.max() >= self.num_samples):
+            raise IndexError(
+                f"domain {self.name}: windows {windows.min()} to {windows.max()} of "
+                f"{self.num_samples}"
+            )
+        self.fill(batch, np.arange(len(windows)), windows)
+        row = first_outside(batch, self.vocab_size)
+        if row is not None:
+            raise self.outside(batch, row, windows[row], f"window {windows[row]}")
+        return batch
+
+    def outside(self, batch: Batch, row: int, window: int, which: str) -> DataError:
+        """Returns the error for a row of a batch that holds ids outside of the vocabulary.
+
+        Args:
+            batch: what was read.
+            row: the row.
+            window: the window that it holds.
+            which: what the message calls it.
+        """
+        ids = np.unique(np.concatenate([batch["tokens"][row], batch["labels"][row]]))
+        ids = ids[(ids < 0) | (ids >= self.vocab_size)]
+        shown = ", ".join(map(str, ids[:5].tolist())) + ", ..." * (len(ids) > 5)
+        numbers = [document for document, _, _ in self.window_documents(int(window))]
+        documents = (
+            f"document {numbers[0]}"
+            if len(numbers) == 1
+            else f"documents {numbers[0]} to {numbers[-1]}"
+        )
+        return DataError(
+            f"domain {self.name}: {which} ({documents} of {self.dataset.prefix}) holds "
+            f"token ids outside of the vocabulary of {self.vocab_size}: "
+            f"{shown}; give the tokenizer that made the corpus, or preprocess it again "
+            f"(tools/verify_dataset.py {self.dataset.prefix} --vocab-size {self.vocab_size} "
+            f"checks all of it)"
+        )
+
+    def provenance(self, ordinal: int) -> dict:
+        """Returns where a sample comes from: `epoch`, and `documents` as `window_documents`."""
+        (window,) = self.window_of(np.array([ordinal])).tolist()
+        return {"epoch": self.epoch_of(ordinal), "documents": self.window_documents(window)}
+
+    def fill(self, batch: Batch, rows: np.ndarray, windows: np.ndarray) -> None:
+        """Writes windows into rows of a batch made by `empty_batch`, some at a time: what is needed
+        meanwhile stays in the cache.
+        """
+        step = max(1, _CHUNK_POSITIONS // self.seq_length)
+        for at in range(0, len(rows), step):
+            self.fill_chunk(batch, rows[at : at + step], windows[at : at + step])
+
+    @abstractmethod
+    def fill_chunk(self, batch: Batch, rows: np.ndarray, windows: np.ndarray) -> None:
+        """What `fill` does for at least one and not too many windows."""
+
+    @abstractmethod
+    def window_documents(self, window: int) -> list[tuple[int, int, int]]:
+        """Returns (document, first token, stop token), counted within the document, for all tokens
+        that a window reads.
+        """

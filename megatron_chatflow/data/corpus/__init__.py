@@ -1,0 +1,1 @@
+"""Megatron's `.bin/.idx`: reading, writing, merging and verifying."""

@@ -1,0 +1,430 @@
+"""Megatron's `.bin/.idx` in numpy: reading. Byte for byte the format of
+`megatron.core.datasets.indexed_dataset`.
+
+    .bin   the tokens, sequence after sequence, no header
+    .idx   offset  type            what
+           0       9 bytes         b"MMIDIDX\\0\\0"
+           9       uint64          version, 1
+           17      uint8           type of a token: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16 (6 and 7 are floats)
+           18      uint64          S, the number of sequences
+           26      uint64          D, the number of documents + 1
+           34      int32  [S]      tokens of each sequence
+                   int64  [S]      where each sequence starts in the .bin, in bytes
+                   int64  [D]      the sequence each document starts with; the last entry is S
+                   int8   [S]      mode of each sequence; present only when the file is that long ("multimodal")
+
+All numbers are little endian.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import os
+import struct
+from functools import cached_property
+from typing import BinaryIO, NoReturn
+
+import numpy as np
+
+from megatron_chatflow.data.corpus.mmap import map_file
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+_SAMPLES = 16
+_SAMPLE_TOKENS = 64
+
+
+def best_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """Returns the token type for a vocabulary, by Megatron's rule (`DType.optimal_dtype`)."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """The fixed part of an `.idx`, and what follows from it and the two file sizes.
+
+    Attributes:
+        dtype: type of a token.
+        num_sequences: S.
+        num_documents: documents (D - 1).
+        num_tokens: tokens in the `.bin`.
+        multimodal: whether sequence modes are there.
+        contiguous: whether the first sequence starts the `.bin`, and the last one and the last that
+        is not empty end it: what every
+            writer of Megatron makes, and as much as can be known without reading all pointers
+            (`verify` reads them).
+    """
+
+    dtype: np.dtype
+    num_sequences: int
+    num_documents: int
+    num_tokens: int
+    multimodal: bool
+    contiguous: bool
+
+    def offsets(self) -> tuple[int, int, int, int, int]:
+        """Returns the byte offsets of lengths, pointers, document indices and modes in the `.idx`,
+        and the file's end.
+        """
+        pointers = HEADER.size + 4 * self.num_sequences
+        documents = pointers + 8 * self.num_sequences
+        modes = documents + 8 * (self.num_documents + 1)
+        return HEADER.size, pointers, documents, modes, modes + self.num_sequences * self.multimodal
+
+
+def read_header(prefix: str | os.PathLike) -> Header:
+    """Reads and checks the header of a corpus: one opened file at a time, six small reads (a few
+    more where the last sequence is empty).
+
+    Args:
+        prefix: path of the corpus without `.bin` and `.idx`.
+
+    Raises:
+        ValueError: a file is missing, foreign, truncated, or the two do not belong together.
+    """
+    prefix = os.fspath(prefix)
+    for suffix in (".idx", ".bin"):
+        if not os.path.isfile(prefix + suffix):
+            ending = prefix.endswith((".bin", ".idx"))
+            cure = (
+                f"write {prefix[:-4]}, without the ending"
+                if ending
+                else "make it with tools/preprocess_data.py or correct the path"
+            )
+            raise ValueError(f"corpus {prefix}: {prefix + suffix} does not exist: {cure}")
+    bin_size = os.stat(prefix + ".bin").st_size
+    with open(prefix + ".idx", "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        raw = file.read(HEADER.size)
+        if len(raw) < HEADER.size or raw[:9] != MAGIC:
+            raise ValueError(
+                f"corpus {prefix}: {prefix}.idx is not a Megatron index (it does not start "
+                f"with {MAGIC!r}): preprocess the corpus again"
+            )
+        _, version, code, sequences, documents = HEADER.unpack(raw)
+        if version != VERSION:
+            raise ValueError(
+                f"corpus {prefix}: {prefix}.idx has version {version}, only {VERSION} is "
+                f"known: preprocess the corpus again"
+            )
+        if code not in DTYPES:
+            raise ValueError(
+                f"corpus {prefix}: {prefix}.idx has the token type code {code}, known are "
+                f"{sorted(DTYPES)}: preprocess the corpus again"
+            )
+        dtype = np.dtype(DTYPES[code])
+        plain = HEADER.size + 12 * sequences + 8 * documents
+        if documents < 1 or size not in (plain, plain + sequences):
+            raise ValueError(
+                f"corpus {prefix}: {prefix}.idx has {size} bytes where its header "
+                f"({sequences} sequences, {documents - 1} documents) asks for "
+                f"{plain}: it was truncated or is being written; copy or preprocess it again"
+            )
+
+        def number(offset: int, kind: str) -> int:
+            return struct.unpack(kind, _read_at(file, offset, struct.calcsize(kind)))[0]
+
+        pointers = HEADER.size + 4 * sequences
+
+        def end_of(sequence: int) -> int:
+            return number(pointers + 8 * sequence, "<q") + dtype.itemsize * number(
+                HEADER.size + 4 * sequence, "<i"
+            )
+
+        end, contiguous = 0, bin_size == 0
+        if sequences:
+            end = end_of(sequences - 1)
+            contiguous = number(pointers, "<q") == 0 and end == bin_size
+            if contiguous and end and number(pointers - 4, "<i") == 0:
+                filled = bisect.bisect_left(
+                    range(sequences), bin_size, key=lambda i: number(pointers + 8 * i, "<q")
+                )
+                contiguous = filled > 0 and end_of(filled - 1) == bin_size
+        if number(plain - 8 * documents, "<q") != 0 or number(plain - 8, "<q") != sequences:
+            raise ValueError(
+                f"corpus {prefix}: the documents in {prefix}.idx do not run from sequence 0 "
+                f"to {sequences}: preprocess the corpus again"
+            )
+    if bin_size < end or bin_size % dtype.itemsize:
+        raise ValueError(
+            f"corpus {prefix}: {prefix}.bin has {bin_size} bytes where the index asks for "
+            f"{end} (tokens of {dtype.name}): "
+            "it was truncated or belongs to another index; copy or preprocess both again"
+        )
+    return Header(
+        dtype, sequences, documents - 1, bin_size // dtype.itemsize, size != plain, contiguous
+    )
+
+
+class IndexedDataset:
+    """A corpus in Megatron's format.
+
+    Opening reads the header alone; the arrays below are memory maps, made at the first use, and
+    hold no open file. Reading is thread-safe, and a pickled dataset is its path.
+
+    Args:
+        prefix: path of the corpus without `.bin` and `.idx`.
+
+    Raises:
+        ValueError: as `read_header`.
+    """
+
+    def __init__(self, prefix: str | os.PathLike) -> None:
+        self.prefix = os.fspath(prefix)
+        self.header = read_header(self.prefix)
+
+    def __repr__(self) -> str:
+        h = self.header
+        return (
+            f"IndexedDataset({self.prefix!r}: {h.num_documents} documents, {h.num_sequences} "
+            f"sequences, {h.num_tokens} tokens of {h.dtype.name})"
+        )
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.prefix,)
+
+    def __len__(self) -> int:
+        return self.header.num_sequences
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of a token."""
+        return self.header.dtype
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of sequences."""
+        return self.header.num_sequences
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return self.header.num_documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens in the `.bin`."""
+        return self.header.num_tokens
+
+    @cached_property
+    def _index(self) -> np.ndarray:
+        return map_file(self.prefix + ".idx")
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """All tokens in the order of the `.bin`, dtype [num_tokens]."""
+        return map_file(self.prefix + ".bin").view(self.dtype.newbyteorder("<"))
+
+    @cached_property
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int32 [num_sequences]."""
+        begin, end, *_ = self.header.offsets()
+        return _view(self._index, begin, end, "<i4")
+
+    @cached_property
+    def sequence_pointers(self) -> np.ndarray:
+        """First byte of each sequence in the `.bin`, int64 [num_sequences]."""
+        _, begin, end, *_ = self.header.offsets()
+        return _view(self._index, begin, end, "<i8")
+
+    @cached_property
+    def document_indices(self) -> np.ndarray:
+        """First sequence of each document, and at the end the number of sequences, int64
+        [num_documents + 1].
+        """
+        _, _, begin, end, _ = self.header.offsets()
+        return _view(self._index, begin, end, "<i8")
+
+    @cached_property
+    def sequence_modes(self) -> np.ndarray | None:
+        """Mode of each sequence (1 prompt, 0 answer), int8 [num_sequences]; None in a corpus
+        without modes.
+        """
+        *_, begin, end = self.header.offsets()
+        return self._index[begin:end].view(np.int8) if self.header.multimodal else None
+
+    def read_array(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Reads a part of `sequence_lengths`, `sequence_pointers`, `document_indices` or
+        `sequence_modes` from the file.
+
+        What goes through a whole corpus uses this: pages of a map would stay in the memory of the
+        process.
+        """
+        number = (
+            "sequence_lengths",
+            "sequence_pointers",
+            "document_indices",
+            "sequence_modes",
+        ).index(name)
+        dtype = np.dtype(("<i4", "<i8", "<i8", "i1")[number])
+        offset = self.header.offsets()[number] + start * dtype.itemsize
+        return np.fromfile(self.prefix + ".idx", dtype, stop - start, offset=offset)
+
+    def sequence(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Returns `length` tokens of a sequence from `offset` on (by default all to its end), a
+        view, dtype [length].
+
+        Raises:
+            IndexError: there is no such sequence, or it has no such tokens.
+            ValueError: the index is damaged there.
+        """
+        if not 0 <= index < self.num_sequences:
+            raise IndexError(f"sequence {index} of {self.num_sequences}")
+        whole = int(self.sequence_lengths[index])
+        stop = whole if length is None else offset + length
+        start, extra = divmod(int(self.sequence_pointers[index]), self.dtype.itemsize)
+        following = (
+            int(self.sequence_pointers[index + 1])
+            if index + 1 < self.num_sequences
+            else self.num_tokens * self.dtype.itemsize
+        )
+        in_order = not self.header.contiguous or following == (start + whole) * self.dtype.itemsize
+        if extra or not (0 <= start <= start + whole <= self.num_tokens and in_order):
+            self._damaged(f"sequence {index}")
+        if not 0 <= offset <= stop <= whole:
+            raise IndexError(f"tokens {offset} to {stop} of a sequence of {whole}")
+        return self.tokens[start + offset : start + stop]
+
+    def document(self, index: int) -> np.ndarray:
+        """Returns the tokens of a document, all its sequences one after the other, dtype [tokens];
+        raises as `sequence`.
+        """
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} of {self.num_documents}")
+        begin, end = (int(i) for i in self.document_indices[index : index + 2])
+        if not 0 <= begin <= end <= self.num_sequences:
+            self._damaged(f"document {index}")
+        return np.concatenate(
+            [np.empty(0, self.dtype)] + [self.sequence(i) for i in range(begin, end)]
+        )
+
+    def token_range(self, begin: int, end: int) -> tuple[int, int]:
+        """Returns the positions in `tokens` at which the documents `begin` and `end` start
+        (`num_documents`: the end of the `.bin`).
+
+        Reads a dozen numbers from the file and maps nothing, so that a thousand corpora can be
+        opened in little memory. Right for a contiguous corpus.
+
+        Raises:
+            ValueError: the index is damaged at one of the two.
+        """
+        with open(self.prefix + ".idx", "rb", buffering=0) as file:
+            first, last = (self._start(file, document) for document in (begin, end))
+        if first > last:
+            self._damaged(f"document {begin} or {end}")
+        return first, last
+
+    def _start(self, file: BinaryIO, document: int) -> int:
+        """Where a document starts in `tokens`, seen to agree with its neighbours in the index."""
+        if document in (0, self.num_documents):
+            return self.num_tokens if document else 0
+        lengths, pointers, documents, *_ = self.header.offsets()
+        before, sequence, after = struct.unpack(
+            "<3q", _read_at(file, documents + 8 * (document - 1), 24)
+        )
+        if not 0 <= before <= sequence <= after <= self.num_sequences:
+            self._damaged(f"document {document}")
+        if sequence in (0, self.num_sequences):
+            return self.num_tokens if sequence else 0
+        previous, pointer = struct.unpack("<2q", _read_at(file, pointers + 8 * (sequence - 1), 16))
+        (length,) = struct.unpack("<i", _read_at(file, lengths + 4 * (sequence - 1), 4))
+        if (
+            length < 0
+            or previous + length * self.dtype.itemsize != pointer
+            or not 0 <= pointer <= self.num_tokens * self.dtype.itemsize
+        ):
+            self._damaged(f"sequence {sequence}")
+        return pointer // self.dtype.itemsize
+
+    def _damaged(self, where: str) -> NoReturn:
+        raise ValueError(
+            f"corpus {self.prefix}: {self.prefix}.idx is damaged at {where}: see what "
+            f"tools/verify_dataset.py says of it"
+        )
+
+    def document_starts(self, documents: np.ndarray) -> np.ndarray:
+        """Returns the position in `tokens` of the first token of each document, int64 [n]; of an
+        empty one, where it would be.
+
+        Raises:
+            ValueError: the index is damaged at one of them.
+        """
+        sequences = self.document_indices[documents]
+        wrong = (sequences < 0) | (sequences > self.num_sequences)
+        if wrong.any():
+            self._damaged(f"document {documents[np.argmax(wrong)]}")
+        inside = sequences < self.num_sequences
+        pointers = self.sequence_pointers[np.minimum(sequences, self.num_sequences - 1)]
+        return np.where(inside, pointers // self.dtype.itemsize, self.num_tokens)
+
+    def documents_at(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the document that each position of `tokens` belongs to, int64 [n], by bisection.
+        Right for a contiguous corpus.
+        """
+        sequences = _bisect(
+            self.sequence_pointers, np.asarray(positions, np.int64) * self.dtype.itemsize
+        )
+        return _bisect(self.document_indices, sequences)
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the content: header, file sizes, and a fixed number of samples of
+        lengths, documents, modes and tokens.
+
+        The path and the dates play no part, so a copy has the same fingerprint. Constant time: a
+        change that keeps all sizes and touches none of the samples is not seen (`verify` and the
+        manifest's hash of the source are for that).
+        """
+        h = self.header
+        digest = hashlib.sha256(
+            repr(
+                (
+                    VERSION,
+                    h.dtype.name,
+                    h.num_sequences,
+                    h.num_documents,
+                    h.num_tokens,
+                    h.multimodal,
+                )
+            ).encode()
+        )
+        for array, width in (
+            (self.sequence_lengths, 1),
+            (self.document_indices, 1),
+            (self.sequence_modes, 1),
+            (self.tokens, _SAMPLE_TOKENS),
+        ):
+            if array is not None:
+                for start in sorted(
+                    {(len(array) - width) * i // (_SAMPLES - 1) for i in range(_SAMPLES)}
+                ):
+                    digest.update(array[max(start, 0) : max(start, 0) + width].tobytes())
+        return digest.hexdigest()
+
+
+def _view(index: np.ndarray, begin: int, end: int, dtype: str) -> np.ndarray:
+    """A part of the mapped index as numbers. They start at odd places of the file, and
+    `numpy.searchsorted` would copy them all.
+    """
+    return index[begin:end].view(dtype)
+
+
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def _bisect(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Returns for each value the last i with ascending[i] <= value; the first entry must not exceed
+    any value.
+    """
+    low = np.zeros(len(values), np.int64)
+    high = np.full(len(values), len(ascending), np.int64)
+    for _ in range(len(ascending).bit_length()):
+        middle = (low + high) >> 1
+        right = ascending[middle] <= values
+        low = np.where(right, middle, low)
+        high = np.where(right, high, middle)
+    return low

@@ -1,0 +1,481 @@
+"""Text to `.bin/.idx`: the pipeline behind `tools/preprocess_data.py`.
+
+The input is read (and unpacked) in chunks of whole records, processes parse and encode them, and
+what they return is written in the order of the input: the output is the same for every number of
+workers, and memory is bounded by the chunks in flight. Everything is written into a folder beside
+the output, from which a killed run can go on (`unfinished.py`); nothing appears under the final
+names before everything is there.
+"""
+
+import dataclasses
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from megatron_chatflow import __version__
+from megatron_chatflow.data.chat.templates import ENDS_WITH_EOD
+from megatron_chatflow.data.corpus.manifest import (
+    Manifest,
+    file_crc32,
+    read_manifest,
+    write_manifest,
+)
+from megatron_chatflow.data.preprocess.encoder import SHOWN, Encoded, Task
+from megatron_chatflow.data.preprocess.external_shuffle import shuffle
+from megatron_chatflow.data.preprocess.input_files import Chunk, Source, open_sources
+from megatron_chatflow.data.preprocess.options import PreprocessSettings, check, check_sources
+from megatron_chatflow.data.preprocess.resume_state import (
+    Place,
+    State,
+    claimed,
+    discard_state,
+    has_state,
+    load_state,
+    publish,
+    save_state,
+)
+from megatron_chatflow.data.preprocess.sentence_split import NLTK_LANGUAGES, Splitting
+from megatron_chatflow.data.preprocess.token_files import Spool
+from megatron_chatflow.data.preprocess.worker_pool import Numbered, encoders
+from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+
+_CHUNK = 1 << 18
+_MOST_IGNORED = 1000
+"""Names of keys that are counted separately, for each source."""
+_CHECKPOINT_SECONDS = 1.0
+_CHECKPOINT_SHARE = 0.02
+"""How often the state is saved: about every second, and less often where that would take more than
+this share of the time.
+"""
+
+
+@dataclass
+class Summary:
+    """What `preprocess` did.
+
+    Attributes:
+        corpora: the manifest of each corpus written, by its prefix.
+        malformed: malformed records left out.
+        too_long: those of them that are longer than `max_document_bytes`.
+        shown: the first few of them, with file, number and reason.
+        empty: documents left out because they encode to nothing, conversations because nothing in
+        them is trained on. ignored: keys of conversations that nothing reads, and how many records
+        have each. bytes: UTF-8 bytes of text that this process and its workers encoded. seconds:
+        wall time.
+    """
+
+    corpora: dict[str, Manifest]
+    malformed: int
+    too_long: int
+    shown: tuple[str, ...]
+    empty: int
+    ignored: dict[str, int]
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        documents: written so far.
+        bytes: UTF-8 bytes of their text.
+        seconds: since this process began.
+        done: share of the stored input that is done; None when its size is not known.
+        rate: bytes of text a second, since this process began to encode.
+        left: seconds until the input is done; None when that is not known.
+    """
+
+    documents: int
+    bytes: int
+    seconds: float
+    done: float | None
+    rate: float
+    left: float | None
+
+
+class MalformedInput(ValueError):
+    """Nothing was written because of what the input holds: malformed records, of which the message
+    names the first few, or no document at all.
+    """
+
+
+class InputChanged(ValueError):
+    """An input is not what the unfinished run read."""
+
+
+def preprocess(
+    settings: PreprocessSettings,
+    progress: Callable[[Progress], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Summary:
+    """Encodes the input and writes the corpora with their manifests.
+
+    Args:
+        settings: what to do.
+        progress: called about every `log_interval` documents.
+        note: told what the user should know, a sentence at a time.
+
+    Raises:
+        ValueError: a setting, an input file or the tokenizer is wrong, or there is an unfinished
+        run that `resume` does not fit. MalformedInput: a record is malformed and `skip_malformed`
+        is off (all input was looked through for the count), more than the share
+            `max_malformed` of them is, or no document is left to write.
+        WorkerDied: a worker was killed.
+        OSError: the output cannot be written.
+    """
+    start = time.perf_counter()
+    check(settings)
+    sources = open_sources(settings.input, settings.input_format, settings.max_document_bytes)
+    check_sources(settings, sources)
+    splitting = settings.splitting()
+    tokenizer = load_tokenizer(**settings.tokenizer_arguments())
+    task = settings.task(tokenizer, splitting)
+    folder = settings.unfinished()
+    with claimed(folder):
+        state = _begin(settings, _decides(settings, task, tokenizer, sources), sources, note)
+        if (
+            splitting is not None
+            and splitting.lang in NLTK_LANGUAGES
+            and splitting.method != "punkt"
+        ):
+            note(_without_punkt(splitting))
+        run = _Run(settings, task, tokenizer, sources, state, progress, start)
+        try:
+            if not state.whole:
+                run.write()
+        except InputChanged:
+            raise
+        except ValueError:
+            discard_state(folder)
+            raise
+        for key, prefix in settings.prefixes().items():
+            publish(run.path(key), prefix)
+        discard_state(folder)
+    corpora = {prefix: read_manifest(prefix) for prefix in settings.prefixes().values()}
+    left_out = sum(state.malformed), sum(state.too_long), tuple(state.shown), sum(state.empty)
+    ignored = sum(map(Counter, state.ignored), Counter())
+    return Summary(corpora, *left_out, dict(ignored), run.new_bytes, time.perf_counter() - start)
+
+
+def _begin(
+    settings: PreprocessSettings,
+    decides: dict[str, Any],
+    sources: list[Source],
+    note: Callable[[str], None],
+) -> State:
+    """Returns the state to go on from, or a new one."""
+    folder = settings.unfinished()
+    if has_state(folder):
+        if not settings.resume:
+            raise ValueError(
+                f"{folder} holds an unfinished run of this output: go on from there with "
+                f"--resume, or delete the folder to start over"
+            )
+        state = load_state(folder, decides)
+        documents = next(iter(state.counts.values())).documents
+        note(f"going on with the run in {folder}, which has {documents:,} documents")
+        for source in sources:
+            if source.size is None:
+                note(
+                    f"{source.name} is read again from its start and compared: the same "
+                    f"stream must come again"
+                )
+        return state
+    if settings.resume:
+        note(
+            "--resume: there is no unfinished run of this output, so this one starts at the "
+            "beginning"
+        )
+    zeros = [0] * len(sources)
+    return State(
+        decides,
+        records=zeros,
+        malformed=zeros.copy(),
+        too_long=zeros.copy(),
+        empty=zeros.copy(),
+        ignored=[{} for _ in sources],
+    )
+
+
+def _decides(
+    settings: PreprocessSettings, task: Task, tokenizer: Tokenizer, sources: list[Source]
+) -> dict[str, Any]:
+    """Returns what the output depends on, by flag or in words, as JSON holds it."""
+    return {
+        "version of megatron_chatflow": __version__,
+        "--kind": task.kind,
+        "--json-keys": list(task.keys),
+        "--template": task.template,
+        "--append-eod": task.append_eod,
+        "--split-sentences": dataclasses.asdict(task.splitting) if task.splitting else None,
+        "--seed": settings.chosen_seed(),
+        "--skip-malformed": settings.skip_malformed,
+        "--max-malformed": settings.most_malformed(),
+        "--max-document-bytes": settings.max_document_bytes,
+        "--lang": settings.lang,
+        "--input-format": [source.format for source in sources],
+        "tokenizer": tokenizer.identity(),
+        "--input": [[source.name, source.size] for source in sources],
+    }
+
+
+def _without_punkt(splitting: Splitting) -> str:
+    return (
+        f"NLTK has no data for {splitting.lang} here, so sentences are split by a rule "
+        f"(docs/corpora.md#sentences): to have NLTK's, run "
+        "`python -m nltk.downloader punkt_tab` where there is a network, and set NLTK_DATA "
+        "to the folder it fills"
+    )
+
+
+@dataclass
+class _Run:
+    """A run at work: its state, and what is counted since this process began."""
+
+    settings: PreprocessSettings
+    task: Task
+    tokenizer: Tokenizer
+    sources: list[Source]
+    state: State
+    progress: Callable[[Progress], None]
+    start: float
+    failed: bool = False
+    new_bytes: int = 0
+    began: tuple[float, float] | None = None
+    reported: int = 0
+    due: float = 0.0
+
+    def path(self, key: str, shuffled: bool | None = None) -> str:
+        """Returns where the files of a corpus are until they are published."""
+        name = os.path.basename(self.settings.prefixes()[key])
+        shuffled = self.settings.shuffle if shuffled is None else shuffled
+        return os.path.join(self.settings.unfinished(), name + ".shuffled" * shuffled)
+
+    def write(self) -> None:
+        """Reads the rest of the sources and writes everything that is to be published."""
+        with ExitStack() as stack:
+            spools = {
+                key: stack.enter_context(
+                    Spool(
+                        self.path(key, False),
+                        self.task.dtype,
+                        self.task.kind == "instruct",
+                        self.state.counts.get(key),
+                    )
+                )
+                for key in self.task.keys
+            }
+            self.state.counts = {key: spool.counts for key, spool in spools.items()}
+            self._encode(spools)
+            self._check_result()
+            self._save(spools, Place(len(self.sources)))
+            if self.settings.shuffle:
+                spools = {
+                    key: stack.enter_context(
+                        shuffle(spool, self.path(key), self.settings.chosen_seed())
+                    )
+                    for key, spool in spools.items()
+                }
+            for spool in spools.values():
+                spool.write_index(spool.path + ".idx")
+                write_manifest(spool.path, self._manifest(spool))
+        self.state.whole = True
+        save_state(self.settings.unfinished(), self.state)
+
+    def _encode(self, spools: dict[str, Spool]) -> None:
+        sizes = [source.size for source in self.sources]
+        total = None if None in sizes else sum(sizes)
+        self.due = time.perf_counter() + _CHECKPOINT_SECONDS
+        with encoders(
+            self.settings.workers, self.tokenizer, self.settings.tokenizer_arguments(), self.task
+        ) as encode:
+            for done, encoded in encode(self._chunks(), lambda: self.failed):
+                self._add(done.source, encoded, spools)
+                if self.failed:
+                    continue
+                if time.perf_counter() >= self.due:
+                    began = time.perf_counter()
+                    self._save(spools, Place(done.source, done.next, done.checksum))
+                    now = time.perf_counter()
+                    self.due = now + max(_CHECKPOINT_SECONDS, (now - began) / _CHECKPOINT_SHARE)
+                share = (sum(sizes[: done.source]) + done.position) / total if total else None
+                self._report(share)
+
+    def _chunks(self) -> Iterator[Numbered]:
+        """Gives the chunks that are not in the state yet."""
+        place = self.state.place
+        for number, source in enumerate(self.sources):
+            if number < place.source:
+                _skip(source, self.state.read[number])
+                continue
+            columns = self.task.columns()
+            for chunk in (
+                _rest(source, place, columns)
+                if number == place.source
+                else source.chunks(_CHUNK, columns)
+            ):
+                if chunk.too_long and not self.settings.skip_malformed:
+                    # at once, without looking for the end of it: an input may have none
+                    raise MalformedInput(
+                        f"{source.name}, {source.record} {chunk.first}: {chunk.too_long}, "
+                        f"so nothing was written: "
+                        "correct the input, give a larger --max-document-bytes, or leave "
+                        "such records out with --skip-malformed"
+                    )
+                yield number, chunk
+
+    def _add(self, source: int, encoded: Encoded, spools: dict[str, Spool]) -> None:
+        named = self.sources[source]
+        shown = self.state.shown
+        shown.extend(
+            f"{named.name}, {named.record} {number}: {reason}"
+            for number, reason in encoded.shown[: SHOWN - len(shown)]
+        )
+        self.state.records[source] += encoded.records
+        self.state.malformed[source] += encoded.malformed
+        self.state.too_long[source] += encoded.too_long
+        self.failed = self.failed or (encoded.malformed > 0 and not self.settings.skip_malformed)
+        if self.failed:
+            return
+        ignored = self.state.ignored[source]
+        for key, count in encoded.ignored.items():
+            key = key if key in ignored or len(ignored) < _MOST_IGNORED else "(others)"
+            ignored[key] = ignored.get(key, 0) + count
+        for key, corpus in encoded.corpora.items():
+            spools[key].append(corpus)
+            self.state.empty[source] += corpus.empty
+            self.new_bytes += corpus.bytes
+
+    def _save(self, spools: dict[str, Spool], place: Place) -> None:
+        for spool in spools.values():
+            spool.sync()
+        self.state.place = place
+        for source in self.sources[len(self.state.read) : place.source]:
+            self.state.read.append(
+                {
+                    "size": source.stored_bytes,
+                    "sha256": source.sha256(),
+                    "modified": source.modified,
+                }
+            )
+        save_state(self.settings.unfinished(), self.state)
+
+    def _report(self, done: float | None) -> None:
+        seconds = time.perf_counter() - self.start
+        if self.began is None:
+            self.began = (seconds, done or 0.0)
+        documents = sum(counts.documents for counts in self.state.counts.values())
+        if documents - self.reported < self.settings.log_interval:
+            return
+        self.reported = documents
+        passed, advance = seconds - self.began[0], (done or 0.0) - self.began[1]
+        left = passed * (1 - done) / advance if done is not None and advance > 0 else None
+        text = sum(counts.bytes for counts in self.state.counts.values())
+        self.progress(Progress(documents, text, seconds, done, self.new_bytes / seconds, left))
+
+    def _check_result(self) -> None:
+        """Refuses a run that has nothing to publish."""
+        malformed, empty = sum(self.state.malformed), sum(self.state.empty)
+        if self.failed:
+            raise MalformedInput(
+                "\n".join(self.state.shown)
+                + f"\n{malformed:,} malformed record{'s' * (malformed > 1)}, so nothing was "
+                f"written: "
+                "mend the input, or leave them out with --skip-malformed"
+            )
+        records, most = sum(self.state.records), self.settings.most_malformed()
+        if malformed > Fraction(str(most)) * records:
+            raise MalformedInput(
+                "\n".join(self.state.shown)
+                + f"\n{malformed:,} of {records:,} records are malformed, more than the share "
+                f"of {most:g} that "
+                "--max-malformed allows, so nothing was written: correct the input, or give "
+                "a larger --max-malformed"
+            )
+        for key, counts in self.state.counts.items():
+            if counts.documents == 0:
+                skipped = (
+                    f"{malformed:,} malformed records and {empty:,} empty documents were left out"
+                )
+                raise MalformedInput(
+                    f"no document is left for {self.settings.prefixes()[key]} ({skipped}), "
+                    f"so nothing was written: check --input"
+                )
+
+    def _manifest(self, spool: Spool) -> Manifest:
+        return Manifest(
+            tokenizer=self.tokenizer.identity(),
+            dtype=self.task.dtype,
+            documents=spool.counts.documents,
+            tokens=spool.counts.tokens,
+            bytes=spool.counts.bytes,
+            sources=[self._described(number, source) for number, source in enumerate(self.sources)],
+            append_eod=self.task.append_eod or self.task.template in ENDS_WITH_EOD,
+            conversations=self.task.kind == "instruct",
+            crc32={"bin": f"{spool.counts.crc32:08x}", "idx": file_crc32(spool.path + ".idx")},
+        )
+
+    def _described(self, number: int, source: Source) -> dict[str, Any]:
+        splitting = self.task.splitting
+        how = {
+            "kind": self.task.kind,
+            "template": self.task.template,
+            "lang": splitting.lang if splitting else self.settings.lang,
+            "sentences": splitting.method if splitting else None,
+            "shuffled": self.settings.chosen_seed(),
+        }
+        read = self.state.read[number]
+        return {
+            "name": source.name,
+            "size": read["size"],
+            "sha256": read["sha256"],
+            **{name: value for name, value in how.items() if value is not None},
+            "malformed": self.state.malformed[number],
+            **({"too_long": self.state.too_long[number]} if self.state.too_long[number] else {}),
+            "empty": self.state.empty[number],
+            **({"ignored": self.state.ignored[number]} if self.state.ignored[number] else {}),
+        }
+
+
+def _skip(source: Source, read: dict[str, Any]) -> None:
+    """Passes over a source that was read to its end, and looks at its content only if it was
+    modified since.
+    """
+    if source.modified is not None and source.modified == read["modified"]:
+        return
+    for _ in source.chunks(_CHUNK):
+        pass
+    if source.sha256() != read["sha256"]:
+        raise _changed(source)
+
+
+def _rest(source: Source, place: Place, columns: list[str] | None) -> Iterator[Chunk]:
+    """Gives the chunks of a source from a place on; what stands before is read, and compared by its
+    checksum.
+    """
+    chunks = source.chunks(_CHUNK, columns)
+    seen, unread = "", None
+    for chunk in chunks:
+        if chunk.next > place.next:
+            unread = chunk
+            break
+        seen = chunk.checksum
+    if seen != place.checksum or (unread is not None and unread.first != place.next):
+        raise _changed(source)
+    if unread is not None:
+        yield unread
+        yield from chunks
+
+
+def _changed(source: Source) -> InputChanged:
+    return InputChanged(
+        f"--resume: {source.name} is not what the unfinished run read: restore it, or "
+        f"delete the unfinished run to start over"
+    )

@@ -1,0 +1,81 @@
+"""A chunk to records: all at once where every one is as it should be, one by one where one is
+not.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_chatflow.data.chat.templates import MalformedRecord, json_kind
+from megatron_chatflow.data.preprocess import parquet
+from megatron_chatflow.data.preprocess.input_files import Chunk
+
+_decode = json.JSONDecoder().raw_decode
+
+
+def all_records(data: bytes, format: str) -> list[Mapping[str, Any]]:
+    """Returns the records of a chunk: several times as fast as `each_record`, and only where
+    nothing is wrong or unusual.
+
+    Raises:
+        ValueError, RecursionError: a record needs a closer look.
+    """
+    if format == "parquet":
+        return parquet.records(data)
+    text = data.decode()
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").removesuffix("\r")
+    lines = list(filter(None, text.split("\n")))
+    del text  # a chunk of one long record need not be held twice
+    if format == "text":
+        return [{"text": line} for line in lines if not line.isspace()]
+    pairs = list(map(_decode, lines))
+    if [end for _, end in pairs] != list(map(len, lines)):
+        raise ValueError("a line goes on after its record")
+    return [record for record, _ in pairs]
+
+
+def each_record(chunk: Chunk) -> Iterator[tuple[int, Mapping[str, Any] | MalformedRecord]]:
+    """Gives the records of a chunk with their numbers, or what is wrong with them; blank lines are
+    none.
+    """
+    if chunk.too_long:
+        yield chunk.first, MalformedRecord(chunk.too_long)
+        return
+    if chunk.format == "parquet":
+        for number, row in enumerate(parquet.rows(chunk.data), chunk.first):
+            yield (
+                number,
+                MalformedRecord(f"not UTF-8 ({row.reason})")
+                if isinstance(row, UnicodeDecodeError)
+                else row,
+            )
+        return
+    for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
+        if line.strip():
+            try:
+                yield number, _record(line, chunk.format)
+            except MalformedRecord as error:
+                yield number, error
+
+
+def _record(line: bytes, format: str) -> Mapping[str, Any]:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedRecord(
+            f"not UTF-8 (byte {error.start} is 0x{line[error.start]:02x})"
+        ) from error
+    if format == "text":
+        return {"text": text.removesuffix("\r")}
+    try:
+        record = json.loads(text)
+    except RecursionError as error:
+        raise MalformedRecord("JSON nested too deeply") from error
+    except ValueError as error:
+        cut = isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip())
+        fix = ": it continues on the next line; write each record on one line, or one JSON array"
+        raise MalformedRecord(f"not JSON ({error}){fix if cut else ''}") from error
+    if not isinstance(record, dict):
+        raise MalformedRecord(f"JSON, but {json_kind(record)} and not an object")
+    return record

@@ -1,0 +1,228 @@
+"""The folder of a run that is not finished: what was written so far, and the note of how far that
+is.
+
+    <first corpus>.unfinished/
+      lock           held by the process that writes
+      state.json     how far everything was when it was last on the disk; replaced at once
+      <corpus>.*     the files of a spool, then what will be the corpus
+
+A run that ends well moves its corpora to their places and removes the folder. One that is killed
+leaves it, and another can go on from the note.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from megatron_chatflow.data.corpus.manifest import manifest_path
+from megatron_chatflow.data.preprocess.token_files import Counts
+from megatron_chatflow.utils.files import make_folder, sync_folder
+from megatron_chatflow.utils.user_files import load_json
+
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far the input was read.
+
+    Attributes:
+        source: number of the source; the number of sources when all are read.
+        next: number of its first record that was not read.
+        checksum: of what was read of it (`Chunk.checksum`); empty before its first chunk.
+    """
+
+    source: int = 0
+    next: int = 1
+    checksum: str = ""
+
+
+@dataclass
+class State:
+    """How far a run is.
+
+    Attributes:
+        run: what decides the output; by flag.
+        place: how far the input was read.
+        read: of each source that was read to its end its size, its sha256 and when it was last
+        modified. records: records of each source, malformed ones included. malformed: malformed
+        records of each source. too_long: those of them that are longer than `--max-document-bytes`.
+        empty: documents that encode to nothing, of each source. ignored: of each source, how many
+        records have each key that nothing reads. shown: description of the first malformed records.
+        counts: what each corpus holds, by its key. whole: whether the corpora are whole, and only
+        need to be moved to their places.
+    """
+
+    run: dict[str, Any]
+    place: Place = Place()
+    read: list[dict[str, Any]] = field(default_factory=list)
+    records: list[int] = field(default_factory=list)
+    malformed: list[int] = field(default_factory=list)
+    too_long: list[int] = field(default_factory=list)
+    empty: list[int] = field(default_factory=list)
+    ignored: list[dict[str, int]] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
+    counts: dict[str, Counts] = field(default_factory=dict)
+    whole: bool = False
+
+
+@contextmanager
+def claimed(folder: str) -> Iterator[None]:
+    """Makes the folder if there is none and holds its lock; at the end removes it unless it holds a
+    state.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    with _made(os.path.dirname(folder)), _lock(folder):
+        try:
+            yield
+        finally:
+            if not has_state(folder):
+                _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Remove the folder, its lock last: then another process may make it again."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        elif name != "lock":
+            os.unlink(path)
+    os.unlink(os.path.join(folder, "lock"))
+    with suppress(OSError):
+        os.rmdir(folder)
+
+
+def _lock(folder: str) -> BinaryIO:
+    """Make the folder if there is none, and lock it until the returned file is closed."""
+    path = os.path.join(folder, "lock")
+    while True:
+        make_folder(folder)
+        try:
+            file = open(path, "a+b")  # noqa: SIM115 (closed by the caller)
+        except FileNotFoundError:  # the process that had the folder has just removed it
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read(200).decode(errors="replace")
+            file.close()
+            raise ValueError(
+                f"another process{who and f' ({who})'} is writing into {folder}: "
+                "wait for it, or give another --output-prefix"
+            ) from None
+        except OSError:  # a file system without locks
+            return file
+        with suppress(FileNotFoundError):  # else it was removed before it was locked
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()
+    file.truncate(0)
+    file.write(f"{socket.gethostname()}, process {os.getpid()}".encode())
+    file.flush()
+    return file
+
+
+@contextmanager
+def _made(folder: str) -> Iterator[None]:
+    """Makes the folder if there is none, and takes it away again if nothing is left in it after an
+    error.
+    """
+    if not folder or os.path.isdir(folder):
+        yield
+        return
+    os.makedirs(folder)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            os.rmdir(folder)
+        raise
+
+
+def has_state(folder: str) -> bool:
+    """Returns whether a run left something to go on from."""
+    return os.path.exists(os.path.join(folder, _STATE))
+
+
+def load_state(folder: str, run: dict[str, Any]) -> State:
+    """Reads how far an earlier run came.
+
+    Args:
+        folder: of the run.
+        run: what decides the output of this run.
+
+    Raises:
+        ValueError: the note is damaged, or the run was another one; the sentence names both cures.
+    """
+    cure = f"or delete {folder} to start over"
+    try:
+        with open(os.path.join(folder, _STATE), encoding="utf-8") as file:
+            content = load_json(file.read())
+        content["place"] = Place(**content["place"])
+        content["counts"] = {key: Counts(**counts) for key, counts in content["counts"].items()}
+        state = State(**content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"--resume: {folder}/{_STATE} is damaged ({error}): restore it, {cure}"
+        ) from error
+    for name in {**state.run, **run}:
+        before, now = state.run.get(name), run.get(name)
+        if before != now:
+            raise ValueError(
+                f"--resume: the unfinished run in {folder} had another {name} "
+                f"({_shown(before)}, now {_shown(now)}): restore it, {cure}"
+            )
+    return state
+
+
+def save_state(folder: str, state: State) -> None:
+    """Replaces the note at once, and brings it to the disk. What it speaks of must be there
+    already.
+    """
+    temporary = os.path.join(folder, _STATE + ".new")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(dataclasses.asdict(state), file, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, os.path.join(folder, _STATE))
+    sync_folder(folder)
+
+
+def discard_state(folder: str) -> None:
+    """Gives the run up: `claimed` then removes the folder."""
+    with suppress(FileNotFoundError):
+        os.unlink(os.path.join(folder, _STATE))
+
+
+def publish(path: str, prefix: str) -> None:
+    """Moves a whole corpus to its place, `.idx` last; it may have been begun before. What an older
+    corpus of this name left is removed.
+
+    Args:
+        path: `<path>.bin`, `.json` and `.idx` are the corpus; they are on the disk.
+        prefix: its place.
+    """
+    if os.path.exists(path + ".bin"):
+        for stale in (prefix + ".idx", manifest_path(prefix)):
+            with suppress(FileNotFoundError):
+                os.unlink(stale)
+    for suffix in (".bin", ".json", ".idx"):
+        with suppress(FileNotFoundError):
+            os.replace(path + suffix, prefix + suffix)
+    sync_folder(os.path.dirname(prefix) or ".")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

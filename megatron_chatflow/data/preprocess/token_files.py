@@ -1,0 +1,146 @@
+"""A corpus that is being written: files that only grow, so that a run that was killed can be taken
+up where they were last on the disk.
+"""
+
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_chatflow.data.corpus.writer import IndexPart, write_index
+from megatron_chatflow.data.preprocess.encoder import Corpus
+
+_PIECE = 1 << 20
+
+
+@dataclass
+class Counts:
+    """What a spool holds.
+
+    Attributes:
+        documents, sequences, tokens: how many.
+        bytes: UTF-8 bytes of the text.
+        crc32: of the tokens as stored.
+    """
+
+    documents: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    crc32: int = 0
+
+
+class Spool:
+    """The files `<path>.bin` (tokens), `.lengths` and `.modes` (of each sequence) and `.sequences`
+    (of each document).
+
+    Args:
+        path: of the files, without their endings.
+        dtype: type of a token.
+        conversations: whether sequences have modes.
+        counts: what to keep of files that are there; what stands behind it is cut off.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dtype: np.typing.DTypeLike,
+        conversations: bool,
+        counts: Counts | None = None,
+    ) -> None:
+        self.path = path
+        self.counts = counts or Counts()
+        self.conversations = conversations
+        self.dtypes = {
+            "bin": np.dtype(dtype).newbyteorder("<"),
+            "lengths": np.dtype("<i4"),
+            "sequences": np.dtype("<i4"),
+            **({"modes": np.dtype("i1")} if conversations else {}),
+        }
+        self._files = {name: self._open(name) for name in self.dtypes}
+
+    def __enter__(self) -> "Spool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def append(self, corpus: Corpus) -> None:
+        """Adds documents."""
+        for name, values in (
+            ("bin", corpus.tokens),
+            ("lengths", corpus.lengths),
+            ("sequences", corpus.sequences),
+            ("modes", corpus.modes),
+        ):
+            if name in self._files:
+                self._files[name].write(values.astype(self.dtypes[name], copy=False).data)
+        self.counts.documents += len(corpus.sequences)
+        self.counts.sequences += len(corpus.lengths)
+        self.counts.tokens += len(corpus.tokens)
+        self.counts.bytes += corpus.bytes
+        self.counts.crc32 = zlib.crc32(
+            corpus.tokens.astype(self.dtypes["bin"], copy=False).data, self.counts.crc32
+        )
+
+    def sync(self) -> None:
+        """Brings everything to the disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def numbers(self, name: str) -> int:
+        """Returns how many numbers the file of that name holds."""
+        return {
+            "bin": self.counts.tokens,
+            "lengths": self.counts.sequences,
+            "modes": self.counts.sequences,
+            "sequences": self.counts.documents,
+        }[name]
+
+    def read(self, name: str, start: int, count: int) -> np.ndarray:
+        """Returns `count` numbers of a file from number `start` on; what was appended must have
+        been flushed.
+        """
+        dtype = self.dtypes[name]
+        return np.fromfile(self._name(name), dtype, count, offset=start * dtype.itemsize)
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """Gives all numbers of a file, a piece at a time."""
+        total = self.numbers(name)
+        return (self.read(name, at, min(_PIECE, total - at)) for at in range(0, total, _PIECE))
+
+    def write_index(self, path: str) -> None:
+        """Writes the `.idx` to the disk."""
+        part = IndexPart(
+            self.counts.sequences,
+            self.counts.documents,
+            lambda: self.pieces("lengths"),
+            lambda: _running(self.pieces("sequences")),
+            lambda: self.pieces("modes"),
+        )
+        with open(path, "wb") as file:
+            write_index(file, self.dtypes["bin"].newbyteorder("="), self.conversations, [part])
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _name(self, name: str) -> str:
+        return f"{self.path}.{name}"
+
+    def _open(self, name: str) -> BinaryIO:
+        file = open(self._name(name), "ab", buffering=_PIECE)  # noqa: SIM115 (closed at the end of the with block)
+        file.truncate(self.numbers(name) * self.dtypes[name].itemsize)
+        return file
+
+
+def _running(pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Gives the running sums of numbers that come in pieces."""
+    total = 0
+    for piece in pieces:
+        sums = np.cumsum(piece, dtype=np.int64) + total
+        total = int(sums[-1])
+        yield sums

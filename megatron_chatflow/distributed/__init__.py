@@ -1,0 +1,3 @@
+"""Devices and processes. Importing this package changes nothing; a command that runs a model calls
+`cpu.install`.
+"""

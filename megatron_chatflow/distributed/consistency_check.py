@@ -1,0 +1,77 @@
+"""Whether all processes of a job are about to run the same thing: each node reads its own disks,
+and a stale copy on one of them tells nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch.distributed as dist
+
+from megatron_chatflow.distributed.launch import node_name
+from megatron_chatflow.errors import ConfigError
+
+
+def require_agreement(facts: Mapping[str, str]) -> None:
+    """Raises ConfigError, on every process, where a fact is not the same on all of them; called by
+    all.
+    """
+    told = [f"{name} is {who}" for name, who in differences(gather_facts(facts)).items()]
+    if told:
+        raise ConfigError(
+            f"the processes would not run the same: {', and '.join(told)}; give all nodes "
+            f"the same files"
+        )
+
+
+def on_first_rank(work: Callable[[], None], *expected: type[Exception]) -> None:
+    """Call `work` on rank 0. What it raises of `expected` is raised on every rank; called by
+    all.
+    """
+    answer: list[Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except expected as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0)
+    if answer[0] is not None:
+        raise answer[0]
+
+
+def gather_facts(facts: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
+    """(node, facts) of every process, in order of rank; called by all of them."""
+    gathered: list[tuple[str, dict[str, str]]] = [("", {})] * dist.get_world_size()
+    dist.all_gather_object(gathered, (node_name(), dict(facts)))
+    return gathered
+
+
+def differences(gathered: Sequence[tuple[str, Mapping[str, str]]]) -> dict[str, str]:
+    """{fact: who has what}, for those facts that are not the same everywhere.
+
+    Args:
+        gathered: (node, facts) in order of rank. A fact that some do not have counts as another
+        value.
+    """
+    found = {}
+    for name in sorted({name for _, facts in gathered for name in facts}):
+        holders: dict[str, list[int]] = {}
+        for rank, (_, facts) in enumerate(gathered):
+            holders.setdefault(facts.get(name, "nothing"), []).append(rank)
+        if len(holders) > 1:
+            found[name] = "; ".join(
+                f"{value} on {_places(ranks, gathered)}" for value, ranks in holders.items()
+            )
+    return found
+
+
+def _places(ranks: Sequence[int], gathered: Sequence[tuple[str, Mapping[str, str]]]) -> str:
+    """``n1, n2 (ranks 0, 1, 2 and 5 more)``."""
+    hosts = list(dict.fromkeys(gathered[rank][0] for rank in ranks))
+    some = ", ".join(map(str, ranks[:3])) + (
+        f" and {len(ranks) - 3} more" if len(ranks) > 3 else ""
+    )
+    return (
+        f"{', '.join(hosts[:3])}{f' and {len(hosts) - 3} more' if len(hosts) > 3 else ''} "
+        f"(rank{'s' * (len(ranks) > 1)} {some})"
+    )

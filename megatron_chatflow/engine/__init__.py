@@ -1,1 +1,0 @@
-"""Devices and processes. Importing this package changes nothing; a command that runs a model calls `cpu.install`."""

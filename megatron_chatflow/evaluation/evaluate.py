@@ -1,0 +1,51 @@
+"""A model on held-out text: corpora of a curriculum, or raw documents."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from megatron_chatflow.data.blend.document_dataset import Documents
+from megatron_chatflow.evaluation.model_session import Session
+from megatron_chatflow.tokenizer import TokenBytes
+from megatron_chatflow.training.validation import evaluate_domains
+
+_SECONDS_BETWEEN = 10.0
+
+
+def measure(
+    session: Session,
+    sources: Mapping[str, Any],
+    token_bytes: TokenBytes,
+    most: int | None,
+    say: Callable[[str], None],
+) -> np.ndarray:
+    """Float64 [sources, 3] of summed loss, tokens and bytes of each source, the same on every rank.
+
+    Args:
+        session: the model.
+        sources: by name, what has `num_samples` and `read_window` (a text or instruction domain, or
+        `Documents`). token_bytes: of the model's tokens. Of `Documents` the bytes of the text
+        itself are taken. most: windows of each source at most; None: all. say: prints a line of
+        progress, at most every ten seconds.
+    """
+    names = tuple(sources)
+    step, micro = session.forward_step(names, token_bytes), session.config.training.micro_batch_size
+    told = time.monotonic()
+
+    def progress(name: str, done: int, windows: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > _SECONDS_BETWEEN:
+            told = time.monotonic()
+            say(f"{name}: {done:,} of {windows:,} windows")
+
+    sums = evaluate_domains(
+        step, session.model, sources, names, most, micro, session.shape, session.device, progress
+    )
+    for row, source in zip(sums, sources.values(), strict=True):
+        if isinstance(source, Documents):
+            row[2] = source.bytes
+    return sums

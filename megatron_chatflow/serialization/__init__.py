@@ -1,0 +1,1 @@
+"""Strict readers of pickles and of `torch.save` files: data only, nothing is run."""

@@ -1,0 +1,84 @@
+"""Tokenizers by Megatron's names."""
+
+import difflib
+import os
+
+from megatron_chatflow.tokenizer.base import Tokenizer
+
+TOKENIZER_TYPES = (
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "HuggingFaceTokenizer",
+    "GPT2BPETokenizer",
+    "TikTokenizer",
+    "ByteLevelTokenizer",
+    "NullTokenizer",
+)
+
+
+def load_tokenizer(
+    tokenizer_type: str,
+    *,
+    tokenizer_model: str | os.PathLike | None = None,
+    vocab_file: str | os.PathLike | None = None,
+    merge_file: str | os.PathLike | None = None,
+    vocab_size: int | None = None,
+) -> Tokenizer:
+    """Loads a tokenizer; only the library that it needs is imported.
+
+    Args:
+        tokenizer_type: one of `TOKENIZER_TYPES`, spelled as in Megatron.
+        tokenizer_model: the SentencePiece `.model`; the `tokenizer.json` or its folder
+        (HuggingFaceTokenizer); the JSON vocabulary (TikTokenizer). vocab_file: `vocab.json` of
+        GPT2BPETokenizer. merge_file: `merges.txt` of GPT2BPETokenizer. vocab_size: how many numbers
+        NullTokenizer knows; where TikTokenizer cuts its vocabulary. The other kinds do not read it.
+
+    Raises:
+        ValueError: the type is unknown, a file it needs is not given, missing or of another kind;
+        one sentence with the cure.
+    """
+    if tokenizer_type not in TOKENIZER_TYPES:
+        raise ValueError(_unknown(tokenizer_type))
+
+    def need(setting: str, value: str | os.PathLike | int | None) -> str:
+        if value is None:
+            raise ValueError(
+                f"{tokenizer_type} needs {setting}: give --{setting.replace('_', '-')}"
+            )
+        return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+    if tokenizer_type in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"):
+        from megatron_chatflow.tokenizer.sentencepiece import SentencePiece
+
+        return SentencePiece(tokenizer_type, need("tokenizer_model", tokenizer_model))
+    if tokenizer_type == "HuggingFaceTokenizer":
+        from megatron_chatflow.tokenizer.huggingface import load_tokenizer_json
+
+        return load_tokenizer_json(tokenizer_type, need("tokenizer_model", tokenizer_model))
+    if tokenizer_type == "GPT2BPETokenizer":
+        from megatron_chatflow.tokenizer.huggingface import load_gpt2
+
+        return load_gpt2(
+            tokenizer_type, need("vocab_file", vocab_file), need("merge_file", merge_file)
+        )
+    if tokenizer_type == "TikTokenizer":
+        from megatron_chatflow.tokenizer.tiktoken import TikToken
+
+        return TikToken(tokenizer_type, need("tokenizer_model", tokenizer_model), vocab_size)
+    from megatron_chatflow.tokenizer.byte_level import ByteLevel, Null
+
+    if tokenizer_type == "ByteLevelTokenizer":
+        return ByteLevel(tokenizer_type)
+    return Null(tokenizer_type, int(need("vocab_size", vocab_size)))
+
+
+def _unknown(tokenizer_type: str) -> str:
+    by_lower = {name.lower(): name for name in TOKENIZER_TYPES}
+    nearest = difflib.get_close_matches(str(tokenizer_type).lower(), by_lower, n=1, cutoff=0.5)
+    hint = (
+        f"did you mean {by_lower[nearest[0]]}?"
+        if nearest
+        else f"known are {', '.join(TOKENIZER_TYPES)}"
+    )
+    return f"tokenizer_type {tokenizer_type!r} is unknown: {hint}"

@@ -1,0 +1,130 @@
+"""How long a run is in samples and iterations, and which samples each iteration reads. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_chatflow.config import Config, total_samples
+from megatron_chatflow.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The size of the global batch from one point of a run on."""
+
+    iteration: int
+    """Iterations done before."""
+    consumed: int
+    """Samples read before."""
+    global_batch_size: int
+    rampup_batch_size: Sequence[int] | None = None
+
+    def size_at(self, consumed: int) -> int:
+        """The global batch size after `consumed` samples of the run (megatron-core's ramp-up
+        rule).
+        """
+        full, ramp = self.global_batch_size, self.rampup_batch_size
+        if not ramp or consumed > ramp[2]:
+            return full
+        start, increment, samples = ramp
+        steps = int(consumed / (samples / ((full - start) / increment)))
+        return min(start + steps * increment, full)
+
+    def ramp_up(self, iterations: float, stop: float) -> tuple[int, int]:
+        """Steps through the ramp-up: at most so many iterations, and none beyond sample `stop`.
+        (iterations made, samples consumed after them.)
+        """
+        done, consumed, ramp = 0, self.consumed, self.rampup_batch_size
+        while (
+            ramp
+            and consumed <= ramp[2]
+            and done < iterations
+            and consumed + self.size_at(consumed) <= stop
+        ):
+            consumed += self.size_at(consumed)
+            done += 1
+        return done, consumed
+
+
+def batch_history(
+    config: Config, saved: Iterable[Mapping[str, Any]] = (), iteration: int = 0, consumed: int = 0
+) -> tuple[Batches, ...]:
+    """The batch sizes of a run: those of its checkpoint, and from there on the ones of these
+    settings.
+
+    Args:
+        config: the settings now.
+        saved: `batches` of the checkpoint's state; nothing for a run that starts.
+        iteration, consumed: where the checkpoint stands.
+    """
+    history = [Batches(**entry) for entry in saved if entry["iteration"] < iteration]
+    t = config.training
+    now = Batches(iteration, consumed, t.global_batch_size, t.rampup_batch_size)
+    if history and (history[-1].global_batch_size, history[-1].rampup_batch_size) == (
+        now.global_batch_size,
+        now.rampup_batch_size,
+    ):
+        return tuple(history)
+    return (*history, now)
+
+
+def batches_state(history: Iterable[Batches]) -> list[dict[str, Any]]:
+    """The history as plain data for a checkpoint; `batch_history` reads it."""
+    return [asdict(entry) for entry in history]
+
+
+def samples_of_iteration(history: Sequence[Batches], iteration: int) -> tuple[int, int]:
+    """(first sample, one past the last) of an iteration counted from 1."""
+    entry = next(entry for entry in reversed(history) if entry.iteration < iteration)
+    before = iteration - 1 - entry.iteration
+    done, consumed = entry.ramp_up(before, math.inf)
+    start = consumed + (before - done) * entry.global_batch_size
+    return start, start + entry.size_at(start)
+
+
+def count_iterations(history: Sequence[Batches], total: int) -> int:
+    """Whole iterations in a run of `total` samples; samples that do not fill a last one are not
+    read.
+    """
+    last = history[-1]
+    done, consumed = last.ramp_up(math.inf, total)
+    return last.iteration + done + max(0, total - consumed) // last.global_batch_size
+
+
+def fix_length(config: Config, iteration: int, consumed: int) -> Config:
+    """The settings of a run that goes on after `iteration` iterations and `consumed` samples.
+
+    `train_iters` counts iterations, those done with another batch size included; where that is
+    another number of samples than train_iters x global_batch_size, the result says `train_samples`
+    instead.
+
+    Raises:
+        ConfigError: the run would end before the place where it goes on.
+    """
+    t = config.training
+    total = (
+        total_samples(config)
+        if t.train_iters is None
+        else consumed + (t.train_iters - iteration) * t.global_batch_size
+    )
+    if total < consumed:
+        told = (
+            f"train_samples is {t.train_samples}"
+            if t.train_iters is None
+            else f"train_iters is {t.train_iters}"
+        )
+        raise ConfigError(
+            f"{told} and the checkpoint is at iteration {iteration}, sample {consumed}; "
+            f"give a longer run, or an earlier checkpoint with --ckpt-step"
+        )
+    if total == total_samples(config):
+        return config
+    config = copy.deepcopy(config)
+    config.training.train_iters, config.training.train_samples = None, total
+    return config

@@ -1,0 +1,54 @@
+"""What the learning rate does to the curriculum."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from megatron_chatflow.config import Config, Schedule
+from megatron_chatflow.curriculum import BlendPlan
+from megatron_chatflow.training.optimizer import build_scheduler
+
+FLOOR = 1 / 3
+"""Share of the peak below which a stage is taken to teach too little (arXiv 2511.18903 ends at
+about this).
+"""
+
+
+def rate_at(config: Config, sample: int) -> float:
+    """The learning rate with which the iteration that begins at `sample` is made, told by
+    megatron-core's own schedule.
+    """
+    group = {"lr": 0.0, "weight_decay": 0.0}
+    scheduler = build_scheduler(config, Schedule.of(config), SimpleNamespace(param_groups=[group]))
+    scheduler.step(sample)
+    return group["lr"]
+
+
+def late_stage_note(config: Config, plan: BlendPlan, end: int) -> str | None:
+    """A sentence where the last stage of the curriculum is trained at less than a third of the peak
+    rate on average, else None.
+
+    Args:
+        config: resolved settings.
+        plan: the run's plan.
+        end: samples that the run will read.
+    """
+    (first, *_), peak = plan.stages, config.optimizer.lr
+    name, start = max(
+        (stage for stage in plan.stages if stage[1] < end),
+        key=lambda stage: stage[1],
+        default=first,
+    )
+    if start == 0:
+        return None
+    points = 16
+    mean = sum(rate_at(config, start + (end - start) * i // points) for i in range(points)) / points
+    if mean >= FLOOR * peak * 0.99:
+        return None
+    return (
+        f"stage {name} (samples {start} to {end - 1}) is trained at {mean / peak:.0%} of "
+        f"the peak learning rate on average, and a rate that "
+        f"decays wipes out much of what the last stage teaches; give --min-lr "
+        f"{peak / 3:.2g} (a third of --lr), or --lr-decay-style constant with "
+        "--ema-decay"
+    )

@@ -1,0 +1,60 @@
+"""Which ids of an extended tokenizer are new: token_map.json, which lies beside the tokenizer's
+files. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_chatflow.config import Config
+from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.utils.user_files import load_json
+
+NAME = "token_map.json"
+
+
+def new_row_ids(config: Config, vocab_size: int) -> np.ndarray:
+    """The ids that --train-new-rows-samples trains, sorted, int64; empty where the setting is off.
+
+    Args:
+        config: resolved settings.
+        vocab_size: tokens that the model knows, before padding.
+
+    Raises:
+        ConfigError: there is no map beside the tokenizer, or it is of another vocabulary.
+    """
+    if not config.training.train_new_rows_samples:
+        return np.empty(0, np.int64)
+    model = config.tokenizer.tokenizer_model
+    if model is None:
+        raise ConfigError(
+            f"train_new_rows_samples needs the {NAME} beside the tokenizer; give "
+            f"--tokenizer-model the folder of an extended tokenizer"
+        )
+    path = (Path(model) if Path(model).is_dir() else Path(model).parent) / NAME
+    try:
+        content = load_json(path.read_text(encoding="utf-8"))
+        ids = np.array(sorted({int(entry["id"]) for entry in content["new"]}), np.int64)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"train_new_rows_samples needs {path}, which tools/extend_tokenizer.py writes; "
+            f"give that tokenizer, or drop --train-new-rows-samples"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not a token map ({type(error).__name__}: {error}); write it again "
+            f"with tools/extend_tokenizer.py"
+        ) from None
+    if not len(ids):
+        raise ConfigError(
+            f"{path} names no new tokens, so there is nothing to train; drop "
+            f"--train-new-rows-samples"
+        )
+    if ids[0] < 0 or ids[-1] >= vocab_size:
+        raise ConfigError(
+            f"{path} names token {ids[-1]} and the vocabulary has {vocab_size}; give the "
+            f"tokenizer that the map was made with"
+        )
+    return ids

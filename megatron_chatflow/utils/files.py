@@ -1,0 +1,102 @@
+"""Files that are there after a power cut, and that can be told from damaged ones. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_chatflow.errors import ConfigError
+
+_OF_THE_PATH = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+_ATTEMPTS = 1000
+
+
+class WriteError(RuntimeError):
+    """What a run must write cannot be written: the disk is full, or fails."""
+
+
+def unwritable(key: str, path: Path, error: OSError) -> ConfigError | WriteError:
+    """Return the error for a file that cannot be written when a run starts.
+
+    Args:
+        key: the setting that decides where it is.
+        path: what the setting says.
+        error: what the system says.
+    """
+    where = f" {error.filename}" if error.filename and str(error.filename) != str(path) else ""
+    what = f"{key} {path}: cannot write{where} ({error.strerror or error})"
+    if error.errno in _OF_THE_PATH:
+        flag = key.replace("_", "-")
+        return ConfigError(f"{what}; give --{flag} a folder that this user can write to")
+    return WriteError(f"{what}; free space on the disk, then start the same command again")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write under another name, make it durable, then rename: a reader sees the old text or the new
+    one, never a part.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def seal_file(path: Path) -> dict[str, int | str]:
+    """Flush a file to disk and return its size and SHA-256, read back from what the system has."""
+    with open(path, "rb", buffering=0) as file:
+        os.fsync(file.fileno())
+        return seal(file)
+
+
+def seal(file: io.FileIO) -> dict[str, int | str]:
+    """Return the size and the SHA-256 of an open file."""
+    size = os.fstat(file.fileno()).st_size
+    return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder and those above it, where there are none; others may remove them meanwhile."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return os.makedirs(path, exist_ok=True)
+        except (FileExistsError, FileNotFoundError):  # it existed a moment ago, or will
+            with suppress(FileNotFoundError):  # one look: it may come and go between two
+                if stat.S_ISDIR(os.stat(path).st_mode):
+                    return None
+                raise
+            if attempt == _ATTEMPTS - 1:
+                raise
+
+
+def sync_folder(path: str) -> None:
+    """Brings the names in a folder to the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

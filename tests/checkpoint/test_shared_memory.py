@@ -1,0 +1,88 @@
+"""The memory that a rank shares with the process that writes its shards."""
+
+from __future__ import annotations
+
+import mmap
+import random
+import resource
+
+import pytest
+
+from tests.pool import Pool
+
+ROUNDS = 40
+
+
+def bits(tensor: object) -> bytes:
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def copies_and_reads(seed: int) -> list[str]:
+    """What another mapping of the memory reads otherwise than it was written; checkpoints grow and
+    shrink.
+    """
+    import torch
+
+    from megatron_chatflow.checkpoint.shared_memory import Staging
+
+    source, staging, wrong = random.Random(seed), Staging(), []
+    for i in range(ROUNDS):
+        tensors = []
+        for _ in range(source.randrange(1, 9)):
+            shape = [source.randrange(0, 9) for _ in range(source.randrange(0, 4))]
+            kind = source.choice(
+                [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+            )
+            tensor = torch.randint(0, 2 if kind is torch.bool else 100, shape).to(kind)
+            tensors.append(tensor.mT if tensor.dim() > 1 and source.random() < 0.5 else tensor)
+        ((path, name, (objects, places)),) = staging.copy(
+            [("folder/file", "file", (["object"], list(enumerate(tensors))))]
+        )
+        with mmap.mmap(staging.file, staging.size) if staging.size else mmap.mmap(-1, 1) as memory:
+            for (number, place), tensor in zip(places, tensors, strict=True):
+                found = place.within(memory).clone()
+                if (found.dtype, found.shape, bits(found)) != (
+                    tensor.dtype,
+                    tensor.shape,
+                    bits(tensor),
+                ):
+                    wrong.append(f"checkpoint {i}, tensor {number}: {place}")
+        if (path, name, objects) != ("folder/file", "file", ["object"]):
+            wrong.append(f"checkpoint {i}: {path, name, objects}")
+    staging.close()
+    return wrong
+
+
+def fails_and_goes_on() -> tuple[bool, bool]:
+    """(whether memory that cannot be had is an OSError, whether the memory before is still in use
+    then).
+    """
+    import torch
+
+    from megatron_chatflow.checkpoint.shared_memory import Staging
+
+    staging, before = Staging(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    small, large = ([("path", "name", ([], [(0, torch.ones(size))]))] for size in (100, 100_000))
+    staging.copy(small)
+    memory = staging.file, staging.size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        staging.copy(large)
+        refused = False
+    except OSError:
+        refused = True
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    staging.copy(small)
+    return refused, memory == (staging.file, staging.size)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_copied_is_read_by_another_mapping(pool: Pool, seed: int) -> None:
+    assert pool.run(1, copies_and_reads, seed) == [[]]
+
+
+def test_memory_that_cannot_be_had_changes_nothing(pool: Pool) -> None:
+    assert pool.run(1, fails_and_goes_on) == [(True, True)]

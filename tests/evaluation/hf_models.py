@@ -1,0 +1,44 @@
+"""What the tests of this folder run on the pool's ranks: a model opened as the commands open it,
+and its logits without a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def opened(run: str, flags: list[str], average: int, body: Callable[[Any, Any], Any]) -> Any:
+    """`body(session, tokenizer)` with the run's model laid out as the flags say."""
+    from megatron_chatflow.cli.common import install_engine, run_values
+    from megatron_chatflow.config import loader, make_parser
+    from megatron_chatflow.distributed.launch import read_launch
+    from megatron_chatflow.evaluation.eval_model import find_subject
+    from megatron_chatflow.training.data_setup import open_tokenizer
+
+    launch = read_launch()
+    config, _ = loader(
+        make_parser("test", ""), ["--load", run, *flags], run_values(run, keep_layout=False)
+    )
+    subject = find_subject(config, launch.world_size, average)
+    tokenizer, vocab_size = open_tokenizer(config)
+    install_engine()
+    from megatron_chatflow.evaluation.model_session import open_model, open_process_groups
+
+    with open_process_groups(subject.config, launch) as device:
+        return body(open_model(subject, vocab_size, device), tokenizer)
+
+
+def logits(session: Any, ids: list[int]) -> Any:
+    """Logits [tokens, padded vocabulary] of one row of tokens, in one pass without a cache."""
+    import torch
+
+    (model,) = session.model
+    tokens = torch.tensor([ids], device=session.device)
+    with torch.no_grad():
+        return model(
+            tokens,
+            torch.arange(len(ids), device=session.device)[None],
+            None,
+            runtime_gather_output=True,
+        )[0]
