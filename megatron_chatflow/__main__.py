@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from megatron_chatflow.config import nearest
     from megatron_chatflow.distributed.launch import LaunchError, node_name
-    from megatron_chatflow.errors import ConfigError, DataError
+    from megatron_chatflow.errors import ChatflowError, ConfigError, SampleError
     from megatron_chatflow.utils.user_files import visible
 
     try:
@@ -66,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if where is not None:
             print(f"chatflow {words[0]}{where}: error: {visible(str(error))}", file=sys.stderr)
         return error.exit_code
-    except ConfigError as error:
+    except SampleError as error:
+        print(f"chatflow {words[0]}: error: {visible(str(error))}", file=sys.stderr)
+        return 1
+    except ChatflowError as error:
         where = _speaker(os.environ)
         if where is not None:
             print(
@@ -74,9 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return EXIT_USAGE
-    except DataError as error:
-        print(f"chatflow {words[0]}: error: {visible(str(error))}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         with suppress(OSError):
             print(f"chatflow {words[0]}: interrupted", file=sys.stderr)

@@ -15,6 +15,10 @@ class DataError(ChatflowError):
     """A corpus, or a text to make one of, cannot be used."""
 
 
+class SampleError(DataError):
+    """A sample that a run has begun to read cannot be trained on."""
+
+
 class CheckpointError(ChatflowError):
     """A checkpoint or a run directory cannot be used."""
 

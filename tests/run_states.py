@@ -281,12 +281,12 @@ class RunDirectory(RuleBasedStateMachine):
         if self.pointer is None or self.pointer_damaged:
             return
         from megatron_chatflow.checkpoint.selection import choose_weights
-        from megatron_chatflow.errors import ConfigError
+        from megatron_chatflow.errors import ChatflowError
 
         world.counts["averaged"] += 1
         try:
             folders = choose_weights(self.run, None, count).folders
-        except ConfigError:
+        except ChatflowError:
             return
         latest = self.saved[self.pointer].history
         for folder in folders:

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_chatflow.checkpoint.ema import PREFIX
 from megatron_chatflow.checkpoint.tensor_reader import CheckpointReader
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import CheckpointError
 
 EMBEDDING = "embedding.word_embeddings.weight"
 WHAT_TO_DO = "give the settings of the model that it was saved with"
@@ -48,7 +48,7 @@ def check_weights(reader: CheckpointReader, wanted: dict[str, Any]) -> None:
     ]
     if differ:
         message = f"{reader.folder} does not fit this model: {', '.join(differ)}; {WHAT_TO_DO}"
-        raise ConfigError(message)
+        raise CheckpointError(message)
 
 
 def check_vocabulary(reader: CheckpointReader, vocab_size: int) -> None:
@@ -56,7 +56,7 @@ def check_vocabulary(reader: CheckpointReader, vocab_size: int) -> None:
     padding. Raises ConfigError."""
     entry = reader.tensors.get(EMBEDDING)
     if entry is not None and entry.size[0] < vocab_size:
-        raise ConfigError(
+        raise CheckpointError(
             f"vocab_size is {vocab_size} here, and {reader.folder} has rows for {entry.size[0]} "
             "tokens; give the checkpoint's tokenizer or --vocab-size, or convert its weights for "
             "the new one"
@@ -68,7 +68,7 @@ def check_optimizer_kind(reader: CheckpointReader, optimizer: str) -> None:
     states = {name.split(".")[2] for name in reader.tensors if name.startswith("optimizer.state.")}
     saved = "adam" if "exp_avg" in states else "sgd"
     if saved != optimizer:
-        raise ConfigError(
+        raise CheckpointError(
             f"optimizer is {optimizer} here and {saved} in the checkpoint {reader.folder}; "
             f"give the "
             "checkpoint's, or --no-load-optim to start without its optimizer state"

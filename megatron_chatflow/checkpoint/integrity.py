@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_chatflow.errors import CheckpointError
 from megatron_chatflow.utils.files import seal, seal_file, write_atomically
 from megatron_chatflow.utils.user_files import load_json, open_inside
 
@@ -44,11 +45,13 @@ def check_files(folder: Path, seals: Seals) -> None:
     there.pop(NAME, None)
     for name, wanted in seals.items():
         if name not in there:
-            raise ValueError(f"{name} was written and is not there")
+            raise CheckpointError(f"{name} was written and is not there")
         if there[name] != wanted["bytes"]:
-            raise ValueError(f"{name} has {there[name]} bytes, and {wanted['bytes']} were written")
+            raise CheckpointError(
+                f"{name} has {there[name]} bytes, and {wanted['bytes']} were written"
+            )
     if unknown := sorted(set(there) - set(seals)):
-        raise ValueError(f"{unknown[0]} was not written by this run")
+        raise CheckpointError(f"{unknown[0]} was not written by this run")
 
 
 def read_manifest(folder: Path) -> Seals | None:
@@ -62,10 +65,10 @@ def read_manifest(folder: Path) -> Seals | None:
         return None
     files = load_json(text)["files"]
     if text != _render(files):
-        raise ValueError("its content is not what was written")
+        raise CheckpointError("its content is not what was written")
     for name, entry in files.items():
         if type(entry) is not dict or type(entry.get("bytes")) is not int:
-            raise ValueError(f"{name!r:.100} has no size")
+            raise CheckpointError(f"{name!r:.100} has no size")
     return files
 
 

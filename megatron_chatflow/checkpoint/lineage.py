@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.checkpoint import integrity
+from megatron_chatflow.errors import CheckpointError
 from megatron_chatflow.utils.files import write_atomically
 from megatron_chatflow.utils.user_files import load_json
 
@@ -50,7 +51,7 @@ class Lineage:
         if type(branch) is not str or not all(
             type(b) is str and type(i) is int for b, i in ancestors
         ):
-            raise ValueError("it is not a lineage")
+            raise CheckpointError("it is not a lineage")
         return cls(branch, tuple((name, left) for name, left in ancestors))
 
     def plain(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from megatron_chatflow.checkpoint.tensor_reader import CheckpointReader
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import CheckpointError, ConfigError
 
 
 def load(reader: CheckpointReader, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class _Shards(mcore.TorchDistLoadShardedStrategy):
 
     def check_backend_compatibility(self, loaded_version: Any) -> None:
         if loaded_version != "torch_dist":
-            raise ConfigError(
+            raise CheckpointError(
                 f"{self._reader.folder} is in the format {loaded_version!r:.50}; only torch_dist "
                 "can be loaded"
             )
@@ -113,7 +113,7 @@ class _Planner(mcore.MCoreLoadPlanner):
                     f"{tensor.key} is {here} here and {list(saved)} in the checkpoint"
                 )
         if differ:
-            raise ConfigError(
+            raise CheckpointError(
                 f"{self._folder} does not fit this model: {', '.join(differ.values())}; give the "
                 "settings of the model that it was saved with"
             )
@@ -143,7 +143,7 @@ class _Storage(StorageReader):
                 piece = found[tuple(slice(start, start + n) for start, n in ranges)]
                 if piece.shape != target.shape:
                     shapes = f"{list(piece.shape)} in place of {list(target.shape)}"
-                    raise ConfigError(f"{self._reader.folder}: {index.fqn} gives {shapes}")
+                    raise CheckpointError(f"{self._reader.folder}: {index.fqn} gives {shapes}")
                 target.copy_(piece)
                 planner.commit_tensor(item, target)
         done: Future[None] = Future()

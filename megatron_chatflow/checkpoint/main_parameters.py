@@ -31,7 +31,7 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
 from megatron_chatflow.checkpoint.optimizer_state import Form
 from megatron_chatflow.checkpoint.tensor_reader import CheckpointReader
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import CheckpointError
 
 FP8_WEIGHTS = "fp8_weights"
 """Key in a checkpoint's content metadata: whether weights were kept in FP8 (--fp8-param-gather)."""
@@ -124,7 +124,7 @@ def check_saved(reader: CheckpointReader) -> None:
         if weight.shape != copy.shape or not _agree(copy, weight, in_fp8=in_fp8):
             different.add(name)
     if everywhere := _of_all_ranks(different):
-        raise ConfigError(
+        raise CheckpointError(
             f"{reader.folder}: the optimizer's float32 parameters are not the weights in "
             f"{describe(everywhere)}, so its state belongs to other weights (earlier versions and "
             "megatron-core shifted it under --use-distributed-optimizer); add --no-load-optim to "

@@ -23,6 +23,8 @@ from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
+from megatron_chatflow.errors import CheckpointError
+
 _MOMENTS = ("optimizer.state.exp_avg.", "optimizer.state.momentum_buffer.")
 """Before the name of a weight: the first moment of Adam, the momentum of SGD."""
 
@@ -95,7 +97,9 @@ def hand_over(loaded: dict[str, Any], optimizer: MegatronOptimizer, have: Form) 
         optimizer.optimizer, torch.optim.Adam
     )  # Transformer Engine's and apex's have the step in the group
     if len(steps) > 1:
-        raise ValueError(f"the optimizer's groups have made {sorted(steps)} steps, not one number")
+        raise CheckpointError(
+            f"the optimizer's groups have made {sorted(steps)} steps, not one number"
+        )
     if steps and (want == Form.DISTRIBUTED or not with_each_parameter):  # SGD counts no steps
         groups = [group | {"step": max(steps)} for group in groups]
     if want != Form.DISTRIBUTED:

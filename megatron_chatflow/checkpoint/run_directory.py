@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_chatflow.checkpoint import integrity, lineage
 from megatron_chatflow.checkpoint.lineage import Lineage, listed
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError, CheckpointError
 from megatron_chatflow.utils.files import write_atomically
 from megatron_chatflow.utils.user_files import load_json
 
@@ -42,14 +42,14 @@ def latest_iteration(run: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise ConfigError(
+        raise CheckpointError(
             f"{path} cannot be read ({error.strerror}); make it a file with the number of a "
             f"complete "
             "iter_ folder"
         ) from None
     if not re.fullmatch(rb"\s*[0-9]{1,18}\s*", content):
         text = repr(content)[1:] if len(content) < 40 else f"{content[:40]!r:.60}..."[1:]
-        raise ConfigError(
+        raise CheckpointError(
             f"{path} holds {text}, not an iteration; write the number of a complete iter_ "
             f"folder into it"
         )
@@ -75,11 +75,13 @@ def find_checkpoint(run: str | Path, ckpt_step: int | None) -> Path | None:
     if iteration is None and not (found := complete_iterations(run)):
         return None
     if iteration is None:
-        raise ConfigError(f"{run / POINTER} is missing; give --ckpt-step one of {listed(found)}")
+        raise CheckpointError(
+            f"{run / POINTER} is missing; give --ckpt-step one of {listed(found)}"
+        )
     folder = iteration_folder(run, iteration)
     if not (folder / "state.json").is_file():
         there = ", ".join(map(str, sorted(complete_iterations(run))))
-        raise ConfigError(
+        raise CheckpointError(
             f"{folder} is not a complete checkpoint; give --ckpt-step one of "
             f"{there or 'none: the directory has no checkpoint'}"
         )
@@ -107,7 +109,7 @@ def find_sound_checkpoint(
         folder = find_checkpoint(run, ckpt_step)
         wrong = damaged.get(folder) or integrity.damage_at_first_sight(folder)
         if wrong:
-            raise ConfigError(
+            raise CheckpointError(
                 f"{folder} is damaged: {wrong}; give --ckpt-step another, or leave it out "
                 f"for the latest that is sound"
             )
@@ -121,7 +123,7 @@ def find_sound_checkpoint(
             passed.append(f"{run / POINTER} is missing")
         elif latest not in there:
             passed.append(f"{run / POINTER} names iteration {latest}, which is not there")
-    except ConfigError as error:
+    except ChatflowError as error:
         latest = None
         passed.append(str(error).split(";")[0])
     own = None if latest is None else lineage.read_lineage(iteration_folder(run, latest))
@@ -147,14 +149,14 @@ def find_sound_checkpoint(
             f"of the run"
         )
     if not intact:
-        raise ConfigError(
+        raise CheckpointError(
             f"load {run} holds no sound checkpoint: {'; '.join(passed)}; restore one, or "
             f"start from scratch in another folder"
         )
     newest, branch = next(iter(intact.items()))
     others = [i for i, other in intact.items() if not branch.contains(other, i)]
     if others:
-        raise ConfigError(
+        raise CheckpointError(
             f"load {run}: the course that the run was on is not known ({'; '.join(passed)}), and "
             f"iteration {newest} does not continue {listed(others)}; give --ckpt-step one of them"
         )
@@ -251,7 +253,7 @@ def begin_course(run: Path, checkpoint: Path | None, iteration: int) -> tuple[Li
 def _points_to(run: Path, iteration: int) -> bool:
     try:
         return latest_iteration(run) == iteration
-    except ConfigError:
+    except ChatflowError:
         return False
 
 
@@ -262,7 +264,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         return load_json((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(
+        raise CheckpointError(
             f"{folder / 'state.json'} cannot be read ({error}); load another checkpoint "
             f"with --ckpt-step"
         ) from None

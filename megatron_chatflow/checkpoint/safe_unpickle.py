@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_chatflow.checkpoint.integrity import NAME as MANIFEST
 from megatron_chatflow.checkpoint.integrity import read_manifest
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError, CheckpointError
 from megatron_chatflow.serialization.strict_pickle import Known, Maker, StrictUnpickler
 from megatron_chatflow.serialization.torch_file import DTYPES, TENSORS
 from megatron_chatflow.utils.user_files import open_inside
@@ -45,18 +45,18 @@ def refusing(folder: Path) -> Iterator[None]:
     """Raise ConfigError for whatever a damaged or malicious checkpoint makes its readers raise."""
     try:
         yield
-    except ConfigError:
+    except ChatflowError:
         raise
     except OSError as error:
         name = Path(error.filename).name if error.filename else "a file"
         missing = isinstance(error, FileNotFoundError)
         what = "is missing" if missing else f"cannot be read ({error.strerror})"
-        raise ConfigError(
+        raise CheckpointError(
             f"{folder} is damaged: {name} {what}; load another checkpoint with --ckpt-step"
         ) from None
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
+        raise CheckpointError(
             f"{folder} is not read: something pickled in it is not what a checkpoint holds "
             f"({reason}); load a checkpoint from a source that you trust"
         ) from None

@@ -31,6 +31,7 @@ from megatron_chatflow.checkpoint.run_directory import POINTER, iteration_folder
 from megatron_chatflow.checkpoint.save_strategy import SealedShards, results_of_rank
 from megatron_chatflow.checkpoint.shared_memory import without_views
 from megatron_chatflow.checkpoint.writer_process import Writer
+from megatron_chatflow.errors import CheckpointError
 from megatron_chatflow.utils.files import WriteError, seal, seal_file, sync_folder, write_atomically
 
 
@@ -240,12 +241,12 @@ class Saver:
         for place in metadata.storage_data.values():
             written = seals.get(place.relative_path, {"bytes": 0})["bytes"]
             if place.offset + place.length > written:
-                raise ValueError(
+                raise CheckpointError(
                     f"a tensor is in {place.relative_path}, of which {written} bytes were written"
                 )
         seals |= {name: seal_file(partial / name) for name in REQUIRED}
         if seals["common.pt"] != self._writing.common:
-            raise ValueError("common.pt is not what was written")
+            raise CheckpointError("common.pt is not what was written")
         check_files(partial, seals)
         write_manifest(partial, seals)
         folder, aside = iteration_folder(self._run, iteration), Path(f"{partial}.replaced")

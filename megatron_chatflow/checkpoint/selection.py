@@ -15,7 +15,7 @@ from megatron_chatflow.checkpoint.run_directory import (
     on_course,
     read_state,
 )
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def choose_weights(
         were asked for.
     """
     if use_ema and average != 1:
-        raise ConfigError(
+        raise CheckpointError(
             f"use_ema and average_checkpoints {average} are two ways to average; drop "
             f"--use-ema or --average-checkpoints"
         )
@@ -75,7 +75,7 @@ def choose_weights(
 def check_running_mean(checkpoint: Path) -> None:
     """Raises ConfigError where a checkpoint holds no running mean of the weights."""
     if read_state(checkpoint).get("ema_decay") is None:
-        raise ConfigError(
+        raise CheckpointError(
             f"{checkpoint} holds no running mean of the weights: it was trained without "
             f"--ema-decay; drop --use-ema to take its weights"
         )
@@ -87,14 +87,14 @@ def _last_checkpoints(
     """The last `count` checkpoints of one course, oldest first, and the iterations not on it."""
     newest = find_checkpoint(run, ckpt_step)
     if newest is None:
-        raise ConfigError(f"load {run} holds no checkpoint; give a run directory that has one")
+        raise CheckpointError(f"load {run} holds no checkpoint; give a run directory that has one")
     if count == 1:
         return (newest,), ()
     last = int(newest.name[5:])
     there = [iteration for iteration in sorted(complete_iterations(run)) if iteration <= last]
     course = read_lineage(newest)
     if course is None:
-        raise ConfigError(
+        raise CheckpointError(
             f"{newest} is damaged: state.json is not what was written; load another "
             f"checkpoint with --ckpt-step"
         )
@@ -102,7 +102,7 @@ def _last_checkpoints(
     left = tuple(iteration for iteration in there if iteration not in kept)
     if count < 1 or count > len(kept):
         others = f", without {listed(left)}, not on its course" if left else ""
-        raise ConfigError(
+        raise CheckpointError(
             f"average_checkpoints is {count}, and the complete checkpoints of {run} up to "
             f"{newest.name} are {len(kept)} (iteration "
             f"{', '.join(map(str, kept))}{others}); give --average-checkpoints a number "

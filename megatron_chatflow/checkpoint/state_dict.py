@@ -20,7 +20,7 @@ from megatron_chatflow.checkpoint.safe_unpickle import missing_shard
 from megatron_chatflow.checkpoint.saver import SaveError, Saver
 from megatron_chatflow.checkpoint.selection import check_running_mean
 from megatron_chatflow.checkpoint.tensor_reader import CheckpointReader
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import CheckpointError
 
 
 def _metadata() -> dict[str, Any]:
@@ -209,7 +209,9 @@ def load_average(folder: Path, model: list[MegatronModule]) -> None:
 
 def _open(folder: Path, verified: bool) -> CheckpointReader:
     if not verified and (wrong := find_damage(folder)):
-        raise ConfigError(f"{folder} is damaged: {wrong}; load another checkpoint with --ckpt-step")
+        raise CheckpointError(
+            f"{folder} is damaged: {wrong}; load another checkpoint with --ckpt-step"
+        )
     return CheckpointReader(folder)
 
 

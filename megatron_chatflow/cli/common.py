@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_chatflow.config import load_values
 from megatron_chatflow.config.schema import ParallelSettings
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.report import console
 
 
@@ -22,7 +22,7 @@ def usage_errors(of: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except ConfigError as error:
+    except ChatflowError as error:
         raise ConfigError(f"{of}{error}") if of else error from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{of}{error}") from None

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError
 
 PROG = "convert_checkpoint.py"
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Convert; returns the exit code."""
     try:
         return _convert(list(sys.argv[1:] if argv is None else argv))
-    except ConfigError as error:
+    except ChatflowError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.merge import find_corpora, merge
 from megatron_chatflow.data.corpus.verify import verify
+from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES, load_tokenizer
 
 
@@ -48,7 +49,7 @@ def merge_main(argv: Sequence[str] | None = None) -> int:
         prefixes = find_corpora(arguments.input)
         for prefix in prefixes if arguments.multimodal else ():
             if not IndexedDataset(prefix).header.multimodal:
-                raise ValueError(
+                raise ConfigError(
                     f"--multimodal is given, but {prefix} is text without sequence modes: "
                     f"drop the flag"
                 )
@@ -159,13 +160,13 @@ def _vocab_size(arguments: argparse.Namespace) -> int | None:
     """
     given = arguments.vocab_size
     if given is not None and given < 1:
-        raise ValueError(f"--vocab-size {given} is too few: give at least 1")
+        raise ConfigError(f"--vocab-size {given} is too few: give at least 1")
     files = {
         name: getattr(arguments, name) for name in ("tokenizer_model", "vocab_file", "merge_file")
     }
     if arguments.tokenizer_type is None:
         if any(files.values()):
-            raise ValueError("--tokenizer-type is missing: give it, or --vocab-size alone")
+            raise ConfigError("--tokenizer-type is missing: give it, or --vocab-size alone")
         return given
     return load_tokenizer(arguments.tokenizer_type, vocab_size=given, **files).vocab_size
 

@@ -21,7 +21,7 @@ from megatron_chatflow.config import (
     total_samples,
 )
 from megatron_chatflow.config.schema import PrecisionSettings
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.planner.batches import bubble, micro_batches
 from megatron_chatflow.planner.memory import GIB, RESERVE, checkpoint_bytes, cures, stage_memory
 from megatron_chatflow.planner.parameters import Layout, layout_of
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = resolve(config, args.world_size)
         _check_layers(config)
-    except ConfigError as error:
+    except ChatflowError as error:
         refusals = [str(error)]
     else:
         refusals = _look(config, args.world_size, result)

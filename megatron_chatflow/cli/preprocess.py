@@ -22,6 +22,7 @@ from megatron_chatflow.data.preprocess.options import (
 from megatron_chatflow.data.preprocess.pipeline import MalformedInput, Progress, Summary, preprocess
 from megatron_chatflow.data.preprocess.resume_state import has_state
 from megatron_chatflow.data.preprocess.worker_pool import WorkerDied
+from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report.console import lossy_output
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 
@@ -83,7 +84,7 @@ _IGNORED_SHOWN = 20
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise ValueError(message)
+        raise ConfigError(message)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -237,12 +238,12 @@ def parse_arguments(argv: Sequence[str]) -> PreprocessSettings:
     for word in argv:
         flag = word.partition("=")[0].replace("_", "-")
         if flag in _REFUSED:
-            raise ValueError(f"{flag} is not taken: {_REFUSED[flag]}")
+            raise ConfigError(f"{flag} is not taken: {_REFUSED[flag]}")
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         nearest = difflib.get_close_matches(unknown[0], flags, n=1)
-        raise ValueError(
+        raise ConfigError(
             f"{unknown[0]} is unknown: "
             + (f"did you mean {nearest[0]}?" if nearest else "see --help")
         )

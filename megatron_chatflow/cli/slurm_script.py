@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.utils.user_files import check_line
 
 EXIT_PREEMPTED = 3
@@ -96,7 +97,7 @@ def _check(job: Job) -> None:
         for text in texts:
             check_line(key, text)
     if "\\" in job.save:
-        raise ValueError(
+        raise ConfigError(
             f"save: {job.save!r} holds a backslash, and SLURM then does not fill in the "
             f"job's number "
             "in the name of the log; give --save another folder"

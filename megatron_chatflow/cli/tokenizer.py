@@ -16,6 +16,7 @@ from megatron_chatflow.checkpoint.lease import Lease
 from megatron_chatflow.config import pad_vocab_size
 from megatron_chatflow.data.preprocess.input_files import STDIN, open_sources
 from megatron_chatflow.data.preprocess.read_documents import read_texts
+from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report.fertility_table import fertility_table
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.extend import (
@@ -57,7 +58,7 @@ _OWN = "token_map.json"
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise ValueError(message)
+        raise ConfigError(message)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -160,24 +161,24 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         nearest = difflib.get_close_matches(unknown[0], flags, n=1)
-        raise ValueError(
+        raise ConfigError(
             f"{unknown[0]} is unknown: "
             + (f"did you mean {nearest[0]}?" if nearest else "see --help")
         )
     for name in ("new_tokens", "tensor_model_parallel_size", "make_vocab_size_divisible_by"):
         if getattr(settings, name) < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"--{name.replace('_', '-')} {getattr(settings, name)} is too few: give at least 1"
             )
     if settings.replace and not settings.base_input:
-        raise ValueError(
+        raise ConfigError(
             "--replace needs --base-input: text of the language whose tokens are to be kept"
         )
     if settings.replace and settings.characters:
-        raise ValueError("--characters has no meaning with --replace: drop one of them")
+        raise ConfigError("--characters has no meaning with --replace: drop one of them")
     for item in settings.held_out:
         if not all(item.partition("=")):
-            raise ValueError(
+            raise ConfigError(
                 f"--held-out {item} has no name: write it as NAME=FILE, such as "
                 f"en=held_out_en.jsonl"
             )
@@ -189,22 +190,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         *([path] for path in settings.held_out.values()),
     ):
         if STDIN in paths:
-            raise ValueError(
+            raise ConfigError(
                 "the standard input is not taken, because text is read more than once: name a file"
             )
         for source in open_sources(paths):
             if source.size is None:
-                raise ValueError(
+                raise ConfigError(
                     f"--input {source.path} is a pipe, and text is read more than once: name a file"
                 )
     if os.path.exists(settings.output) and not os.path.isdir(settings.output):
-        raise ValueError(f"--output {settings.output} is a file: name a folder")
+        raise ConfigError(f"--output {settings.output} is a file: name a folder")
     if (
         os.path.isdir(settings.output)
         and os.listdir(settings.output)
         and not os.path.exists(os.path.join(settings.output, _OWN))
     ):
-        raise ValueError(
+        raise ConfigError(
             f"--output {settings.output} holds other files: name a new folder, or one that "
             f"this tool has written"
         )
@@ -325,7 +326,7 @@ def _held_out_texts(settings: argparse.Namespace) -> dict[str, list[str]]:
     for name, texts in found.items():
         if not texts:
             path = settings.held_out.get(name)
-            raise ValueError(
+            raise ConfigError(
                 flag.format(name, path) + " has no text: give another file" * bool(path)
             )
     return found

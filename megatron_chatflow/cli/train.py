@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.config import loader, make_parser, resolve
 from megatron_chatflow.distributed.launch import read_launch
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.report import console
 
 EPILOG = """examples:
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
                     return 0 if train(run, stop, saver) else EXIT_PREEMPTED
                 except (NonFiniteError, ReplicaError) as error:
                     return stopped(error)
-        except ConfigError:
+        except ChatflowError:
             raise
         except (WriteError, LeaseLostError) as error:
             return stopped(error)

@@ -20,7 +20,7 @@ from typing import Any
 from megatron_chatflow.config import schema
 from megatron_chatflow.config.schema import Config
 from megatron_chatflow.config.unsupported_flags import REFUSED
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.utils.user_files import check_line, dump_yaml, load_yaml
 
 
@@ -209,7 +209,7 @@ def _yaml_values(path: Path) -> dict[str, Any]:
                 values[name] = _absolute(
                     name, convert(name, value, known[section]), known[section], path.parent
                 )
-            except ConfigError as error:
+            except ChatflowError as error:
                 raise ConfigError(f"{path}: {section}.{error}") from None
     return values
 
@@ -320,7 +320,7 @@ def parse(
                     values[f.name] = _absolute(
                         f.name, convert(f.name, written, cls), cls, Path.cwd()
                     )
-                except ConfigError as error:
+                except ChatflowError as error:
                     raise ConfigError(
                         "--" + str(error).replace(f.name, f.name.replace("_", "-"), 1)
                     ) from None

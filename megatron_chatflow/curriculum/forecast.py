@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_chatflow.curriculum.plan import BlendPlan
 from megatron_chatflow.curriculum.schema import MOST_SAMPLES, Curriculum, Domain
+from megatron_chatflow.errors import ConfigError
 
 MANY_EPOCHS = 4
 """Beyond this many epochs repeated text is worth much less than new text (Muennighoff et al. 2023,
@@ -162,7 +163,7 @@ def check_exhaustion(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> None:
     for name, samples, before in totals:
         epoch, cap = epoch_samples[name], plan.domains[name].max_epochs
         if samples and not epoch:
-            raise ValueError(
+            raise ConfigError(
                 f"domains.{name}: the plan draws {samples} samples from it and its corpus "
                 f"holds none; give it more text, or weight 0"
             )
@@ -172,7 +173,7 @@ def check_exhaustion(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> None:
         if limit is None or samples <= max(limit, before):
             continue
         if plan.on_exhausted == "redistribute":
-            raise ValueError(
+            raise ConfigError(
                 f"domains.{name}: the plan draws {samples} samples and it can give {limit}; "
                 f"make the plan with capacities, so that others take over"
             )
@@ -183,7 +184,7 @@ def check_exhaustion(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> None:
             )
         else:
             allowed, advice = f"max_epochs is {cap:g}", "raise max_epochs"
-        raise ValueError(
+        raise ConfigError(
             f"domains.{name}: the run reads it {samples / epoch:.4g} times ({samples} "
             f"samples of {epoch} an epoch), and {allowed}; {advice}, "
             "lower its weights, shorten the run, or write on_exhausted: redistribute or stop"

@@ -17,6 +17,7 @@ from megatron_chatflow.curriculum.apportion import Apportionment
 from megatron_chatflow.curriculum.merge_tree import Tree
 from megatron_chatflow.curriculum.ramps import STILL, Pacing, without
 from megatron_chatflow.curriculum.schedule import GRID, Knot, Span, grid_shares, spans
+from megatron_chatflow.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _remaining(
     """
     if not alive:
         names = ", ".join(sorted({**span.before, **span.after}))
-        raise ValueError(
+        raise ConfigError(
             f"on_exhausted: redistribute: at sample {begin} every domain that is scheduled "
             f"({names}) has given all it has; shorten the run, "
             "raise max_epochs, or write on_exhausted: repeat"

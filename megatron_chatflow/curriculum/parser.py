@@ -19,6 +19,7 @@ from megatron_chatflow.curriculum.schema import (
     Domain,
     Stage,
 )
+from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.utils.user_files import control_character, load_yaml, valid_name, visible
 
 _SUFFIXES = ("_text_document", "_document")
@@ -38,13 +39,13 @@ def load_curriculum(path: str | Path) -> Curriculum:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ValueError(
+        raise ConfigError(
             f"{path}: cannot be read ({reason}); give the path of a curriculum file"
         ) from None
     try:
         mapping = load_yaml(text)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
     return parse_curriculum(mapping, source=str(path), folder=Path(path).parent)
 
 
@@ -61,7 +62,7 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
     """
 
     def fail(key: str, problem: str, advice: str) -> NoReturn:
-        raise ValueError(visible(f"{source}: {key}: {problem}; {advice}"))
+        raise ConfigError(visible(f"{source}: {key}: {problem}; {advice}"))
 
     if not isinstance(mapping, Mapping):
         fail(
@@ -124,13 +125,13 @@ def constant_curriculum(pairs: Iterable[tuple[float, str]]) -> Curriculum:
         )
         if name in domains:
             other = domains[name]["path"]
-            raise ValueError(
+            raise ConfigError(
                 f"{source}: {prefix} and {other} would both be called {name!r}; write a "
                 f"curriculum file, where each domain has a name"
             )
         domains[name], weights[name] = {"path": os.fspath(prefix)}, weight
     if not domains:
-        raise ValueError(f"{source}: no corpus is given; write WEIGHT PREFIX pairs")
+        raise ConfigError(f"{source}: no corpus is given; write WEIGHT PREFIX pairs")
     stages = [{"name": "constant", "at": 0, "weights": weights}]
     return parse_curriculum({"domains": domains, "stages": stages}, source=source, folder=Path())
 

@@ -23,6 +23,7 @@ from megatron_chatflow.curriculum.schema import (
     Domain,
     Stage,
 )
+from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.utils.user_files import load_json, valid_name, visible
 
 PLAN_VERSION = 2
@@ -218,7 +219,7 @@ class BlendPlan:
             ValueError: the plans differ in seq_length, or as `amend`.
         """
         if plan.seq_length != self.seq_length:
-            raise ValueError(
+            raise ConfigError(
                 f"seq_length: {plan.seq_length}, and it was {self.seq_length}: samples "
                 f"would be other tokens; keep {self.seq_length}"
             )
@@ -308,15 +309,15 @@ class BlendPlan:
         try:
             ledger = load_json(text)
         except ValueError:
-            raise ValueError(
+            raise ConfigError(
                 "the plan is not valid JSON; restore plan.json from the checkpoint"
             ) from None
         if not isinstance(ledger, dict) or ledger.get("format") != _FORMAT:
-            raise ValueError(
+            raise ConfigError(
                 f"format: {_FORMAT!r} is expected in a plan; give the plan.json of a run"
             )
         if ledger.get("version") not in READ_VERSIONS:
-            raise ValueError(
+            raise ConfigError(
                 f"version: the plan is of version {ledger.get('version')!r} and this "
                 f"program orders samples by versions "
                 f"{' and '.join(map(str, READ_VERSIONS))}; continue with the release that "
@@ -342,7 +343,7 @@ class BlendPlan:
                 f"the plan is damaged ({type(error).__name__}: {error}); restore plan.json from "
                 f"the checkpoint"
             )
-            raise ValueError(visible(problem)) from None
+            raise ConfigError(visible(problem)) from None
 
     def fingerprint(self) -> str:
         """SHA-256 of what decides the order of the samples, as hex. Two plans of one fingerprint
@@ -378,12 +379,12 @@ class BlendPlan:
     ) -> BlendPlan:
         at = operator.index(at)
         if not 0 <= at <= self.num_samples:
-            raise ValueError(
+            raise ConfigError(
                 f"at: sample {at} is not within the plan's {self.num_samples}; amend at a "
                 f"sample of the run"
             )
         if sizes[0] < at or sizes[0] < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"num_samples: {sizes[0]} is before sample {at}, from which the plan is "
                 f"amended; give at least {max(at, 1)}"
             )
@@ -421,9 +422,9 @@ def _sizes(num_samples: int, global_batch_size: int, seq_length: int) -> tuple[i
     }
     for key, value in sizes.items():
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-            raise ValueError(f"{key}: {value!r} is not a positive whole number; give at least 1")
+            raise ConfigError(f"{key}: {value!r} is not a positive whole number; give at least 1")
         if value > MOST_SAMPLES:
-            raise ValueError(f"{key}: {value} is more than 2^53; give a smaller number")
+            raise ConfigError(f"{key}: {value} is more than 2^53; give a smaller number")
     return tuple(operator.index(value) for value in sizes.values())
 
 
@@ -440,12 +441,12 @@ def _segment(
         return Segment(start, _in_force(knots, start))
     for name in curriculum.domains:
         if name not in capacities:
-            raise ValueError(
+            raise ConfigError(
                 f"capacities: domain {name!r} is missing, and on_exhausted: redistribute "
                 f"reads it; give the samples it holds in all"
             )
         if capacities[name] < 0:
-            raise ValueError(
+            raise ConfigError(
                 f"capacities: {capacities[name]} of domain {name!r} is negative; give 0 or "
                 f"more samples"
             )

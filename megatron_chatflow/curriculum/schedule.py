@@ -9,6 +9,7 @@ from fractions import Fraction
 
 from megatron_chatflow.curriculum.ramps import STILL, Pacing, pacing
 from megatron_chatflow.curriculum.schema import Curriculum
+from megatron_chatflow.errors import ConfigError
 
 GRID = 1 << 48
 """Shares are multiples of 1 / GRID, so that their sums are exact in float64 and no machine rounds
@@ -60,7 +61,7 @@ def resolve(
     for stage in curriculum.stages:
         at = stage.sample(per_unit, num_samples)
         if knots and at <= knots[-1].at:
-            raise ValueError(
+            raise ConfigError(
                 f"{curriculum.source}: stages ({stage.name}).at: in a run of {num_samples} "
                 f"samples it begins at sample {at} and the stage above it, "
                 f"{knots[-1].name!r}, at sample {knots[-1].at}; move one of them, or "

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 
 import torch.distributed as dist
 
-from megatron_chatflow.errors import DataError
+from megatron_chatflow.errors import SampleError
 
 BEAT = 1.0
 """Seconds between heartbeats."""
@@ -103,7 +103,7 @@ class Lifeline:
         message = self.explain(error)
         if message is None:
             message = f"{self._names[self._rank]}, failed: {type(error).__name__}: {error}".strip()
-            if not isinstance(error, DataError):
+            if not isinstance(error, SampleError):
                 message += "\n" + "".join(traceback.format_exception(error))
         self._end(message)
 

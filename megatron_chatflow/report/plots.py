@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_chatflow.errors import DataError
+
 
 def plot_plan(
     path: str | Path,
@@ -72,7 +74,7 @@ def plot_run(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
 
     trained = [record for record in records if "domains" in record]
     if not trained:
-        raise ValueError("no record is of an iteration")
+        raise DataError("no record is of an iteration")
     names = sorted({name for record in trained for name in record["domains"]})
     count = min(200, len(trained), max(1, sum(record["batch-size"] for record in trained) // 20))
     stretches = np.array_split(np.arange(len(trained)), count)

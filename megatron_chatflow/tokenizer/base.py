@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.unicode_scripts import SPACE
 
 BYTE_SPACE = tuple(f"<0x{byte:02X}>" for byte in SPACE.encode())
@@ -183,7 +184,7 @@ def read_bytes(tokenizer_type: str, setting: str, path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise ValueError(
+        raise TokenizerError(
             f"{tokenizer_type}: {setting} {path} cannot be read ({error.strerror}): give "
             f"the path of a file on this machine"
         ) from error

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.base import Tokenizer, digest
 
 
@@ -74,7 +75,7 @@ class Null(Tokenizer):
         result = []
         for word in text.split():
             if not (word.isascii() and word.isdigit() and int(word) < self.eod):
-                raise ValueError(
+                raise TokenizerError(
                     f"{self.type}: {word!r} is not a number from 0 to {self.eod - 1}: the "
                     f"text must be made of such numbers"
                 )

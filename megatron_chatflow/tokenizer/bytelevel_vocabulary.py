@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.merge_candidates import SymbolText, Target
 from megatron_chatflow.tokenizer.pre_tokenizer import cut_scripts, join_marks, steps
 from megatron_chatflow.tokenizer.tokenizer_files import copy_companions, write_json
@@ -247,18 +248,18 @@ _BYTES_OF_TEXT = [*range(0xC0), *range(0xC2, 0xF5)]
 def _check(path: str, description: dict[str, Any]) -> None:
     model = description["model"]
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
-        raise ValueError(
+        raise TokenizerError(
             f"{path} is of type {model.get('type')}, which has no merges that could be "
             f"continued: give a byte-level BPE or a SentencePiece BPE model"
         )
     if not any(step["type"] == "ByteLevel" for step in steps(description.get("pre_tokenizer"))):
-        raise ValueError(
+        raise TokenizerError(
             f"{path} is a BPE of characters, not of bytes: give the tokenizer.model "
             f"(SentencePiece) of this model instead"
         )
     for setting in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(setting):
-            raise ValueError(
+            raise TokenizerError(
                 f"{path} has {setting} {model[setting]!r}, with which merges cannot be "
                 f"continued: give a byte-level BPE as GPT-2's or LLaMA-3's"
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.base import read_bytes
 from megatron_chatflow.tokenizer.bpe_continuation import Learned, continue_merges
 from megatron_chatflow.tokenizer.bytelevel_vocabulary import ByteLevelVocabulary
@@ -67,7 +68,7 @@ def open_vocabulary(tokenizer_type: str, path: str) -> Vocabulary:
         ValueError: the tokenizer is of a kind that cannot be extended.
     """
     if tokenizer_type not in EXTENDABLE:
-        raise ValueError(
+        raise TokenizerError(
             f"tokenizer_type {tokenizer_type} cannot be extended: give a SentencePiece BPE "
             f"model (SentencePieceTokenizer, Llama2Tokenizer) "
             "or a byte-level tokenizer.json (HuggingFaceTokenizer)"
@@ -137,7 +138,7 @@ def replace(
     usage = _shares(before, base_corpus) + _shares(before, corpus)
     removed = least_used(before, usage, count)
     if len(removed) < count:
-        raise ValueError(
+        raise TokenizerError(
             f"--new-tokens {count} is more than can be replaced: {len(removed)} tokens are "
             f"neither control tokens nor bytes; give at most that"
         )
@@ -153,7 +154,7 @@ def replace(
 def _find_target(corpus: Texts) -> Target:
     target = find_target(corpus())
     if not target.kinds:
-        raise ValueError(
+        raise TokenizerError(
             "the corpus has no letters, so there is nothing to learn: check --input and --json-keys"
         )
     return target
@@ -187,7 +188,7 @@ def _learn(
 
 def _check_enough(found: int, count: int) -> None:
     if found < count:
-        raise ValueError(
+        raise TokenizerError(
             f"--new-tokens {count} is more than the corpus holds: {found} candidates occur "
             f"at least twice; give at most that, or more text"
         )
@@ -196,7 +197,7 @@ def _check_enough(found: int, count: int) -> None:
 def _check_nothing_lost(lost: Sequence[str]) -> None:
     if lost:
         some = ", ".join(map(repr, lost[:5])) + ", ..." * (len(lost) > 5)
-        raise ValueError(
+        raise TokenizerError(
             f"the tokenizer would lose {len(lost)} characters of the corpus ({some}), for "
             f"which it has neither tokens nor bytes: "
             "give a larger --new-tokens if they are letters, take them out of the text, or "

@@ -3,6 +3,7 @@
 import difflib
 import os
 
+from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.base import Tokenizer
 
 TOKENIZER_TYPES = (
@@ -39,11 +40,11 @@ def load_tokenizer(
         one sentence with the cure.
     """
     if tokenizer_type not in TOKENIZER_TYPES:
-        raise ValueError(_unknown(tokenizer_type))
+        raise TokenizerError(_unknown(tokenizer_type))
 
     def need(setting: str, value: str | os.PathLike | int | None) -> str:
         if value is None:
-            raise ValueError(
+            raise TokenizerError(
                 f"{tokenizer_type} needs {setting}: give --{setting.replace('_', '-')}"
             )
         return os.fspath(value) if isinstance(value, os.PathLike) else str(value)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.base import BYTE_SPACE, Tokenizer, digest, neighbors, read_bytes
 from megatron_chatflow.tokenizer.unicode_scripts import SPACE
 from megatron_chatflow.utils.user_files import load_json
@@ -165,7 +166,7 @@ def load_tokenizer_json(type: str, path: str) -> HuggingFace:
     try:
         backend = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(
+        raise TokenizerError(
             f"{type}: tokenizer_model {file} is not a tokenizer.json (Hugging Face "
             f"tokenizers): give that file or its folder"
         ) from error
@@ -180,7 +181,7 @@ def load_tokenizer_json(type: str, path: str) -> HuggingFace:
     for role in ("eos_token", "bos_token", "pad_token"):
         roles[role] = None if declared.get(role) is None else backend.token_to_id(declared[role])
         if declared.get(role) is not None and roles[role] is None:
-            raise ValueError(
+            raise TokenizerError(
                 f"{type}: {role} {declared[role]!r} is not in the vocabulary of {file}: "
                 f"mend tokenizer_config.json beside it"
             )
@@ -192,7 +193,7 @@ def load_tokenizer_json(type: str, path: str) -> HuggingFace:
                 if usual
                 else "none of the usual ones is among its special tokens"
             )
-            raise ValueError(
+            raise TokenizerError(
                 f"{type}: {file} does not say which token ends a document ({found}): add a "
                 f"tokenizer_config.json with eos_token"
             )
@@ -226,7 +227,7 @@ def load_gpt2(type: str, vocab_file: str, merge_file: str) -> HuggingFace:
     try:
         model = tokenizers.models.BPE.from_file(vocab_file, merge_file)
     except Exception as error:
-        raise ValueError(
+        raise TokenizerError(
             f"{type}: {vocab_file} and {merge_file} are not the vocab.json and merges.txt "
             f"of a byte-level BPE ({error})"
         ) from error
@@ -235,7 +236,7 @@ def load_gpt2(type: str, vocab_file: str, merge_file: str) -> HuggingFace:
     backend.decoder = tokenizers.decoders.ByteLevel()
     eod = backend.token_to_id("<|endoftext|>")
     if eod is None:
-        raise ValueError(
+        raise TokenizerError(
             f"{type}: vocab_file {vocab_file} lacks <|endoftext|>: add it, or use "
             f"HuggingFaceTokenizer with the model's tokenizer.json"
         )
@@ -264,7 +265,7 @@ def _declared_tokens(type: str, folder: str) -> dict[str, str]:
         try:
             content = load_json(read_bytes(type, "the file", path))
         except ValueError as error:
-            raise ValueError(
+            raise TokenizerError(
                 f"{type}: {path} is not JSON ({error}): mend it or take it away"
             ) from error
         for key, value in content.items():
@@ -282,7 +283,7 @@ def _chat_template(type: str, folder: str, declared: Mapping[str, str]) -> str |
         try:
             return read_bytes(type, "the file", path).decode()
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise TokenizerError(
                 f"{type}: {path} is not UTF-8 ({error.reason} at byte {error.start}): fix "
                 f"it or take it away"
             ) from error
@@ -300,7 +301,7 @@ def _chat_template(type: str, folder: str, declared: Mapping[str, str]) -> str |
             if texts
             else "is neither a text nor a list of named templates"
         )
-        raise ValueError(f"{type}: chat_template of {path} {found}: name one of them default")
+        raise TokenizerError(f"{type}: chat_template of {path} {found}: name one of them default")
     return texts["default"]
 
 
@@ -333,7 +334,7 @@ def _length_rule(tokenizer: HuggingFace) -> Any:
         return lambda text: (
             1 if fallback and _is_byte_piece(text) else len(text.replace(SPACE, " ").encode())
         )
-    raise ValueError(
+    raise TokenizerError(
         f"{tokenizer.type}: {tokenizer.name} loses spaces, so the bytes its tokens stand "
         f"for cannot be counted: "
         "use a byte-level or a SentencePiece-like tokenizer (a decoder of type ByteLevel or "

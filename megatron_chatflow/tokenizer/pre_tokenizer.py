@@ -14,6 +14,7 @@ from typing import Any
 
 import tokenizers
 
+from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.unicode_scripts import ZERO_WIDTH, Letters, letters_of
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -63,7 +64,7 @@ def join_marks(path: str, step: dict[str, Any], scripts: Sequence[str]) -> dict[
     joined = [new for each in steps(step) for new in _joined(path, each, scripts)]
     result = {"type": "Sequence", "pretokenizers": joined}
     if still := cut_scripts(result, scripts):
-        raise ValueError(
+        raise TokenizerError(
             f"{path}: its pre-tokenizer cuts {', '.join(still)} words at combining marks, and no "
             "pattern of it has letters as \\p{L}, which the marks could join; give a "
             "tokenizer that "
@@ -78,7 +79,7 @@ def _joined(path: str, step: dict[str, Any], scripts: Sequence[str]) -> list[dic
     if step["type"] != "ByteLevel" or not step.get("use_regex", True):
         return [step]
     if step["add_prefix_space"]:
-        raise ValueError(
+        raise TokenizerError(
             f"{path}: add_prefix_space true, with which the pattern of ByteLevel cannot take the "
             f"marks of {', '.join(scripts)} as letters; set it to false in tokenizer.json, or give "
             "--characters"

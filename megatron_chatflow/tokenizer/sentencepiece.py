@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 import sentencepiece
 
+from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.base import BYTE_SPACE, Tokenizer, digest, neighbors, read_bytes
 from megatron_chatflow.tokenizer.unicode_scripts import SPACE
 
@@ -36,7 +37,7 @@ class SentencePiece(Tokenizer):
             self._model.LoadFromSerializedProto(content)
             size = self._model.GetPieceSize()
         except Exception as error:  # the library raises a different class in each release
-            raise ValueError(
+            raise TokenizerError(
                 f"{type}: tokenizer_model {path} is not a SentencePiece model: give the "
                 f".model file, or HuggingFaceTokenizer for a tokenizer.json"
             ) from error
@@ -46,7 +47,7 @@ class SentencePiece(Tokenizer):
         if eod is None:
             eod = _or_none(self._model.eos_id())
         if eod is None:
-            raise ValueError(
+            raise TokenizerError(
                 f"{type}: {path} has neither <eod> nor an eos token to end documents with: "
                 f"train it with an eos_id or the symbol <eod>"
             )

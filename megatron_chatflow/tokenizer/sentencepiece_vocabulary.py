@@ -7,6 +7,7 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as protocol
 
+from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.merge_candidates import UNKNOWN_CHARACTER, SymbolText, Target
 from megatron_chatflow.tokenizer.sentencepiece_to_hf import tokenizer_json
 from megatron_chatflow.tokenizer.tokenizer_files import copy_companions, write_json
@@ -42,7 +43,7 @@ class SentencePieceVocabulary(Vocabulary):
         trained_as = self._model.trainer_spec.model_type
         if trained_as != protocol.TrainerSpec.BPE:
             name = protocol.TrainerSpec.ModelType.Name(trained_as).lower()
-            raise ValueError(
+            raise TokenizerError(
                 f"{path} is a SentencePiece model of type {name}, whose pieces do not come "
                 f"from merges that could be continued: "
                 "give one trained with --model_type=bpe, as LLaMA's and Mistral's are"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.base import Tokenizer, digest, neighbors, read_bytes
 from megatron_chatflow.utils.user_files import load_json
 
@@ -49,7 +50,7 @@ class TikToken(Tokenizer):
             config.get("default_vocab_size", _MAX_VOCAB), self._num_special + len(entries)
         )
         if not self._num_special + 256 <= size <= self._num_special + len(entries):
-            raise ValueError(
+            raise TokenizerError(
                 f"{type}: vocab_size {size} does not fit {path}, which has {len(entries)} "
                 f"tokens beside {self._num_special} special ones: "
                 f"give {self._num_special + 256} to {self._num_special + len(entries)}"
@@ -97,7 +98,7 @@ class TikToken(Tokenizer):
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # no subclass of Exception
                 raise
-            raise ValueError(
+            raise TokenizerError(
                 f"{self.type}: the library cannot split a text of {len(text):,} characters "
                 f"that begins with "
                 f"{text[:40]!r} ({error}): take it out, or shorten its white space"

@@ -104,7 +104,7 @@ def check_tokens(inputs: Inputs) -> str:
         What was checked, as a note.
 
     Raises:
-        DataError: such an id was found.
+        SampleError: such an id was found.
     """
     checked = total = 0
     for domain in (*inputs.domains.values(), *inputs.held_out.values()):

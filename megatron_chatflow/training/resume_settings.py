@@ -21,7 +21,7 @@ from megatron_chatflow.config.resume_policy import (
     with_schedule,
     without_effect,
 )
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError
 
 OVERRIDE, USE_CHECKPOINT = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
 
@@ -81,7 +81,7 @@ def saved_settings(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]
     path = checkpoint.parent / "config.yaml"
     try:
         written = load_values(path) if path.is_file() else {}
-    except ConfigError:  # of a version with other settings
+    except ChatflowError:  # of a version with other settings
         written = {}
     scheduler, values = state.get("opt_param_scheduler"), {}
     if written:

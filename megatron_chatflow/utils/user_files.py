@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from megatron_chatflow.errors import ConfigError
+
 _DEEPEST = 100
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _NULL = re.compile(r"~|null|Null|NULL|")
@@ -57,7 +59,7 @@ def load_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ConfigError("it is nested too deeply") from None
 
 
 def dump_yaml(content: Any) -> str:
@@ -80,7 +82,7 @@ def load_yaml(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {min(mark.line, text.rstrip().count(chr(10))) + 1}" if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise ValueError(f"not valid YAML{where} ({problem}); correct the file") from None
+        raise ConfigError(f"not valid YAML{where} ({problem}); correct the file") from None
 
 
 def _build(text: str) -> Any:
@@ -94,9 +96,9 @@ def _build(text: str) -> Any:
             value = _scalar(event, line)
         elif isinstance(event, yaml.CollectionStartEvent):
             if event.tag not in _CONTAINERS:
-                raise ValueError(f"the tag {event.tag!r} in line {line} is not known; remove it")
+                raise ConfigError(f"the tag {event.tag!r} in line {line} is not known; remove it")
             if len(open_nodes) > _DEEPEST:
-                raise ValueError(
+                raise ConfigError(
                     f"line {line} is nested more than {_DEEPEST} levels deep; write fewer levels"
                 )
             is_mapping = isinstance(event, yaml.MappingStartEvent)
@@ -107,13 +109,13 @@ def _build(text: str) -> Any:
             event.anchor = open_nodes.pop().anchor
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors:
-                raise ValueError(
+                raise ConfigError(
                     f"line {line} names *{event.anchor}, which is not known; write it out"
                 )
             open_nodes[-1].add(anchors[event.anchor], line, plain=False)
             continue
         elif isinstance(event, yaml.DocumentStartEvent) and documents:
-            raise ValueError(f"a second document begins in line {line}; keep one")
+            raise ConfigError(f"a second document begins in line {line}; keep one")
         else:
             continue
         if event.anchor is not None:
@@ -139,10 +141,10 @@ class _Node:
             self.content.append(value)
         elif not self._has_key:
             if isinstance(value, list | dict):
-                raise ValueError(f"the key in line {line} is not text; write text")
+                raise ConfigError(f"the key in line {line} is not text; write text")
             is_merge = value == _MERGE and plain
             if value in self.content or (is_merge and self._merged is not None):
-                raise ValueError(
+                raise ConfigError(
                     f"key {value!r} comes twice, the second time in line {line}; keep one"
                 )
             self._has_key, self._key = True, _MERGED if is_merge else value
@@ -151,7 +153,7 @@ class _Node:
             if self._key is _MERGED:
                 self._merged = value if isinstance(value, list) else [value]
                 if not all(isinstance(mapping, dict) for mapping in self._merged):
-                    raise ValueError(f"<< in line {line} does not name a mapping; name one")
+                    raise ConfigError(f"<< in line {line} does not name a mapping; name one")
             else:
                 self.content[self._key] = value
 
@@ -169,7 +171,7 @@ def _scalar(event: yaml.ScalarEvent, line: int) -> Any:
     elif event.tag in _TAGS:
         kind = _TAGS[event.tag]
     else:
-        raise ValueError(f"the tag {event.tag!r} in line {line} is not known; remove it")
+        raise ConfigError(f"the tag {event.tag!r} in line {line} is not known; remove it")
     try:
         if kind == "int":
             digits = value.replace("_", "")
@@ -178,7 +180,7 @@ def _scalar(event: yaml.ScalarEvent, line: int) -> Any:
             return float(re.sub(r"\.(?=[iInN])", "", value))
     except ValueError:
         short = value if len(value) <= 40 else f"{value[:40]}..."
-        raise ValueError(f"{short!r} in line {line} is not a number; correct it") from None
+        raise ConfigError(f"{short!r} in line {line} is not a number; correct it") from None
     return {"bool": value.lower() == "true", "null": None}.get(kind, value)
 
 
@@ -208,7 +210,7 @@ def check_line(key: str, text: str) -> None:
     found = control_character(text)
     if found is not None:
         what = "bytes that are not UTF-8" if "\ud800" <= found <= "\udfff" else repr(found)
-        raise ValueError(f"{key}: {text!r} holds {what}; write it without control characters")
+        raise ConfigError(f"{key}: {text!r} holds {what}; write it without control characters")
 
 
 def valid_name(name: str) -> bool:
@@ -228,7 +230,7 @@ def check_name(key: str, name: str) -> None:
     """
     if not valid_name(name):
         advice = "use letters, digits, - _ and . (it becomes part of metric names)"
-        raise ValueError(f"{key}: {name!r} is not a valid name; {advice}")
+        raise ConfigError(f"{key}: {name!r} is not a valid name; {advice}")
 
 
 def visible(text: str) -> str:
@@ -244,15 +246,15 @@ def open_inside(folder: Path, name: str) -> io.FileIO:
         OSError: there is no such file, or it cannot be opened.
     """
     if name in ("", ".", "..") or "/" in name or control_character(name):
-        raise ValueError(f"it refers to the file {name!r:.100}, outside of its folder")
+        raise ConfigError(f"it refers to the file {name!r:.100}, outside of its folder")
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         number = os.open(folder / name, flags)
     except OSError:
         if (folder / name).is_symlink():
-            raise ValueError(f"{name} is a symbolic link; copy the folder with cp -rL") from None
+            raise ConfigError(f"{name} is a symbolic link; copy the folder with cp -rL") from None
         raise
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise ValueError(f"{name} is not a regular file")
+        raise ConfigError(f"{name} is not a regular file")
     return io.FileIO(number)

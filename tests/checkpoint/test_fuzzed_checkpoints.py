@@ -85,7 +85,7 @@ def fuzz(folder: Path, count: int, seed: int) -> dict[str, int]:
 
     import torch
 
-    from megatron_chatflow.errors import ConfigError
+    from megatron_chatflow.errors import ChatflowError
 
     torch.set_num_threads(1)
     names = [".metadata", "__0_0.distcp", "common.pt"]
@@ -110,7 +110,7 @@ def fuzz(folder: Path, count: int, seed: int) -> dict[str, int]:
         try:
             read_all(folder)
             outcomes["loaded"] += 1
-        except ConfigError as error:
+        except ChatflowError as error:
             outcomes["refused"] += 1
             assert "\n" not in str(error) and "memory" not in str(error), (number, str(error))
         most = tracemalloc.get_traced_memory()[1] - before

@@ -22,7 +22,7 @@ import pytest
 from megatron_chatflow.checkpoint import lease as module
 from megatron_chatflow.checkpoint.lease import Lease, LeaseLostError
 from megatron_chatflow.checkpoint.lease_holder import Holder
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 from tests.pool import Pool
 from tests.sample import metrics, train
 
@@ -127,7 +127,7 @@ def test_the_second_run_reads_who_holds_the_folder_and_since_when(
     with child(Lease(tmp_path).acquire) as (pid, read):
         assert answer(read) == "held"
         begin = time.monotonic()
-        with Lease(tmp_path) as second, pytest.raises(ConfigError) as refused:
+        with Lease(tmp_path) as second, pytest.raises(ChatflowError) as refused:
             second.acquire()
         assert time.monotonic() - begin < 1
         text = str(refused.value)
@@ -136,7 +136,7 @@ def test_the_second_run_reads_who_holds_the_folder_and_since_when(
         assert text.endswith("wait until it ends, stop it, or give --save another folder")
         os.kill(pid, signal.SIGSTOP)
         time.sleep(0.1)
-        with pytest.raises(ConfigError, match=f"is stopped, `kill -CONT {pid}` resumes it"):
+        with pytest.raises(ChatflowError, match=f"is stopped, `kill -CONT {pid}` resumes it"):
             Lease(tmp_path).acquire()
         kill(pid)
         begin = time.monotonic()
@@ -165,7 +165,7 @@ def test_a_lock_whose_process_has_ended_is_waited_for(tmp_path: Path, quick: Non
     path = tmp_path / "lease-1.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"pid": 2**22 + 1}))
-    with pytest.raises(ConfigError, match="the process has ended, but its lock is still held"):
+    with pytest.raises(ChatflowError, match="the process has ended, but its lock is still held"):
         Lease(tmp_path).acquire()
     os.close(lease._file)
     with Lease(tmp_path) as other:
@@ -178,7 +178,7 @@ def test_the_number_of_a_dead_process_may_be_another_ones_by_now(
     monkeypatch.setattr(fcntl, "flock", without_locks)
     me = Holder.this_process(locks=False)
     record(tmp_path, boot=me.boot, pid=me.pid, started=me.started, locks=False)
-    with pytest.raises(ConfigError, match="another process writes there"):
+    with pytest.raises(ChatflowError, match="another process writes there"):
         Lease(tmp_path).acquire()
     record(tmp_path, boot=me.boot, pid=me.pid, started=me.started - 1, locks=False)
     with Lease(tmp_path) as lease:
@@ -197,7 +197,7 @@ def test_a_heartbeat_of_another_machine_decides_by_the_clock_of_the_file_system(
             os.utime(path)
 
     with child(beat):
-        with Lease(tmp_path) as lease, pytest.raises(ConfigError) as refused:
+        with Lease(tmp_path) as lease, pytest.raises(ChatflowError) as refused:
             lease.acquire()
         assert "on node7, process 77, SLURM job 4711" in str(refused.value)
     os.utime(path)

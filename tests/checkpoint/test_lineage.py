@@ -26,7 +26,7 @@ from megatron_chatflow.checkpoint.run_directory import (
     outdated_on_course,
 )
 from megatron_chatflow.checkpoint.selection import choose_weights
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 from tests.checkpoint.run_folders import write_checkpoint
 from tests.pool import Pool
 from tests.sample import metrics, train
@@ -104,7 +104,9 @@ def test_a_mean_is_of_one_course(sent_back: tuple[Path, str]) -> None:
     assert "without iteration 12, not on its course" in chosen.name
     assert numbers(choose_weights(run, 16, 3).folders) == [8, 12, 16]
     assert numbers(choose_weights(run, 12, 1).folders) == [12]
-    with pytest.raises(ConfigError, match=r"are 4 \(iteration 4, 8, 10, 15, without iteration 12"):
+    with pytest.raises(
+        ChatflowError, match=r"are 4 \(iteration 4, 8, 10, 15, without iteration 12"
+    ):
         choose_weights(run, None, 5)
 
 
@@ -175,7 +177,7 @@ def test_where_the_course_is_not_known_nothing_is_guessed(tmp_path: Path) -> Non
     for iteration, course in ((4, ROOT), (8, ROOT), (12, branch), (16, ROOT)):
         write_checkpoint(tmp_path, iteration, course)
     (tmp_path / POINTER).write_text("20\n")
-    with pytest.raises(ConfigError, match="16 does not continue iteration 12; give --ckpt-step"):
+    with pytest.raises(ChatflowError, match="16 does not continue iteration 12; give --ckpt-step"):
         find_sound_checkpoint(tmp_path, None, {})
     lineage.write_course(tmp_path, branch)
     found, notes = find_sound_checkpoint(tmp_path, None, {})
@@ -210,7 +212,7 @@ def test_a_damaged_pointer_is_one_message(tmp_path: Path, content: bytes) -> Non
     write_checkpoint(tmp_path, 8, ROOT)
     (tmp_path / POINTER).write_bytes(content)
     for find in (latest_iteration, lambda run: find_checkpoint(run, None)):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(ChatflowError) as error:
             find(tmp_path)
         assert "not an iteration; write the number" in str(error.value)
         assert str(error.value).isprintable() and len(str(error.value)) < 400
@@ -223,11 +225,11 @@ def test_a_missing_or_unreadable_pointer_is_one_message(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, None) is None
     write_checkpoint(tmp_path, 4, ROOT)
     (tmp_path / POINTER).unlink()
-    with pytest.raises(ConfigError, match="is missing; give --ckpt-step one of iteration 4"):
+    with pytest.raises(ChatflowError, match="is missing; give --ckpt-step one of iteration 4"):
         find_checkpoint(tmp_path, None)
     assert "is missing: going back to" in find_sound_checkpoint(tmp_path, None, {})[1][0]
     (tmp_path / POINTER).mkdir()
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ChatflowError, match="cannot be read"):
         latest_iteration(tmp_path)
     assert "cannot be read" in find_sound_checkpoint(tmp_path, None, {})[1][0]
 
@@ -245,7 +247,7 @@ def test_any_pointer_is_a_number_or_a_message(
     (run / POINTER).write_bytes(content)
     try:
         found = latest_iteration(run)
-    except ConfigError as error:
+    except ChatflowError as error:
         assert str(error).isprintable()
     else:
         assert str(found).encode() == content.strip().lstrip(b"0") or not found
@@ -338,7 +340,7 @@ class RunDirectory(RuleBasedStateMachine):
         knows = before is not None and (self.course_is_whole or pointed not in self.broken)
         try:
             found, notes = find_sound_checkpoint(self.run, None, {})
-        except ConfigError:
+        except ChatflowError:
             sound = [
                 i
                 for i in self.saved
@@ -359,7 +361,7 @@ class RunDirectory(RuleBasedStateMachine):
     def send_back(self, data: st.DataObject) -> None:
         iteration = data.draw(st.sampled_from(sorted(self.saved)))
         if iteration in self.broken:
-            with pytest.raises(ConfigError):
+            with pytest.raises(ChatflowError):
                 find_sound_checkpoint(self.run, iteration, {})
             return
         assert numbers([find_sound_checkpoint(self.run, iteration, {})[0]]) == [iteration]
@@ -404,7 +406,7 @@ class RunDirectory(RuleBasedStateMachine):
     def average(self, count: int) -> None:
         try:
             chosen = numbers(choose_weights(self.run, None, count).folders)
-        except ConfigError:
+        except ChatflowError:
             return
         newest = self.saved[chosen[-1]]
         assert all(self.continues(newest, i) for i in chosen)

@@ -88,22 +88,22 @@ def write_index(folder: Path, names: Any) -> None:
 
 def test_indices_of_safetensors(model: Path) -> None:
     from megatron_chatflow.conversion.safetensors_io import Weights
-    from megatron_chatflow.errors import ConfigError
+    from megatron_chatflow.errors import ChatflowError
 
     index = {"a": "a.safetensors", "b": "b.safetensors"}
     write_index(model, index)
     assert set(Weights(model).shapes) == {"a", "b"}
     for name, message in leading_out(model).items():
         write_index(model, index | {"b": name})
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(ChatflowError) as error:
             Weights(model)
         assert message in str(error.value) and "\n" not in str(error.value)
     for strange in (5, None, [], {"x": 1}):
         write_index(model, index | {"b": strange})
-        with pytest.raises(ConfigError, match="not complete"):
+        with pytest.raises(ChatflowError, match="not complete"):
             Weights(model)
     write_index(model, index | {"b": "none", "c": "other"})
-    with pytest.raises(ConfigError, match="names none, other, which are not there"):
+    with pytest.raises(ChatflowError, match="names none, other, which are not there"):
         Weights(model)
 
 
@@ -119,7 +119,7 @@ def test_links_of_the_hugging_face_cache(
     model: Path, place: Callable[[Path], Path], accepted: bool
 ) -> None:
     from megatron_chatflow.conversion.safetensors_io import Weights
-    from megatron_chatflow.errors import ConfigError
+    from megatron_chatflow.errors import ChatflowError
 
     target = place(model.parents[1])
     target.parent.mkdir()
@@ -129,5 +129,5 @@ def test_links_of_the_hugging_face_cache(
     if accepted:
         assert Weights(model).read("b").tolist() == [1, 1]
     else:
-        with pytest.raises(ConfigError, match="b.safetensors is a symbolic link"):
+        with pytest.raises(ChatflowError, match="b.safetensors is a symbolic link"):
             Weights(model)

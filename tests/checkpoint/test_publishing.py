@@ -193,13 +193,13 @@ def test_no_required_file_may_be_out_of_the_manifest(sealed: Path, tmp_path: Pat
 
 def test_readers_name_what_is_missing(sealed: Path, tmp_path: Path) -> None:
     from megatron_chatflow.checkpoint.tensor_reader import CheckpointReader
-    from megatron_chatflow.errors import ConfigError
+    from megatron_chatflow.errors import ChatflowError
 
     for name in (".metadata", "common.pt", "__1_0.distcp"):
         folder = tmp_path / name / "iter_0000006"
         shutil.copytree(sealed / folder.name, folder)
         (folder / name).unlink()
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(ChatflowError) as error:
             CheckpointReader(folder)
         assert str(error.value) == (
             f"{folder} is damaged: {name} is missing; load another checkpoint with --ckpt-step"

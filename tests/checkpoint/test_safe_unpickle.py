@@ -32,9 +32,9 @@ def folder(tmp_path: Path) -> Path:
 
 def refused(folder: Path) -> str:
     """The message with which a checkpoint is refused."""
-    from megatron_chatflow.errors import ConfigError
+    from megatron_chatflow.errors import ChatflowError
 
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ChatflowError) as error:
         read_all(folder)
     message = str(error.value)
     assert message.startswith((f"{folder} is not read: ", f"{folder} is damaged: "))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_chatflow.config import Config, load_values, loader, make_parser, to_yaml
 from megatron_chatflow.config.loader import _hints, field_docs, section_of, sections
 from megatron_chatflow.config.unsupported_flags import REFUSED
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 
 
 def read(*words: str) -> Config:
@@ -90,7 +90,7 @@ def test_a_wrong_file_is_one_sentence_with_key_value_and_cure(
 ) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ChatflowError) as error:
         read("--config", str(path))
     message = str(error.value)
     assert "\n" not in message and str(path) in message
@@ -115,7 +115,7 @@ def test_a_wrong_file_is_one_sentence_with_key_value_and_cure(
     ],
 )
 def test_a_wrong_flag_is_one_sentence_with_the_cure(words: list[str], parts: list[str]) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ChatflowError) as error:
         read(*words)
     for part in parts:
         assert part in str(error.value)

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_chatflow.config.pipeline_layout import split_layers
 from megatron_chatflow.config.schema import ParallelSettings
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 from tests.pool import Pool
 
 CASES = [
@@ -183,6 +183,6 @@ def test_stages_hold_the_layers_that_megatron_core_gives_them(pool: Pool) -> Non
     ],
 )
 def test_contradictions_are_refused_by_name(settings: dict, parts: list[str]) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ChatflowError) as error:
         split_layers(ParallelSettings(**({"pipeline_model_parallel_size": 2} | settings)), 4)
     assert all(part in str(error.value) for part in parts), error.value

@@ -13,7 +13,7 @@ from megatron_chatflow.config import (
     resolve,
     total_samples,
 )
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 
 BASE = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 "
@@ -142,7 +142,7 @@ def test_the_padded_vocabulary_is_the_same_for_every_power_of_two_of_tensor_para
 def test_contradictions_are_refused_with_both_settings_and_the_cure(
     words: str, world: int, parts: list[str]
 ) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ChatflowError) as error:
         read(words, world)
     message = str(error.value)
     assert "\n" not in message
@@ -163,5 +163,5 @@ def test_a_run_that_is_too_long_to_count_is_refused(name: str, value: int):
     config = Config()
     config.training.global_batch_size = 8
     setattr(config.training, name, value)
-    with pytest.raises(ConfigError, match=f"{name}: a run of "):
+    with pytest.raises(ChatflowError, match=f"{name}: a run of "):
         total_samples(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 from tests.planner.measure import LLAMA, small
 
 
@@ -59,7 +59,7 @@ from tests.planner.measure import LLAMA, small
 def test_what_recomputation_cannot_mean_is_refused(
     settings: dict[str, object], sentence: str
 ) -> None:
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ChatflowError, match=sentence):
         small(1, LLAMA, **settings)
 
 
@@ -69,7 +69,7 @@ def test_a_model_chunk_is_what_recomputation_counts_layers_in() -> None:
         "num_layers_per_virtual_pipeline_stage": 1,
         "global_batch_size": 4,
     }
-    with pytest.raises(ConfigError, match="a model chunk has 1 layers"):
+    with pytest.raises(ChatflowError, match="a model chunk has 1 layers"):
         small(
             2,
             LLAMA,

@@ -17,7 +17,7 @@ from megatron_chatflow.conversion.new_token_embeddings import (
     read_token_map,
     with_new_rows,
 )
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from tests.conversion.models import TEXTS, greedy, run_logits, tensors, tool, write_tokenizer
 from tests.pool import Pool
@@ -190,7 +190,7 @@ def test_a_token_map_that_contradicts_itself_is_refused(
     folders: Folders, tmp_path: Path, changes: dict, named: str
 ) -> None:
     folder = extended(tmp_path / "tokenizer", folders("mistral"), "mistral", **changes)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ChatflowError) as error:
         read_token_map(folder)
     assert named in str(error.value)
 

@@ -17,7 +17,7 @@ from megatron_chatflow.conversion.weight_mapping import (
     split,
     split_shapes,
 )
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 
 QKV = LAYERS + "self_attention.linear_qkv.weight"
 FC1 = LAYERS + "mlp.linear_fc1.weight"
@@ -170,7 +170,7 @@ def test_a_sliding_window_shortens_the_longest_sequence_and_is_told() -> None:
     ],
 )
 def test_what_has_no_counterpart_is_refused_by_its_name(change: dict, named: str) -> None:
-    with pytest.raises(ConfigError, match="config.json: ") as error:
+    with pytest.raises(ChatflowError, match="config.json: ") as error:
         model_settings(BASE | change, "config.json")
     assert named in str(error.value)
 
@@ -202,7 +202,7 @@ WRONG = {
 @pytest.mark.parametrize("key", WRONG)
 def test_a_field_of_a_wrong_type_is_refused_by_name(key: str) -> None:
     for value in WRONG[key]:
-        with pytest.raises(ConfigError, match=f"^config.json: {key}: "):
+        with pytest.raises(ChatflowError, match=f"^config.json: {key}: "):
             model_settings(BASE | {key: value}, "config.json")
 
 
@@ -222,7 +222,7 @@ def test_a_field_of_a_wrong_type_is_refused_by_name(key: str) -> None:
 def test_a_rotary_field_of_a_wrong_type_is_refused_by_name(
     section: str, rope: dict, named: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^config.json: {named}: "):
+    with pytest.raises(ChatflowError, match=f"^config.json: {named}: "):
         model_settings(BASE | {section: rope}, "config.json")
 
 
@@ -265,5 +265,5 @@ def test_layer_types_that_do_not_fit_the_layers_are_refused(kinds: object) -> No
         "use_sliding_window": True,
         "layer_types": kinds,
     }
-    with pytest.raises(ConfigError, match=r"^config.json: layer_types: "):
+    with pytest.raises(ChatflowError, match=r"^config.json: layer_types: "):
         model_settings(content, "config.json")

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_chatflow.config import Config, to_yaml
 from megatron_chatflow.distributed.launch import Launch, LaunchError, first_host, read_launch
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 
 
 def test_without_a_launcher_there_is_one_process() -> None:
@@ -30,7 +30,7 @@ def test_torchruns_variables_are_read() -> None:
 
 
 def test_half_of_torchruns_variables_is_an_error_that_names_the_rest() -> None:
-    with pytest.raises(ConfigError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+    with pytest.raises(ChatflowError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
         read_launch({"RANK": "0", "WORLD_SIZE": "2"})
 
 
@@ -209,6 +209,6 @@ def test_a_node_list_with_brackets_is_expanded_by_scontrol(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert first_host("gpu[03-05]") == "gpu03"
-    with pytest.raises(ConfigError, match="set MASTER_ADDR"):
+    with pytest.raises(ChatflowError, match="set MASTER_ADDR"):
         first_host("other[1-2]")
     assert subprocess.run(["scontrol", "x"], check=False).returncode != 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_chatflow.config import Config, loader, make_parser, resolve
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 from tests.pool import Pool
 
 WORDS = (
@@ -112,7 +112,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("words", "told"), REFUSALS, ids=[words for words, _ in REFUSALS])
 def test_a_contradiction_is_told_with_both_names_and_the_cure(words: str, told: list[str]) -> None:
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ChatflowError) as refusal:
         settled(words)
     assert all(part in str(refusal.value) for part in told), refusal.value
     assert "; " in str(refusal.value)
@@ -120,11 +120,11 @@ def test_a_contradiction_is_told_with_both_names_and_the_cure(words: str, told: 
 
 def test_a_shard_of_a_matrix_or_of_the_tokens_must_fit_too() -> None:
     with pytest.raises(
-        ConfigError,
+        ChatflowError,
         match=r"ffn_hidden_size / tensor_model_parallel_size 4 is 40, not a multiple of 16",
     ):
         settled(f"{HYBRID} --ffn-hidden-size 160 --tensor-model-parallel-size 4", 4)
-    with pytest.raises(ConfigError, match=r"\(sequence_parallel\) is 64, not a multiple of 128"):
+    with pytest.raises(ChatflowError, match=r"\(sequence_parallel\) is 64, not a multiple of 128"):
         settled(
             f"{E4M3} --fp8-recipe blockwise --tensor-model-parallel-size 2 --sequence-parallel", 2
         )
@@ -181,7 +181,7 @@ def _choices() -> list[str]:
                 said.append(
                     ": ".join(str(part) for part in spec.choose_transformer_impl(settled(words)))
                 )
-            except ConfigError as refusal:
+            except ChatflowError as refusal:
                 said.append(f"refused: {refusal}")
     return said
 

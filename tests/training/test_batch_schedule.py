@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_chatflow.config import Config
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.training.batch_schedule import (
     Batches,
     batch_history,
@@ -103,7 +103,7 @@ def test_train_iters_counts_iterations_of_every_size() -> None:
 @pytest.mark.parametrize("length", [{"train_iters": 9}, {"train_samples": 79}])
 def test_a_run_that_would_end_before_the_checkpoint_is_refused(length: dict[str, int]) -> None:
     with pytest.raises(
-        ConfigError,
+        ChatflowError,
         match=(
             r"the checkpoint is at iteration 10, sample 80; give a longer run, or an earlier "
             r"checkpoint"

@@ -20,7 +20,7 @@ from megatron_chatflow.config.resume_policy import (
     resume_table,
     training_settings,
 )
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.training.data_setup import Inputs, open_inputs
 from megatron_chatflow.training.resume_settings import check_optimizer_group, settings_to_save
 from megatron_chatflow.training.setup import Start, find_start
@@ -363,7 +363,7 @@ def test_what_an_old_optimizer_really_used_is_compared(sample: Path) -> None:
     """Version 0.1.0 wrote the settings of the command, and trained with the checkpoint's."""
     group = {"max_lr": 3e-3, "min_lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
     assert check_optimizer_group(group, settings(sample, "")) is None
-    with pytest.raises(ConfigError, match="adam_beta2 is 0.5 here and was 0.999; add --override"):
+    with pytest.raises(ChatflowError, match="adam_beta2 is 0.5 here and was 0.999; add --override"):
         check_optimizer_group(group, settings(sample, "--adam-beta2 0.5"))
     note = check_optimizer_group(group, settings(sample, f"--adam-beta2 0.5 {OVERRIDE}"))
     assert note and "adam_beta2 0.5 (in the optimizer of the checkpoint: 0.999)" in note

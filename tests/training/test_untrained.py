@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.training.resume_plan import check_identity
 from tests.pool import Pool, command
 from tests.sample import train
@@ -65,7 +65,7 @@ def test_a_resume_that_would_pack_other_conversations_is_refused() -> None:
     check_identity(identity(), identity(left_out={"chat": 0}))
     check_identity(identity(left_out={"chat": 3}), identity(left_out={"chat": 3}))
     with pytest.raises(
-        ConfigError,
+        ChatflowError,
         match=(
             "domain chat: 3 conversations .* 0 were so far, .*; resume with the version that "
             "made the checkpoint"
@@ -73,7 +73,7 @@ def test_a_resume_that_would_pack_other_conversations_is_refused() -> None:
     ):
         check_identity(identity(), identity(left_out={"chat": 3}))
     with pytest.raises(
-        ConfigError,
+        ChatflowError,
         match="domain chat: 0 conversations .* 3 were so far, .*; restore train_on_prompt",
     ):
         check_identity(identity(left_out={"chat": 3}), identity(left_out={"chat": 0}))

@@ -20,7 +20,7 @@ from megatron_chatflow.conversion.safetensors_io import read_json
 from megatron_chatflow.curriculum import BlendPlan, load_curriculum, parse_curriculum
 from megatron_chatflow.data.corpus.manifest import read_manifest
 from megatron_chatflow.data.preprocess.resume_state import load_state
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.utils.user_files import dump_yaml, load_json, load_yaml, visible
 
@@ -108,7 +108,7 @@ def test_what_cannot_be_read_is_one_message(text: str, parts: list[str]):
 def test_a_section_that_comes_twice_in_a_file_of_settings_is_refused(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text("training: {lr: 1}\nmodel: {num_layers: 2}\ntraining: {lr: 2}\n")
-    with pytest.raises(ConfigError, match="'training' comes twice, the second time in line 3"):
+    with pytest.raises(ChatflowError, match="'training' comes twice, the second time in line 3"):
         load_values(path)
 
 
@@ -151,7 +151,7 @@ def test_a_setting_with_a_control_character_is_refused_by_its_name(tmp_path: Pat
         ("tokenizer", "tokenizer_model", f"a{character}b"),
     ):
         path.write_text(dump_yaml({section: {name: value}}))
-        with pytest.raises(ConfigError, match=name) as error:
+        with pytest.raises(ChatflowError, match=name) as error:
             load_values(path)
         assert character not in str(error.value)
 

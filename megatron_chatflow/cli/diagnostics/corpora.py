@@ -13,7 +13,7 @@ from megatron_chatflow.config.schema import ParallelSettings
 from megatron_chatflow.curriculum import load_curriculum
 from megatron_chatflow.data import IndexedDataset, read_manifest
 from megatron_chatflow.data.corpus.verify import manifest_fault
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 
 
 def named_corpora(config: Config) -> dict[str, str]:
@@ -104,7 +104,7 @@ def checkpoint_size(config: Config, prefixes: dict[str, str]) -> int | None:
     vocab_size = config.tokenizer.vocab_size or _vocab_size(prefixes)
     try:
         whole = resolve(dataclasses.replace(config, parallel=ParallelSettings()), 1)
-    except ConfigError:
+    except ChatflowError:
         return None
     if vocab_size is None:
         return None

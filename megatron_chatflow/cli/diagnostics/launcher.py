@@ -10,7 +10,7 @@ import time
 from megatron_chatflow.cli.diagnostics import Row
 from megatron_chatflow.distributed.launch import Launch, read_launch
 from megatron_chatflow.distributed.sockets import resolve
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 
 _TOLD = {
     "single": "neither torchrun's nor SLURM's variables are set",
@@ -23,7 +23,7 @@ def launcher() -> tuple[Launch | None, list[Row]]:
     """(the launch, None where it is broken; its rows)."""
     try:
         launch = read_launch()
-    except ConfigError as error:
+    except ChatflowError as error:
         return None, [Row("launcher", "broken", str(error), wrong=True), _slurm()]
     rows = [
         Row(

@@ -18,6 +18,7 @@ from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.manifest import read_manifest
 from megatron_chatflow.data.corpus.split import document_range
 from megatron_chatflow.data.corpus.verify import manifest_fault
+from megatron_chatflow.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_chatflow.curriculum import BlendPlan, Curriculum
@@ -192,7 +193,7 @@ def open_domains(
         "eod": eod,
     }
     if seq_length < 1:
-        raise ValueError(f"seq_length {seq_length}: write a positive number")
+        raise DataError(f"seq_length {seq_length}: write a positive number")
     opened = {}
     for name, entry in curriculum.domains.items():
         try:
@@ -215,7 +216,7 @@ def open_domains(
             else:
                 opened[name] = TextDomain(name, dataset, **common, **text)
         except ValueError as error:
-            raise ValueError(f"domain {name}: {error}") from error
+            raise DataError(f"domain {name}: {error}") from error
     return opened
 
 
@@ -248,7 +249,7 @@ def open_blend(
             in this subset, or as `open_domains`.
     """
     if plan.seq_length != seq_length:
-        raise ValueError(
+        raise DataError(
             f"seq_length {seq_length}: the plan was made for {plan.seq_length}; use that, "
             f"or make a new plan"
         )
@@ -271,7 +272,7 @@ def _check_names(plan: "BlendPlan", domains: Mapping[str, WindowDomain]) -> None
         there, missing = (
             ("plan", "curriculum") if name in plan.domain_names else ("curriculum", "plan")
         )
-        raise ValueError(
+        raise DataError(
             f"domain {name}: it is in the {there} but not in the {missing}: keep a domain "
             f"that is no longer wanted in the file with "
             "weight 0, and amend the plan when one is added"
@@ -281,12 +282,12 @@ def _check_names(plan: "BlendPlan", domains: Mapping[str, WindowDomain]) -> None
     ):
         domain = domains[name]
         if domain.seq_length != plan.seq_length:
-            raise ValueError(
+            raise DataError(
                 f"seq_length {domain.seq_length}: the plan was made for {plan.seq_length}; "
                 f"use that, or make a new plan"
             )
         if drawn and not domain.num_samples:
-            raise ValueError(
+            raise DataError(
                 f"domain {name}: its part of the split, documents {domain.documents[0]} to "
                 f"{domain.documents[1]} of {domain.dataset.prefix}, "
                 f"has nothing to read, and the plan draws {drawn} samples: give the part "
@@ -297,12 +298,12 @@ def _check_names(plan: "BlendPlan", domains: Mapping[str, WindowDomain]) -> None
 def _check_kind(dataset: IndexedDataset, kind: str) -> None:
     modes = dataset.header.multimodal
     if kind == "instruct" and not modes:
-        raise ValueError(
+        raise DataError(
             f"corpus {dataset.prefix}: kind is instruct, but it has no sequence modes: "
             f"preprocess conversations, or write kind: text"
         )
     if kind == "text" and modes:
-        raise ValueError(
+        raise DataError(
             f"corpus {dataset.prefix}: kind is text, but it has sequence modes "
             f"(conversations): write kind: instruct"
         )
@@ -310,7 +311,7 @@ def _check_kind(dataset: IndexedDataset, kind: str) -> None:
 
 def _check_trained(domain: InstructDomain) -> None:
     if domain.losses.conversations and not domain.num_samples:
-        raise ValueError(
+        raise DataError(
             f"corpus {domain.dataset.prefix}: none of its {domain.losses.conversations:,} "
             f"conversations has a token to train on among its first "
             f"{domain.seq_length + 1} (seq_length + 1): raise seq_length, or give the "
@@ -322,4 +323,4 @@ def _check_manifest(dataset: IndexedDataset) -> None:
     manifest = read_manifest(dataset.prefix)
     fault = manifest and manifest_fault(dataset.header, manifest, dataset.prefix)
     if fault:
-        raise ValueError(f"corpus {dataset.prefix}: {fault}")
+        raise DataError(f"corpus {dataset.prefix}: {fault}")

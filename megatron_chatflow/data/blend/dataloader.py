@@ -6,6 +6,7 @@ import numpy as np
 
 from megatron_chatflow.data.blend.blended_dataset import Blend
 from megatron_chatflow.data.blend.window_dataset import Batch
+from megatron_chatflow.errors import DataError
 
 
 def rank_rows(
@@ -23,7 +24,7 @@ def rank_rows(
         ValueError: the global batch cannot be divided so.
     """
     if global_batch_size < 1 or global_batch_size % (micro_batch_size * data_parallel_size):
-        raise ValueError(
+        raise DataError(
             f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
             f"{micro_batch_size} x data_parallel_size "
             f"{data_parallel_size}: change one of them"
@@ -59,12 +60,12 @@ class Loader:
         data_parallel_size: int,
     ) -> None:
         if micro_batch_size < 1 or data_parallel_size < 1:
-            raise ValueError(
+            raise DataError(
                 f"micro_batch_size {micro_batch_size} and data_parallel_size "
                 f"{data_parallel_size} must be positive"
             )
         if not 0 <= data_parallel_rank < data_parallel_size:
-            raise ValueError(
+            raise DataError(
                 f"data_parallel_rank {data_parallel_rank} is not in 0 .. {data_parallel_size - 1}"
             )
         self.blend = blend

@@ -10,6 +10,7 @@ from megatron_chatflow.data.blend.packing import pack, positions
 from megatron_chatflow.data.blend.window_dataset import Batch, WindowDomain, ranges, segments
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.verify import index_faults
+from megatron_chatflow.errors import DataError
 
 _BLOCK = 1 << 18
 """Conversations that are looked at together at opening."""
@@ -75,12 +76,12 @@ class InstructDomain(WindowDomain):
         super().__init__(name, dataset, seq_length=seq_length, seed=seed, documents=documents)
         self.train_on_prompt = train_on_prompt
         if dataset.sequence_modes is None:
-            raise ValueError(
+            raise DataError(
                 f"corpus {dataset.prefix}: it has no sequence modes, so prompts and answers "
                 f"cannot be told apart"
             )
         for fault in index_faults(dataset):
-            raise ValueError(f"corpus {dataset.prefix}: {fault}: preprocess it again")
+            raise DataError(f"corpus {dataset.prefix}: {fault}: preprocess it again")
         lengths = np.diff(dataset.document_starts(np.arange(documents[0], documents[1] + 1)))
         trained, kept = self._count_trained(lengths)
         left_out = (lengths > 1) & (kept == 0)

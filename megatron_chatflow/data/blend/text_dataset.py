@@ -6,6 +6,7 @@ import numpy as np
 
 from megatron_chatflow.data.blend.window_dataset import Batch, WindowDomain, ranges, segments
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
+from megatron_chatflow.errors import DataError
 
 
 class TextDomain(WindowDomain):
@@ -43,7 +44,7 @@ class TextDomain(WindowDomain):
     ) -> None:
         super().__init__(name, dataset, seq_length=seq_length, seed=seed, documents=documents)
         if eod_mask_loss and eod is None:
-            raise ValueError(
+            raise DataError(
                 "eod_mask_loss is set, but the end-of-document token is unknown: pass eod, "
                 "or leave eod_mask_loss off"
             )
@@ -132,7 +133,7 @@ class TextDomain(WindowDomain):
         column = self.dataset.document_starts(first[window] + 1 + within) - start[window]
         if np.any(last < first) or np.any((column < 1) | (column >= self.seq_length)):
             prefix = self.dataset.prefix
-            raise ValueError(
+            raise DataError(
                 f"corpus {prefix}: the documents in {prefix}.idx do not follow one another: "
                 f"see what tools/verify_dataset.py says"
             )

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_chatflow.data.blend.buffer_pool import BufferPool
 from megatron_chatflow.data.blend.index_shuffle import shuffled_windows
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
-from megatron_chatflow.errors import DataError
+from megatron_chatflow.errors import SampleError
 
 Batch = dict[str, np.ndarray]
 _POOL = BufferPool()
@@ -121,7 +121,7 @@ class WindowDomain(ABC):
         self.documents = documents
         self.num_samples = 0
         if not dataset.header.contiguous:
-            raise ValueError(
+            raise SampleError(
                 f"corpus {dataset.prefix}: the sequences do not fill {dataset.prefix}.bin "
                 f"from its start to its end in order "
                 "(other token type, other index, or rearranged): run "
@@ -165,7 +165,7 @@ class WindowDomain(ABC):
             raise self.outside(batch, row, windows[row], f"window {windows[row]}")
         return batch
 
-    def outside(self, batch: Batch, row: int, window: int, which: str) -> DataError:
+    def outside(self, batch: Batch, row: int, window: int, which: str) -> SampleError:
         """Returns the error for a row of a batch that holds ids outside of the vocabulary.
 
         Args:
@@ -183,7 +183,7 @@ class WindowDomain(ABC):
             if len(numbers) == 1
             else f"documents {numbers[0]} to {numbers[-1]}"
         )
-        return DataError(
+        return SampleError(
             f"domain {self.name}: {which} ({documents} of {self.dataset.prefix}) holds "
             f"token ids outside of the vocabulary of {self.vocab_size}: "
             f"{shown}; give the tokenizer that made the corpus, or preprocess it again "

@@ -19,6 +19,7 @@ from megatron_chatflow.data.chat.templates import (
     Part,
     Passage,
 )
+from megatron_chatflow.errors import DataError
 from megatron_chatflow.tokenizer import Tokenizer
 
 _TRIAL = ({"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello!"})
@@ -33,7 +34,7 @@ def check_own_template(tokenizer: Tokenizer) -> None:
         more than it may have.
     """
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise DataError(
             f"--template tokenizer: {tokenizer.name} ({tokenizer.type}) has no chat "
             f"template; give a HuggingFaceTokenizer whose folder has one "
             "(chat_template in tokenizer_config.json, or chat_template.jinja), or name "
@@ -43,7 +44,7 @@ def check_own_template(tokenizer: Tokenizer) -> None:
         _render(_TRIAL, None, [(1, True), (2, False)], tokenizer)
     except TemplateRefusal as error:
         if error.always:
-            raise ValueError(_problem(tokenizer, f"fails: {error}")) from None
+            raise DataError(_problem(tokenizer, f"fails: {error}")) from None
 
 
 def own_template(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
@@ -269,7 +270,7 @@ def _render(
     try:
         return sandbox.render({"messages": messages, "tools": tools, **names}, steps)
     except TemplateLimit as error:
-        raise ValueError(_problem(tokenizer, str(error))) from None
+        raise DataError(_problem(tokenizer, str(error))) from None
 
 
 def _sandbox(tokenizer: Tokenizer) -> Sandbox:
@@ -277,7 +278,7 @@ def _sandbox(tokenizer: Tokenizer) -> Sandbox:
     try:
         return _opened(tokenizer.chat_template)
     except TemplateLimit as error:
-        raise ValueError(_problem(tokenizer, str(error))) from None
+        raise DataError(_problem(tokenizer, str(error))) from None
 
 
 _opened = functools.lru_cache(maxsize=4)(Sandbox)

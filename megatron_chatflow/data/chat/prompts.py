@@ -20,6 +20,7 @@ from megatron_chatflow.data.chat.templates import (
 from megatron_chatflow.data.preprocess.encoder import Encoder, Task
 from megatron_chatflow.data.preprocess.input_files import open_sources
 from megatron_chatflow.data.preprocess.records import each_record
+from megatron_chatflow.errors import DataError
 from megatron_chatflow.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]
@@ -50,13 +51,13 @@ def read_prompts(path: str) -> Iterator[tuple[str, Record]]:
     try:
         sources = open_sources([path])
     except ValueError as error:
-        raise ValueError(str(error).removeprefix("--input ")) from None
+        raise DataError(str(error).removeprefix("--input ")) from None
     for source in sources:
         for chunk in source.chunks(_CHUNK):
             for number, record in each_record(chunk):
                 where = f"{path}, {source.record} {number}"
                 if isinstance(record, MalformedRecord):
-                    raise ValueError(f"{where}: {record}; mend it or take it out")
+                    raise DataError(f"{where}: {record}; mend it or take it out")
                 yield where, {"prompt": record["text"]} if source.format == "text" else record
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_chatflow.errors import DataError
 from megatron_chatflow.tokenizer import Tokenizer
 
 ANSWER = 0
@@ -275,7 +276,7 @@ class ParallelTemplate:
         try:
             pieces = list(string.Formatter().parse(text))
         except ValueError as error:
-            raise ValueError(
+            raise DataError(
                 f"--template {template!r} cannot be read ({error}): name fields in braces, "
                 f"as in '{{en}}\\n{{zh}}'"
             ) from error
@@ -287,7 +288,7 @@ class ParallelTemplate:
         if not any(name for _, name in self._pieces) or any(
             name == "" or spec or conversion for _, name, spec, conversion in pieces
         ):
-            raise ValueError(
+            raise DataError(
                 f"--template {template!r} must name the fields of a record in braces and "
                 f"nothing else, as in '{{en}}\\n{{zh}}'"
             )

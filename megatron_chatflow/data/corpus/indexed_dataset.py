@@ -27,6 +27,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 
 from megatron_chatflow.data.corpus.mmap import map_file
+from megatron_chatflow.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -94,31 +95,31 @@ def read_header(prefix: str | os.PathLike) -> Header:
                 if ending
                 else "make it with tools/preprocess_data.py or correct the path"
             )
-            raise ValueError(f"corpus {prefix}: {prefix + suffix} does not exist: {cure}")
+            raise DataError(f"corpus {prefix}: {prefix + suffix} does not exist: {cure}")
     bin_size = os.stat(prefix + ".bin").st_size
     with open(prefix + ".idx", "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         raw = file.read(HEADER.size)
         if len(raw) < HEADER.size or raw[:9] != MAGIC:
-            raise ValueError(
+            raise DataError(
                 f"corpus {prefix}: {prefix}.idx is not a Megatron index (it does not start "
                 f"with {MAGIC!r}): preprocess the corpus again"
             )
         _, version, code, sequences, documents = HEADER.unpack(raw)
         if version != VERSION:
-            raise ValueError(
+            raise DataError(
                 f"corpus {prefix}: {prefix}.idx has version {version}, only {VERSION} is "
                 f"known: preprocess the corpus again"
             )
         if code not in DTYPES:
-            raise ValueError(
+            raise DataError(
                 f"corpus {prefix}: {prefix}.idx has the token type code {code}, known are "
                 f"{sorted(DTYPES)}: preprocess the corpus again"
             )
         dtype = np.dtype(DTYPES[code])
         plain = HEADER.size + 12 * sequences + 8 * documents
         if documents < 1 or size not in (plain, plain + sequences):
-            raise ValueError(
+            raise DataError(
                 f"corpus {prefix}: {prefix}.idx has {size} bytes where its header "
                 f"({sequences} sequences, {documents - 1} documents) asks for "
                 f"{plain}: it was truncated or is being written; copy or preprocess it again"
@@ -144,12 +145,12 @@ def read_header(prefix: str | os.PathLike) -> Header:
                 )
                 contiguous = filled > 0 and end_of(filled - 1) == bin_size
         if number(plain - 8 * documents, "<q") != 0 or number(plain - 8, "<q") != sequences:
-            raise ValueError(
+            raise DataError(
                 f"corpus {prefix}: the documents in {prefix}.idx do not run from sequence 0 "
                 f"to {sequences}: preprocess the corpus again"
             )
     if bin_size < end or bin_size % dtype.itemsize:
-        raise ValueError(
+        raise DataError(
             f"corpus {prefix}: {prefix}.bin has {bin_size} bytes where the index asks for "
             f"{end} (tokens of {dtype.name}): "
             "it was truncated or belongs to another index; copy or preprocess both again"
@@ -340,7 +341,7 @@ class IndexedDataset:
         return pointer // self.dtype.itemsize
 
     def _damaged(self, where: str) -> NoReturn:
-        raise ValueError(
+        raise DataError(
             f"corpus {self.prefix}: {self.prefix}.idx is damaged at {where}: see what "
             f"tools/verify_dataset.py says of it"
         )

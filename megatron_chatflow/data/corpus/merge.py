@@ -7,6 +7,7 @@ from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.manifest import Manifest, manifest_path, read_manifest
 from megatron_chatflow.data.corpus.verify import manifest_fault
 from megatron_chatflow.data.corpus.writer import IndexedDatasetBuilder
+from megatron_chatflow.errors import DataError
 from megatron_chatflow.utils.user_files import check_line
 
 _SUFFIXES = (".bin", ".idx")
@@ -23,7 +24,7 @@ def find_corpora(folder: str | os.PathLike) -> list[str]:
     """
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
-        raise ValueError(
+        raise DataError(
             f"--input {folder} is no folder: give the folder that holds the corpora to merge"
         )
     files = {
@@ -33,14 +34,14 @@ def find_corpora(folder: str | os.PathLike) -> list[str]:
     }
     names = sorted({name[:-4] for name in files})
     if not names:
-        raise ValueError(
+        raise DataError(
             f"--input {folder} holds no .bin and .idx: give the folder that holds the "
             f"corpora to merge"
         )
     for name in names:
         for suffix in _SUFFIXES:
             if name + suffix not in files:
-                raise ValueError(
+                raise DataError(
                     f"--input {folder}: {name + suffix} is missing: complete the corpus "
                     f"{name}, or take it out of the folder"
                 )
@@ -73,14 +74,14 @@ def merge(
         OSError: the output cannot be written.
     """
     if not os.path.basename(output_prefix):
-        raise ValueError(
+        raise DataError(
             f"--output-prefix {output_prefix!r} is no prefix of a file name: give one such "
             f"as out/all"
         )
     check_line("--output-prefix", output_prefix)
     for prefix in prefixes:
         if os.path.realpath(prefix) == os.path.realpath(output_prefix):
-            raise ValueError(
+            raise DataError(
                 f"--output-prefix {output_prefix} is one of the corpora to merge: give "
                 f"another name, or take it out of the folder"
             )
@@ -115,7 +116,7 @@ def _manifest(corpus: IndexedDataset) -> Manifest | None:
     manifest = read_manifest(corpus.prefix)
     fault = manifest and manifest_fault(corpus.header, manifest, corpus.prefix)
     if fault:
-        raise ValueError(f"corpus {corpus.prefix}: {fault}")
+        raise DataError(f"corpus {corpus.prefix}: {fault}")
     return manifest
 
 
@@ -132,7 +133,7 @@ def _merged(
         return None
     for manifest, corpus in zip(manifests, corpora, strict=True):
         if manifest is None:
-            raise ValueError(
+            raise DataError(
                 f"corpus {having[0][1]} has a manifest and corpus {corpus.prefix} has none, "
                 f"so nobody knows whether their tokenizers are the same: "
                 f"delete {manifest_path(having[0][1])} and its like to merge without manifests"

@@ -2,6 +2,8 @@
 
 import math
 
+from megatron_chatflow.errors import DataError
+
 SUBSETS = ("train", "valid", "test")
 
 
@@ -24,7 +26,7 @@ def parse_split(split: str) -> tuple[float, float, float]:
         or not all(w >= 0 and math.isfinite(w) for w in weights)
         or sum(weights) <= 0
     ):
-        raise ValueError(
+        raise DataError(
             f"split {split!r}: write one to three non-negative numbers with commas between, "
             f'as in "969,30,1"'
         )
@@ -51,7 +53,7 @@ def document_range(split: str, subset: str, num_documents: int) -> tuple[int, in
         ValueError: an unknown subset, or as `parse_split`.
     """
     if subset not in SUBSETS:
-        raise ValueError(f"subset {subset!r}: write one of {', '.join(SUBSETS)}")
+        raise DataError(f"subset {subset!r}: write one of {', '.join(SUBSETS)}")
     begin = 0.0
     for name, fraction in zip(SUBSETS, parse_split(split), strict=True):
         end = begin + fraction

@@ -23,6 +23,7 @@ from megatron_chatflow.data.corpus.manifest import (
     write_manifest,
 )
 from megatron_chatflow.data.corpus.verify import index_faults
+from megatron_chatflow.errors import DataError
 
 Numbers = Sequence[int] | np.ndarray
 _CHUNK = 1 << 20
@@ -74,7 +75,7 @@ class IndexedDatasetBuilder:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype)
         if self.dtype not in CODES:
-            raise ValueError(
+            raise DataError(
                 f"dtype {self.dtype.name} cannot hold tokens in a .bin: use one of "
                 f"{sorted(d.name for d in CODES)}"
             )
@@ -120,7 +121,7 @@ class IndexedDatasetBuilder:
         tokens = np.asarray(tokens)
         self._check_tokens(tokens)
         if sum(lengths) != tokens.size or (len(lengths) and min(lengths) < 0):
-            raise ValueError(
+            raise DataError(
                 f"{self.prefix}: the sequence lengths add up to {sum(lengths)}, the "
                 f"document has {tokens.size} tokens"
             )
@@ -159,7 +160,7 @@ class IndexedDatasetBuilder:
             ("documents' numbers of sequences", sequences, lengths.size),
         ):
             if numbers.sum() != total or (numbers.size and numbers.min() < 0):
-                raise ValueError(
+                raise DataError(
                     f"{self.prefix}: the {what} add up to {numbers.sum()}, where there are {total}"
                 )
         self._check_modes(modes, lengths.size)
@@ -184,18 +185,18 @@ class IndexedDatasetBuilder:
         """
         other = IndexedDataset(prefix)
         if other.dtype != self.dtype:
-            raise ValueError(
+            raise DataError(
                 f"{self.prefix}: {other.prefix} has tokens of {other.dtype.name}, not "
                 f"{self.dtype.name}: preprocess it again alike"
             )
         if other.num_sequences and other.header.multimodal != self.multimodal:
             has = "lacks" if self.multimodal else "has"
-            raise ValueError(
+            raise DataError(
                 f"{self.prefix}: {other.prefix} {has} sequence modes: conversations and "
                 f"text cannot be merged"
             )
         for fault in index_faults(other):
-            raise ValueError(
+            raise DataError(
                 f"{self.prefix}: corpus {other.prefix}: {fault}: preprocess it again, or "
                 f"add it document by document"
             )
@@ -204,7 +205,7 @@ class IndexedDatasetBuilder:
         with open(other.prefix + ".bin", "rb") as file:
             shutil.copyfileobj(file, self._bin, _CHUNK)
         if self._bin.tell() - start != other.num_tokens * self.dtype.itemsize:
-            raise ValueError(
+            raise DataError(
                 f"{self.prefix}: {other.prefix}.bin changed while it was copied: wait until "
                 f"it is written, then merge again"
             )
@@ -256,12 +257,12 @@ class IndexedDatasetBuilder:
         if not tokens.size:
             return
         if tokens.dtype.kind not in "iu":
-            raise ValueError(
+            raise DataError(
                 f"{self.prefix}: tokens are {tokens.dtype.name}, whole numbers are expected"
             )
         low, high = int(tokens.min()), int(tokens.max())
         if low < self._limits.min or high > self._limits.max:
-            raise ValueError(
+            raise DataError(
                 f"{self.prefix}: token {high if high > self._limits.max else low} does not "
                 f"fit {self.dtype.name}: "
                 "build with best_dtype(vocab_size) of the tokenizer that was used"
@@ -269,7 +270,7 @@ class IndexedDatasetBuilder:
 
     def _check_modes(self, modes: Numbers | None, num_sequences: int) -> None:
         if modes is not None and (not self.multimodal or len(modes) != num_sequences):
-            raise ValueError(
+            raise DataError(
                 f"{self.prefix}: {len(modes)} modes for {num_sequences} sequences (a corpus "
                 f"with modes is built with multimodal=True)"
             )

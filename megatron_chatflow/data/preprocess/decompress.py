@@ -5,6 +5,8 @@ import io
 import zlib
 from types import ModuleType
 
+from megatron_chatflow.errors import DataError
+
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _PIECE = 1 << 14
@@ -53,7 +55,7 @@ def import_zstandard(name: str) -> ModuleType:
     try:
         import zstandard
     except ImportError as error:
-        raise ValueError(
+        raise DataError(
             f"--input {name} is compressed with Zstandard: pip install zstandard, or unpack "
             f"it: zstd -dc ... | ... --input -"
         ) from error

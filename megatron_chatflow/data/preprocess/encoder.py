@@ -24,6 +24,7 @@ from megatron_chatflow.data.chat.templates import (
 from megatron_chatflow.data.preprocess.input_files import Chunk
 from megatron_chatflow.data.preprocess.records import all_records, each_record
 from megatron_chatflow.data.preprocess.sentence_split import Splitting, splitter
+from megatron_chatflow.errors import DataError
 from megatron_chatflow.tokenizer import Tokenizer
 from megatron_chatflow.tokenizer.long_text import PIECE, encode_in_pieces
 
@@ -245,7 +246,7 @@ class Encoder:
             except MalformedRecord as error:
                 malformed.append((number, str(error)))
             except ValueError as error:
-                raise ValueError(f"record {number}: {error}") from error
+                raise DataError(f"record {number}: {error}") from error
         corpus, refused = self.encode_conversations(conversations)
         malformed.extend((numbers[index], reason) for index, reason in refused)
         records = len(numbers) + len(malformed) - len(refused)

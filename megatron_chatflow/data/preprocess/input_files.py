@@ -15,6 +15,7 @@ from itertools import chain
 from typing import BinaryIO
 
 from megatron_chatflow.data.preprocess import decompress, json_array, parquet
+from megatron_chatflow.errors import DataError
 from megatron_chatflow.utils.user_files import check_line
 
 STDIN = "-"
@@ -100,41 +101,39 @@ class Source:
         self._is_array = False
         if path == STDIN:
             if self.format == "parquet":
-                raise ValueError(
+                raise DataError(
                     "--input - cannot be parquet, which is not read from start to end: name "
                     "the file"
                 )
             return
         if os.path.isdir(path):
-            raise ValueError(
+            raise DataError(
                 f"--input {path} is a folder: name files, or a pattern such as "
                 f"'{os.path.join(path, '*.jsonl')}'"
             )
         for suffix, cure in _UNREADABLE.items():
             if plain_name.endswith(suffix):
-                raise ValueError(
-                    f"--input {path}: {suffix} files are not read: {cure.format(path)}"
-                )
+                raise DataError(f"--input {path}: {suffix} files are not read: {cure.format(path)}")
         try:
             status = os.stat(path)
             if stat.S_ISREG(status.st_mode):
                 with open(path, "rb") as file:
                     status = os.fstat(file.fileno())
         except OSError as error:
-            raise ValueError(
+            raise DataError(
                 f"--input {path} cannot be read ({error.strerror}): check the path"
             ) from error
         if not stat.S_ISREG(
             status.st_mode
         ):  # opened once, when it is read: who writes into a pipe sees it close
             if not (stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode)):
-                raise ValueError(f"--input {path} is neither a file nor a pipe: name one of these")
+                raise DataError(f"--input {path} is neither a file nor a pipe: name one of these")
             if not os.access(path, os.R_OK):
-                raise ValueError(
+                raise DataError(
                     f"--input {path} cannot be read (Permission denied): check its mode"
                 )
             if self.format == "parquet":
-                raise ValueError(
+                raise DataError(
                     f"--input {path} is a pipe and cannot be parquet, which is not read "
                     f"from start to end: name the file"
                 )
@@ -278,7 +277,7 @@ class Source:
         try:
             yield from json_array.lines(blocks, self.limit)
         except json_array.BrokenArray as error:
-            raise ValueError(f"--input {self.path}: {error}") from None
+            raise DataError(f"--input {self.path}: {error}") from None
 
     def _blocks(self, size: int) -> Iterator[bytes]:
         try:
@@ -296,9 +295,9 @@ class Source:
                     yield block.removeprefix(_BOM) if first else block
                     first = False
         except decompress.WindowTooLarge as error:
-            raise ValueError(f"--input {self.path} {error}") from None
+            raise DataError(f"--input {self.path} {error}") from None
         except decompress.DAMAGED as error:
-            raise ValueError(
+            raise DataError(
                 f"{self.name} cannot be read to its end ({error}): the file is damaged or "
                 f"was cut off"
             ) from error
@@ -347,17 +346,17 @@ def open_sources(
             continue
         matches = sorted(path for path in glob.glob(item, recursive=True) if os.path.isfile(path))
         if not matches:
-            raise ValueError(f"--input {item} matches no file: check the pattern")
+            raise DataError(f"--input {item} matches no file: check the pattern")
         paths.extend(matches)
     for path, count in Counter(paths).items():
         check_line("--input", path)
         if count > 1:
-            raise ValueError(f"--input names {path} {count} times: name each file once")
+            raise DataError(f"--input names {path} {count} times: name each file once")
     sources = [Source(path, format, limit) for path in paths]
     pipes: dict[tuple[int, int], str] = {}
     for path in (source.path for source in sources if source.size is None):
         status = os.fstat(0) if path == STDIN else os.stat(path)
         other = pipes.setdefault((status.st_dev, status.st_ino), path)
         if other != path:
-            raise ValueError(f"--input names one pipe twice, as {other} and {path}: name it once")
+            raise DataError(f"--input names one pipe twice, as {other} and {path}: name it once")
     return sources

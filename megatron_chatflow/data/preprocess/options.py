@@ -14,6 +14,7 @@ from megatron_chatflow.data.corpus.indexed_dataset import best_dtype
 from megatron_chatflow.data.preprocess.encoder import KINDS, Task
 from megatron_chatflow.data.preprocess.input_files import FORMATS, MAX_DOCUMENT_BYTES, Source
 from megatron_chatflow.data.preprocess.sentence_split import Splitting, choose_splitting
+from megatron_chatflow.errors import DataError
 from megatron_chatflow.tokenizer import Tokenizer
 from megatron_chatflow.utils.user_files import check_line
 
@@ -157,9 +158,9 @@ def check(settings: PreprocessSettings) -> None:
         for word in words:
             check_line(flag, word)
     if kind not in KINDS:
-        raise ValueError(f"--kind {kind} is unknown: give one of {', '.join(KINDS)}")
+        raise DataError(f"--kind {kind} is unknown: give one of {', '.join(KINDS)}")
     if settings.input_format not in (None, *FORMATS):
-        raise ValueError(
+        raise DataError(
             f"--input-format {settings.input_format} is unknown: give one of {', '.join(FORMATS)}"
         )
     for name, smallest in (
@@ -170,18 +171,18 @@ def check(settings: PreprocessSettings) -> None:
     ):
         value = getattr(settings, name)
         if value is not None and value < smallest:
-            raise ValueError(
+            raise DataError(
                 f"--{name.replace('_', '-')} {value} is too few: give at least {smallest}"
             )
     cores = len(os.sched_getaffinity(0))
     if settings.workers > WORKERS_PER_CORE * cores:
-        raise ValueError(
+        raise DataError(
             f"--workers {settings.workers} is too many for the {cores} cores that this "
             f"process may use: "
             f"give at most {WORKERS_PER_CORE * cores}, best one per core"
         )
     if not os.path.basename(settings.output_prefix):
-        raise ValueError(
+        raise DataError(
             f"--output-prefix {settings.output_prefix!r} is no prefix of a file name: give "
             f"one such as out/en"
         )
@@ -189,24 +190,24 @@ def check(settings: PreprocessSettings) -> None:
         "NullTokenizer",
         "TikTokenizer",
     ):
-        raise ValueError(
+        raise DataError(
             f"--vocab-size has no meaning for {settings.tokenizer_type}, whose files say "
             f"it: drop the flag"
         )
     if settings.max_malformed is not None:
         if not settings.skip_malformed:
-            raise ValueError(
+            raise DataError(
                 "--max-malformed has no meaning without --skip-malformed: add it, or drop the flag"
             )
         if not 0 <= settings.max_malformed <= 1:
-            raise ValueError(
+            raise DataError(
                 f"--max-malformed {settings.max_malformed:g} is not a share: give a number "
                 f"from 0 to 1"
             )
     if settings.seed is not None and not settings.shuffle:
-        raise ValueError("--seed has no meaning without --shuffle: add it, or drop the flag")
+        raise DataError("--seed has no meaning without --shuffle: add it, or drop the flag")
     if settings.keep_newlines and not settings.split_sentences:
-        raise ValueError(
+        raise DataError(
             "--keep-newlines has no meaning without --split-sentences: documents are kept "
             "as they are; drop the flag"
         )
@@ -216,31 +217,31 @@ def check(settings: PreprocessSettings) -> None:
             (settings.split_sentences, "--split-sentences"),
         ):
             if given:
-                raise ValueError(f"{flag} has no meaning with --kind {kind}: drop the flag")
+                raise DataError(f"{flag} has no meaning with --kind {kind}: drop the flag")
     if kind == "text":
         if template is not None:
-            raise ValueError(
+            raise DataError(
                 "--template has no meaning with --kind text: add --kind parallel or --kind instruct"
             )
         if not settings.json_keys or len(set(settings.json_keys)) != len(settings.json_keys):
-            raise ValueError(
+            raise DataError(
                 f"--json-keys {' '.join(settings.json_keys)} must name at least one key, each once"
             )
         for key in settings.json_keys:
             if "/" in key or os.sep in key:
-                raise ValueError(
+                raise DataError(
                     f"--json-keys: {key!r} is part of the output's file name and holds a /; "
                     f"rename the key in the input"
                 )
     elif kind == "parallel":
         if template is None:
-            raise ValueError(
+            raise DataError(
                 "--kind parallel needs --template, such as '{en}\\n{zh}' with the fields of "
                 "a record"
             )
         ParallelTemplate(template)
     elif settings.chosen_template() not in CHAT_TEMPLATES:
-        raise ValueError(
+        raise DataError(
             f"--template {template} is unknown: give one of {', '.join(CHAT_TEMPLATES)}"
         )
 
@@ -253,7 +254,7 @@ def check_sources(settings: PreprocessSettings, sources: list[Source]) -> None:
     """
     for source in sources:
         if source.format == "text" and (settings.kind != "text" or settings.json_keys != ("text",)):
-            raise ValueError(
+            raise DataError(
                 f"--input {source.path} is plain text without keys: drop --kind and "
                 f"--json-keys, or write it as JSON lines"
             )

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
+from megatron_chatflow.errors import DataError
+
 _MOST_ROWS = 1024
 _MOST_NESTED_ROWS = 64
 """Rows that are read at once; a nested column is not read as a dictionary."""
@@ -46,7 +48,7 @@ def batches(
     names = file.schema_arrow.names
     for column in columns or ():
         if column not in names:
-            raise ValueError(f"--input {path} has no column {column!r}: it has {', '.join(names)}")
+            raise DataError(f"--input {path} has no column {column!r}: it has {', '.join(names)}")
     arrow = _import(path)[0]
     read = [field for field in file.schema_arrow if columns is None or field.name in columns]
     texts = [field.name for field in read if _is_text(arrow, field.type)]
@@ -69,7 +71,7 @@ def batches(
                     done += count
                     yield count, data, done / file.metadata.num_rows
     except (OSError, arrow.ArrowException) as error:
-        raise ValueError(
+        raise DataError(
             f"{os.path.basename(path)} cannot be read to its end ({_reason(error)}): the "
             f"file is damaged or was cut off"
         ) from error
@@ -161,7 +163,7 @@ def _import(path: str) -> tuple[ModuleType, ModuleType]:
         import pyarrow.compute
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(
+        raise DataError(
             f"--input {path} is parquet: pip install pyarrow, or write its text column as "
             f"JSON lines"
         ) from error
@@ -175,7 +177,7 @@ def _open(path: str, dictionaries: Sequence[str] = ()) -> Any:
             path, read_dictionary=list(dictionaries), pre_buffer=False, buffer_size=1 << 20
         )
     except (OSError, arrow.ArrowException) as error:
-        raise ValueError(
+        raise DataError(
             f"--input {path} is not a parquet file ({_reason(error)}): check the path, or "
             f"give --input-format"
         ) from error

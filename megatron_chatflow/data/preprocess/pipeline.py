@@ -42,6 +42,7 @@ from megatron_chatflow.data.preprocess.resume_state import (
 from megatron_chatflow.data.preprocess.sentence_split import NLTK_LANGUAGES, Splitting
 from megatron_chatflow.data.preprocess.token_files import Spool
 from megatron_chatflow.data.preprocess.worker_pool import Numbered, encoders
+from megatron_chatflow.errors import DataError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 _CHUNK = 1 << 18
@@ -174,7 +175,7 @@ def _begin(
     folder = settings.unfinished()
     if has_state(folder):
         if not settings.resume:
-            raise ValueError(
+            raise DataError(
                 f"{folder} holds an unfinished run of this output: go on from there with "
                 f"--resume, or delete the folder to start over"
             )

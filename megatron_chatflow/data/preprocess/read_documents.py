@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from megatron_chatflow.data.chat.templates import MalformedRecord, text_field
 from megatron_chatflow.data.preprocess.input_files import open_sources
 from megatron_chatflow.data.preprocess.records import each_record
+from megatron_chatflow.errors import DataError
 
 _CHUNK = 1 << 22
 
@@ -28,7 +29,7 @@ def read_texts(paths: Sequence[str], keys: Sequence[str] = ("text",)) -> Iterato
                         raise record
                     texts = [text_field(record, key) for key in fields]
                 except MalformedRecord as error:
-                    raise ValueError(
+                    raise DataError(
                         f"{source.path}, {source.record} {number}: {error}; mend it or take it out"
                     ) from None
                 yield from (text for text in texts if not text.isspace() and text)

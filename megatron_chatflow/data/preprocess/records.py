@@ -9,6 +9,7 @@ from typing import Any
 from megatron_chatflow.data.chat.templates import MalformedRecord, json_kind
 from megatron_chatflow.data.preprocess import parquet
 from megatron_chatflow.data.preprocess.input_files import Chunk
+from megatron_chatflow.errors import DataError
 
 _decode = json.JSONDecoder().raw_decode
 
@@ -31,7 +32,7 @@ def all_records(data: bytes, format: str) -> list[Mapping[str, Any]]:
         return [{"text": line} for line in lines if not line.isspace()]
     pairs = list(map(_decode, lines))
     if [end for _, end in pairs] != list(map(len, lines)):
-        raise ValueError("a line goes on after its record")
+        raise DataError("a line goes on after its record")
     return [record for record, _ in pairs]
 
 

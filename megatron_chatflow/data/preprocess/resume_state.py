@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 from megatron_chatflow.data.corpus.manifest import manifest_path
 from megatron_chatflow.data.preprocess.token_files import Counts
+from megatron_chatflow.errors import DataError
 from megatron_chatflow.utils.files import make_folder, sync_folder
 from megatron_chatflow.utils.user_files import load_json
 
@@ -117,7 +118,7 @@ def _lock(folder: str) -> BinaryIO:
             file.seek(0)
             who = file.read(200).decode(errors="replace")
             file.close()
-            raise ValueError(
+            raise DataError(
                 f"another process{who and f' ({who})'} is writing into {folder}: "
                 "wait for it, or give another --output-prefix"
             ) from None
@@ -173,13 +174,13 @@ def load_state(folder: str, run: dict[str, Any]) -> State:
         content["counts"] = {key: Counts(**counts) for key, counts in content["counts"].items()}
         state = State(**content)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
+        raise DataError(
             f"--resume: {folder}/{_STATE} is damaged ({error}): restore it, {cure}"
         ) from error
     for name in {**state.run, **run}:
         before, now = state.run.get(name), run.get(name)
         if before != now:
-            raise ValueError(
+            raise DataError(
                 f"--resume: the unfinished run in {folder} had another {name} "
                 f"({_shown(before)}, now {_shown(now)}): restore it, {cure}"
             )

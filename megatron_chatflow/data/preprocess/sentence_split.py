@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from megatron_chatflow.errors import DataError
+
 NLTK_LANGUAGES = (
     *(
         "czech",
@@ -63,7 +65,7 @@ def choose_splitting(lang: str, keep_newlines: bool) -> Splitting:
     if lang in NLTK_LANGUAGES:
         return Splitting(lang, "punkt" if _punkt(lang) else "general", keep_newlines)
     if lang not in _RULE_OF:
-        raise ValueError(
+        raise DataError(
             f"--lang {lang} is unknown to --split-sentences: give one of "
             f"{', '.join(sorted({*NLTK_LANGUAGES, *_RULE_OF}))}"
         )

@@ -12,7 +12,7 @@ from megatron_chatflow.curriculum import BlendPlan, parse_curriculum
 from megatron_chatflow.data import open_blend
 from megatron_chatflow.data.blend.dataloader import Loader
 from megatron_chatflow.data.corpus.verify import verify
-from megatron_chatflow.errors import DataError
+from megatron_chatflow.errors import SampleError
 from tests.pool import Pool, command
 
 VOCABULARY, DOCUMENTS, LENGTH, S = 100, 40, 33, 8
@@ -56,7 +56,7 @@ def test_a_batch_with_such_an_id_names_domain_documents_and_ids(write_corpus, ki
         lambda: read_all(blend),
         lambda: domain.read_window(np.arange(domain.num_samples)),
     ):
-        with pytest.raises(DataError) as error:
+        with pytest.raises(SampleError) as error:
             read()
         message = str(error.value)
         assert (
@@ -70,7 +70,7 @@ def test_a_batch_with_such_an_id_names_domain_documents_and_ids(write_corpus, ki
 @pytest.mark.parametrize("place", [(0, 0), (0, 7), (0, 8), (DOCUMENTS - 1, LENGTH - 8)])
 def test_no_place_in_a_window_is_missed(write_corpus, place):
     blend = opened(write_corpus(documents({place: VOCABULARY})), "text")
-    with pytest.raises(DataError):
+    with pytest.raises(SampleError):
         read_all(blend)
 
 
@@ -81,7 +81,7 @@ def test_ids_below_the_vocabulary_are_read(write_corpus, dtype):
 
 def test_the_sample_is_the_one_that_provenance_names(write_corpus):
     blend = opened(write_corpus(documents({(17, 4): 500})), "text")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(SampleError) as error:
         read_all(blend)
     ordinal = int(str(error.value).split("sample ")[1].split()[0])
     (at,) = [n for n in range(len(blend)) if blend.provenance(n)["ordinal"] == ordinal]
