@@ -11,12 +11,12 @@ class Trainer:
 
     def __init__(self, words: str, vocab_size: int) -> None:
         """`words`: the flags of `chatflow train`; one micro-batch is an iteration."""
-        from megatron_chatflow.config import Schedule, loader, make_parser, resolve
+        from megatron_chatflow.config import Schedule, make_parser, parse, resolve
         from megatron_chatflow.distributed import cuda_shim, process_groups
         from megatron_chatflow.distributed.launch import Launch
 
         self.config = config = resolve(
-            loader(make_parser("chatflow train", ""), words.split())[0], 1
+            parse(make_parser("chatflow train", ""), words.split())[0], 1
         )
         process_groups.hide_engine_warnings()
         process_groups.initialize(

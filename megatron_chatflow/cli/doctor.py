@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.cli.diagnostics import Row
-from megatron_chatflow.config import loader, make_parser
+from megatron_chatflow.config import make_parser, parse
 from megatron_chatflow.distributed.launch import node_name
 from megatron_chatflow.report import console
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         help="import torch and megatron-core, and let all processes of the job meet: seconds more",
     )
     with usage_errors():
-        config, args = loader(parser, argv)
+        config, args = parse(parser, argv)
         from megatron_chatflow.cli.diagnostics.corpora import (
             checkpoint_size,
             corpora,

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_chatflow.cli.common import complain_on, install_engine, usage_errors
 from megatron_chatflow.cli.model_source import add_use_ema, parse_with_source
-from megatron_chatflow.config import Config, loader, make_parser
+from megatron_chatflow.config import Config, make_parser, parse
 from megatron_chatflow.config.schema import PrecisionSettings
 from megatron_chatflow.distributed.launch import read_launch
 from megatron_chatflow.errors import ConfigError
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     """Continue each prompt and print it."""
     parser = _parser()
     with usage_errors():
-        _check(loader(parser, argv)[1])
+        _check(parse(parser, argv)[1])
         source, config, args = parse_with_source(parser, argv)
         launch = read_launch()
         if config.parallel.sequence_parallel:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_chatflow.cli.common import run_values, usage_errors
-from megatron_chatflow.config import Config, loader, make_parser, resolve_data
+from megatron_chatflow.config import Config, make_parser, parse, resolve_data
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report import console
 
@@ -44,8 +44,8 @@ def main(argv: Sequence[str]) -> int:
         help="a run directory: its config.yaml and its plan.json, amendments included",
     )
     with usage_errors():
-        _, args = loader(parser, argv)
-        config, _ = loader(parser, argv, run_values(args.checkpoint) if args.checkpoint else None)
+        _, args = parse(parser, argv)
+        config, _ = parse(parser, argv, run_values(args.checkpoint) if args.checkpoint else None)
         config = resolve_data(config)
         from megatron_chatflow.curriculum import BlendPlan
         from megatron_chatflow.data import Blend

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_chatflow.cli.common import install_engine, run_values
-from megatron_chatflow.config import Config, loader, make_parser
+from megatron_chatflow.config import Config, make_parser, parse
 from megatron_chatflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,16 +92,16 @@ def add_use_ema(parser: argparse.ArgumentParser) -> None:
 
 def parse_with_source(parser: Any, argv: Sequence[str]) -> tuple[Source, Config, Any]:
     """The folder of --load, and the settings: the folder's, with the flags over them."""
-    config, _ = loader(parser, argv)
+    config, _ = parse(parser, argv)
     if not config.checkpoint.load:
         raise ConfigError(
             "load is missing; give --load RUN, the folder that was --save of a run, or a "
             "Hugging Face folder"
         )
     source = find_source(config.checkpoint.load)
-    return source, *loader(parser, argv, source.values)
+    return source, *parse(parser, argv, source.values)
 
 
 def settings_alone(source: Source) -> Config:
     """The settings of a folder, without flags."""
-    return loader(make_parser("", ""), [], source.values)[0]
+    return parse(make_parser("", ""), [], source.values)[0]

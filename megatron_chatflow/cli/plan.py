@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_chatflow.cli.common import usage_errors
-from megatron_chatflow.config import loader, make_parser, resolve_data
+from megatron_chatflow.config import make_parser, parse, resolve_data
 from megatron_chatflow.report import console
 
 EPILOG = """examples:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         "--plot", metavar="PNG", help="also draw the shares over the run into this file"
     )
     with usage_errors():
-        config, args = loader(parser, argv)
+        config, args = parse(parser, argv)
         config = resolve_data(config)
         from megatron_chatflow.curriculum import check_exhaustion, forecast, share_curve
         from megatron_chatflow.report.plan_table import plan_table

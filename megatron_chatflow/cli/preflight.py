@@ -14,9 +14,9 @@ from typing import Any
 from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.config import (
     Config,
-    loader,
     make_parser,
     padded_vocab_size,
+    parse,
     resolve,
     total_samples,
 )
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         "--json", action="store_true", help="print one JSON object instead of the table"
     )
     with usage_errors():
-        config, args = loader(parser, argv)
+        config, args = parse(parser, argv)
         for name in ("world_size", "gpu_memory_gib"):
             if getattr(args, name) <= 0:
                 raise ConfigError(

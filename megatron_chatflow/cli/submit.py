@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.cli.slurm_script import Job, render
-from megatron_chatflow.config import Config, loader, make_parser, resolve
+from megatron_chatflow.config import Config, make_parser, parse, resolve
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report import console
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     )
     _add_flags(parser)
     with usage_errors():
-        config, args = loader(parser, words)
+        config, args = parse(parser, words)
         job = _job(config, args, words, sbatch)
         script = render(job)
     if args.dry_run:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from megatron_chatflow.cli.common import usage_errors
-from megatron_chatflow.config import loader, make_parser, resolve
+from megatron_chatflow.config import make_parser, parse, resolve
 from megatron_chatflow.distributed.launch import read_launch
 from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.report import console
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         EPILOG,
     )
     with usage_errors():
-        config, _ = loader(parser, argv)
+        config, _ = parse(parser, argv)
         launch = read_launch()
         config = resolve(config, launch.world_size)
         from megatron_chatflow.training.data_setup import open_inputs

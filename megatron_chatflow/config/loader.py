@@ -43,7 +43,7 @@ def field_docs(cls: type) -> dict[str, str]:
             and isinstance(follower, ast.Expr)
             and isinstance(follower.value, ast.Constant)
         ):
-            docs[node.target.id] = follower.value.value
+            docs[node.target.id] = " ".join(follower.value.value.split())
     return docs
 
 

@@ -134,13 +134,13 @@ def load_mean_and_save(run: Path, target: Path, flags: list[str]) -> None:
     from megatron_chatflow.checkpoint import state_dict
     from megatron_chatflow.checkpoint.run_directory import find_checkpoint
     from megatron_chatflow.cli.common import run_values
-    from megatron_chatflow.config import loader, make_parser
+    from megatron_chatflow.config import make_parser, parse
     from megatron_chatflow.distributed.launch import read_launch
     from megatron_chatflow.evaluation.eval_model import find_subject
     from megatron_chatflow.evaluation.model_session import open_model, open_process_groups
     from megatron_chatflow.training.data_setup import open_inputs
 
-    config, _ = loader(
+    config, _ = parse(
         make_parser("test", ""), ["--load", str(run), *flags], run_values(run, keep_layout=False)
     )
     launch = read_launch()

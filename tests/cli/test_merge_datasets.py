@@ -15,9 +15,9 @@ from megatron_chatflow.data import (
     IndexedDatasetBuilder,
     Manifest,
     read_manifest,
+    verify,
     write_manifest,
 )
-from megatron_chatflow.data.corpus import verify
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "merge_datasets.py"
 TOKENIZER = {

@@ -10,14 +10,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.config import Config, load_values, loader, make_parser, to_yaml
+from megatron_chatflow.config import Config, load_values, make_parser, parse, to_yaml
 from megatron_chatflow.config.loader import _hints, field_docs, section_of, sections
 from megatron_chatflow.config.unsupported_flags import REFUSED
 from megatron_chatflow.errors import ChatflowError
 
 
 def read(*words: str) -> Config:
-    return loader(make_parser("chatflow train", ""), words)[0]
+    return parse(make_parser("chatflow train", ""), words)[0]
 
 
 def test_every_setting_has_a_docstring_that_ends_as_a_sentence() -> None:

@@ -7,9 +7,9 @@ import pytest
 from megatron_chatflow.config import (
     Config,
     Schedule,
-    loader,
     make_parser,
     padded_vocab_size,
+    parse,
     resolve,
     total_samples,
 )
@@ -23,7 +23,7 @@ BASE = (
 
 def read(words: str, world_size: int = 1) -> Config:
     return resolve(
-        loader(make_parser("chatflow train", ""), (BASE + " " + words).split())[0], world_size
+        parse(make_parser("chatflow train", ""), (BASE + " " + words).split())[0], world_size
     )
 
 

@@ -172,7 +172,7 @@ def run_logits(
 
     from megatron_chatflow.checkpoint import state_dict
     from megatron_chatflow.checkpoint.run_directory import find_checkpoint
-    from megatron_chatflow.config import load_values, loader, make_parser, resolve
+    from megatron_chatflow.config import load_values, make_parser, parse, resolve
     from megatron_chatflow.conversion.hf_model import open_folder
     from megatron_chatflow.conversion.load_into_model import load_weights
     from megatron_chatflow.distributed import process_groups
@@ -184,7 +184,7 @@ def run_logits(
     longest = str(max(map(len, rows)))
     flags = ["--seq-length", longest, "--train-iters", "1", "--lr", "1", "--no-bf16", *words]
     config = resolve(
-        loader(make_parser("test", ""), flags, load_values(run / "config.yaml"))[0],
+        parse(make_parser("test", ""), flags, load_values(run / "config.yaml"))[0],
         launch.world_size,
     )
     process_groups.initialize(launch, config.parallel, config.model.num_layers)

@@ -110,7 +110,7 @@ def test_the_clock_agrees_with_the_features_of_this_cpu() -> None:
 def agreed(needs: tuple[bool, ...]) -> bool:
     import os
 
-    from megatron_chatflow.config import loader, make_parser, resolve
+    from megatron_chatflow.config import make_parser, parse, resolve
     from megatron_chatflow.distributed import process_groups
     from megatron_chatflow.distributed.launch import read_launch
 
@@ -125,7 +125,7 @@ def agreed(needs: tuple[bool, ...]) -> bool:
             "--micro-batch-size 1 --train-iters 1 --lr 1"
         )
         config = resolve(
-            loader(make_parser("chatflow train", ""), words.split())[0], launch.world_size
+            parse(make_parser("chatflow train", ""), words.split())[0], launch.world_size
         )
         process_groups.initialize(launch, config.parallel, 1)
         return bf16_matmul.uses_float32()

@@ -11,13 +11,13 @@ from typing import Any
 def opened(run: str, flags: list[str], average: int, body: Callable[[Any, Any], Any]) -> Any:
     """`body(session, tokenizer)` with the run's model laid out as the flags say."""
     from megatron_chatflow.cli.common import install_engine, run_values
-    from megatron_chatflow.config import loader, make_parser
+    from megatron_chatflow.config import make_parser, parse
     from megatron_chatflow.distributed.launch import read_launch
     from megatron_chatflow.evaluation.eval_model import find_subject
     from megatron_chatflow.training.data_setup import open_tokenizer
 
     launch = read_launch()
-    config, _ = loader(
+    config, _ = parse(
         make_parser("test", ""), ["--load", run, *flags], run_values(run, keep_layout=False)
     )
     subject = find_subject(config, launch.world_size, average)

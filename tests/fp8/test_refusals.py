@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_chatflow.config import Config, loader, make_parser, resolve
+from megatron_chatflow.config import Config, make_parser, parse, resolve
 from megatron_chatflow.errors import ChatflowError
 from tests.pool import Pool
 
@@ -19,7 +19,7 @@ WORDS = (
 
 def settled(words: str, world_size: int = 1) -> Config:
     return resolve(
-        loader(make_parser("chatflow train", ""), f"{WORDS} {words}".split())[0], world_size
+        parse(make_parser("chatflow train", ""), f"{WORDS} {words}".split())[0], world_size
     )
 
 
@@ -173,7 +173,7 @@ def _choices() -> list[str]:
     ):
         with (
             mock.patch.object(spec, "transformer_engine_reason", return_value=reason),
-            mock.patch.object(spec.cpu, "is_needed", return_value=not cuda),
+            mock.patch.object(spec.cuda_shim, "is_needed", return_value=not cuda),
             mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
             mock.patch("torch.version.cuda", "13.0"),
         ):

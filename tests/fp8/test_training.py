@@ -190,14 +190,14 @@ def save_evil(folder: Path, marker: Path, *words: str) -> tuple[int, str, str]:
     """
     from megatron_chatflow.fp8 import linear
 
-    pack, linear.state.pack = (
-        linear.state.pack,
+    pack, linear.extra_state.pack = (
+        linear.extra_state.pack,
         lambda *_, **__: torch.frombuffer(bytearray(pickle.dumps(Evil(marker))), dtype=torch.uint8),
     )
     try:
         return train(folder, *words)
     finally:
-        linear.state.pack = pack
+        linear.extra_state.pack = pack
 
 
 def test_what_a_layer_would_unpickle_is_read_before_any_layer_sees_it(
@@ -230,7 +230,7 @@ def test_what_a_layer_would_unpickle_is_read_before_any_layer_sees_it(
 
 
 def _first_layers(words: list[str]) -> list[str]:
-    from megatron_chatflow.config import loader, make_parser, resolve
+    from megatron_chatflow.config import make_parser, parse, resolve
     from megatron_chatflow.distributed import process_groups
     from megatron_chatflow.distributed.launch import read_launch
     from megatron_chatflow.model.gpt import build_model
@@ -248,7 +248,7 @@ def _first_layers(words: list[str]) -> list[str]:
         "--swiglu",
     ]
     config = resolve(
-        loader(make_parser("chatflow train", ""), [*common, *MODEL, *words])[0], launch.world_size
+        parse(make_parser("chatflow train", ""), [*common, *MODEL, *words])[0], launch.world_size
     )
     process_groups.initialize(launch, config.parallel, 4)
     found = []

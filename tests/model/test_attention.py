@@ -64,7 +64,7 @@ def test_it_equals_megatron_cores_attention_under_a_packing_mask(pool: Pool) -> 
 def _packed_against_separate(position_embedding_type: str) -> float:
     import torch
 
-    from megatron_chatflow.config import loader, make_parser, resolve
+    from megatron_chatflow.config import make_parser, parse, resolve
     from megatron_chatflow.model.gpt import build_model
     from megatron_chatflow.model.segments import attention_arguments
 
@@ -75,7 +75,7 @@ def _packed_against_separate(position_embedding_type: str) -> float:
     )
 
     def body() -> float:
-        config = resolve(loader(make_parser("chatflow train", ""), words.split())[0], 1)
+        config = resolve(parse(make_parser("chatflow train", ""), words.split())[0], 1)
         (model,) = build_model(config, 100, "local", wrap=False)
         tokens = torch.randint(0, 100, (1, 16), generator=torch.Generator().manual_seed(0))
         lengths = [5, 1, 10]

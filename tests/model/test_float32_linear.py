@@ -27,14 +27,14 @@ def groups(words: str = "", *, in_float32: bool = True) -> Iterator[Any]:
     """Settings and process groups of a job on CPUs that have no bfloat16 units, or have them."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from megatron_chatflow.config import loader, make_parser, resolve
+    from megatron_chatflow.config import make_parser, parse, resolve
     from megatron_chatflow.distributed import bf16_matmul, process_groups
     from megatron_chatflow.distributed.launch import read_launch
 
     launch = read_launch()
     asked, bf16_matmul.is_float32_faster = bf16_matmul.is_float32_faster, lambda: in_float32
     config = resolve(
-        loader(make_parser("chatflow train", ""), f"{WORDS} {words}".split())[0], launch.world_size
+        parse(make_parser("chatflow train", ""), f"{WORDS} {words}".split())[0], launch.world_size
     )
     process_groups.initialize(launch, config.parallel, config.model.num_layers)
     model_parallel_cuda_manual_seed(1)

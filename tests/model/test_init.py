@@ -20,14 +20,14 @@ WORDS = (
 def _statistics(extra: str) -> dict[str, tuple[float, float]]:
     import torch
 
-    from megatron_chatflow.config import loader, make_parser, resolve
+    from megatron_chatflow.config import make_parser, parse, resolve
     from megatron_chatflow.distributed import process_groups
     from megatron_chatflow.distributed.launch import read_launch
     from megatron_chatflow.model.gpt import build_model, count_parameters
 
     launch = read_launch()
     config = resolve(
-        loader(make_parser("chatflow train", ""), (WORDS + " " + extra).split())[0],
+        parse(make_parser("chatflow train", ""), (WORDS + " " + extra).split())[0],
         launch.world_size,
     )
     process_groups.initialize(launch, config.parallel, 4)
@@ -64,14 +64,14 @@ def _weights(extra: str) -> dict[str, object]:
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    from megatron_chatflow.config import loader, make_parser, resolve
+    from megatron_chatflow.config import make_parser, parse, resolve
     from megatron_chatflow.distributed import process_groups
     from megatron_chatflow.distributed.launch import read_launch
     from megatron_chatflow.model.gpt import build_model
 
     launch = read_launch()
     config = resolve(
-        loader(make_parser("chatflow train", ""), (WORDS + " " + extra).split())[0],
+        parse(make_parser("chatflow train", ""), (WORDS + " " + extra).split())[0],
         launch.world_size,
     )
     process_groups.initialize(launch, config.parallel, 4)

@@ -26,14 +26,14 @@ def _run(*words: str) -> tuple[list[float], dict[str, Any], dict[str, Any], list
     """
     import torch
 
-    from megatron_chatflow.config import loader, make_parser, resolve
+    from megatron_chatflow.config import make_parser, parse, resolve
     from megatron_chatflow.distributed import process_groups
     from megatron_chatflow.distributed.launch import read_launch
     from megatron_chatflow.model.gpt import build_model
 
     launch = read_launch()
     config = resolve(
-        loader(make_parser("chatflow train", ""), [*WORDS.split(), *words])[0], launch.world_size
+        parse(make_parser("chatflow train", ""), [*WORDS.split(), *words])[0], launch.world_size
     )
     process_groups.initialize(launch, config.parallel, LAYERS)
     try:

@@ -42,10 +42,10 @@ def note(at: int, optimizer: dict[str, object]) -> str | None:
 
 
 def rates(run: Path, samples: list[int]) -> list[float]:
-    from megatron_chatflow.config import load_values, loader, make_parser, resolve
+    from megatron_chatflow.config import load_values, make_parser, parse, resolve
     from megatron_chatflow.training.lr_check import rate_at
 
-    made, _ = loader(make_parser("test", ""), [], load_values(run / "config.yaml"))
+    made, _ = parse(make_parser("test", ""), [], load_values(run / "config.yaml"))
     return [rate_at(resolve(made, 1), sample) for sample in samples]
 
 

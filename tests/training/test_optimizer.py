@@ -20,10 +20,10 @@ def _values(words: str) -> list[tuple[float, float]]:
     """(learning rate, weight decay) of every iteration."""
     from types import SimpleNamespace
 
-    from megatron_chatflow.config import Schedule, loader, make_parser, resolve
+    from megatron_chatflow.config import Schedule, make_parser, parse, resolve
     from megatron_chatflow.training.optimizer import build_scheduler
 
-    config = resolve(loader(make_parser("chatflow train", ""), f"{BASE} {words}".split())[0], 1)
+    config = resolve(parse(make_parser("chatflow train", ""), f"{BASE} {words}".split())[0], 1)
     group: dict[str, Any] = {"default_config": True}
     scheduler = build_scheduler(config, Schedule.of(config), SimpleNamespace(param_groups=[group]))
     values = []

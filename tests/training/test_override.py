@@ -84,7 +84,7 @@ def override(folder: Path, kind: str, distributed: bool, styles: list[str]) -> d
     import torch
 
     from megatron_chatflow.checkpoint import state_dict
-    from megatron_chatflow.config import Config, Schedule, loader, make_parser, resolve
+    from megatron_chatflow.config import Config, Schedule, make_parser, parse, resolve
     from megatron_chatflow.distributed import process_groups as groups
     from megatron_chatflow.distributed.launch import read_launch
     from megatron_chatflow.model.gpt import build_model
@@ -95,7 +95,7 @@ def override(folder: Path, kind: str, distributed: bool, styles: list[str]) -> d
     forms = f"--optimizer {kind} " + ("--use-distributed-optimizer" if distributed else "")
 
     def settings(words: str) -> Config:
-        written = loader(make_parser("test", ""), f"{SHAPE} {forms} {words}".split())[0]
+        written = parse(make_parser("test", ""), f"{SHAPE} {forms} {words}".split())[0]
         return resolve(written, launch.world_size)
 
     def assemble(config: Config) -> tuple[Any, ...]:

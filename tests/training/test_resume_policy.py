@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_chatflow.config import Config, Schedule, loader, make_parser, resolve
+from megatron_chatflow.config import Config, Schedule, make_parser, parse, resolve
 from megatron_chatflow.config.loader import section_of
 from megatron_chatflow.config.resume_policy import (
     AT_RESUME,
@@ -155,7 +155,7 @@ def settings(sample: Path, words: str) -> Config:
     base["curriculum"] = str(sample / "curriculum.yaml")
     if "--train-samples" in words or "--rampup" in words:
         del base["train_iters"]
-    return resolve(loader(make_parser("test", ""), words.split(), base)[0], 1)
+    return resolve(parse(make_parser("test", ""), words.split(), base)[0], 1)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.curriculum import parse_curriculum
-from megatron_chatflow.data import IndexedDataset, IndexedDatasetBuilder, Manifest, open_domains
-from megatron_chatflow.data.corpus import verify
+from megatron_chatflow.data import (
+    IndexedDataset,
+    IndexedDatasetBuilder,
+    Manifest,
+    open_domains,
+    verify,
+)
 
 SEQ_LENGTH = 8
 SUFFIXES = (".bin", ".idx", ".json")

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.data import IndexedDataset, Manifest, write_manifest
-from megatron_chatflow.data.corpus import verify
+from megatron_chatflow.data import IndexedDataset, Manifest, verify, write_manifest
 
 LENGTHS = st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=8)
 

@@ -25,10 +25,10 @@ WORDS = (
 
 def settings(words: str, world_size: int) -> Any:
     """Resolved settings of the small model with further flags, tensor parallel over all ranks."""
-    from megatron_chatflow.config import loader, make_parser, resolve
+    from megatron_chatflow.config import make_parser, parse, resolve
 
     flags = f"{WORDS} --tensor-model-parallel-size {world_size} {words}".split()
-    return resolve(loader(make_parser("chatflow train", ""), flags)[0], world_size)
+    return resolve(parse(make_parser("chatflow train", ""), flags)[0], world_size)
 
 
 def recipe_of(config: Any) -> str:
