@@ -7,7 +7,7 @@ root=$(cd "$shared/../.." && pwd)
 
 sizes() { # --short or nothing: how much is held out and learnt, and from where
     if [ "${1:-}" = --short ]; then # the help of one program alone: enough of the same kind for a few minutes
-        iterations=96 batch=2 length=256 warmup=4 decay=24 first=8 tokens=300 held=24000 source=libreoffice-help
+        iterations=48 batch=2 length=256 warmup=4 decay=12 first=8 tokens=300 held=24000 source=libreoffice-help
     else
         iterations=80 batch=4 length=512 warmup=4 decay=20 first=32 tokens=500 held=48000 source=
     fi
