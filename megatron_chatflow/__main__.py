@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from megatron_chatflow.config import nearest
     from megatron_chatflow.distributed.launch import LaunchError, node_name
-    from megatron_chatflow.errors import ChatflowError, ConfigError, SampleError
+    from megatron_chatflow.errors import ChatflowError, ConfigError, SampleError, messages_of
     from megatron_chatflow.utils.user_files import visible
 
     try:
@@ -72,10 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ChatflowError as error:
         where = _speaker(os.environ)
         if where is not None:
-            print(
-                f"chatflow {visible(words[0])}{where}: error: {visible(str(error))}",
-                file=sys.stderr,
-            )
+            for message in messages_of(error):
+                print(
+                    f"chatflow {visible(words[0])}{where}: error: {visible(message)}",
+                    file=sys.stderr,
+                )
         return EXIT_USAGE
     except KeyboardInterrupt:
         with suppress(OSError):

@@ -2,6 +2,9 @@
 traceback.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 
 class ChatflowError(ValueError):
     """What the user gave cannot be used. The message names the key, the value and what to do."""
@@ -9,6 +12,46 @@ class ChatflowError(ValueError):
 
 class ConfigError(ChatflowError):
     """A setting, a flag or a configuration file cannot be used."""
+
+
+class ConfigErrors(ConfigError):
+    """Several settings, flags or keys that cannot be used, with one message each."""
+
+    def __init__(self, messages: Iterable[str]) -> None:
+        self.messages = tuple(messages)
+        super().__init__(self.messages)
+
+    def __str__(self) -> str:
+        return "\n".join(self.messages)
+
+
+def messages_of(error: ChatflowError) -> tuple[str, ...]:
+    """Return the messages of an error, each one line."""
+    return error.messages if isinstance(error, ConfigErrors) else (str(error),)
+
+
+class ErrorCollector:
+    """Collects independent errors, so that all of them are reported together."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def add(self, *messages: str) -> None:
+        """Add messages, each once."""
+        self.messages += [m for m in dict.fromkeys(messages) if m not in self.messages]
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Inside, a ChatflowError ends the block and is kept for `raise_all`."""
+        try:
+            yield
+        except ChatflowError as error:
+            self.add(*messages_of(error))
+
+    def raise_all(self) -> None:
+        """Raise ConfigErrors if anything was collected."""
+        if self.messages:
+            raise ConfigErrors(self.messages)
 
 
 class DataError(ChatflowError):

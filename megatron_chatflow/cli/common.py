@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_chatflow.config import load_values
 from megatron_chatflow.config.schema import ParallelSettings
-from megatron_chatflow.errors import ChatflowError, ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError, ConfigErrors, messages_of
 from megatron_chatflow.report import console
 
 
@@ -23,7 +23,9 @@ def usage_errors(of: str = "") -> Iterator[None]:
     try:
         yield
     except ChatflowError as error:
-        raise ConfigError(f"{of}{error}") if of else error from None
+        if not of:
+            raise error from None
+        raise ConfigErrors(f"{of}{message}" for message in messages_of(error)) from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{of}{error}") from None
 
