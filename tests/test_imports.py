@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source of every module of the package."""
+"""The import rules of the package, checked on the source of every module."""
 
 import ast
 import os
@@ -37,17 +37,17 @@ WITH_MEGATRON = {
     "checkpoint", "conversion", "distributed", "evaluation", "fp8", "model", "training",
 }  # fmt: skip
 LATE = {"cli", "__main__"}
-"""The command line: starts at once, so what is heavy is imported inside functions."""
+"""The command line: it must start fast, so heavy libraries are imported inside functions."""
 
 HEAVY = {"torch", "megatron", "transformer_engine"}
 DYNAMIC = ("import_module", "importlib.import_module", "__import__")
 
 
 def imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[str, bool]]:
-    """Every module that a source file imports, as (dotted name, whether at once and not inside a
-    function).
+    """Yield (dotted name, at module load) for every module that a source file imports.
 
-    `package` is the dotted package that the file is in, by which relative imports are resolved.
+    An import inside a function or under `if TYPE_CHECKING:` does not happen at module load.
+    `package` is the dotted package of the file, from which relative imports are resolved.
     """
 
     def walk(node: ast.AST, at_once: bool) -> Iterator[tuple[str, bool]]:
@@ -64,7 +64,9 @@ def imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[str, bool]]:
             and isinstance(node.args[0], ast.Constant)
         ):
             yield str(node.args[0].value), at_once
-        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
         for child in ast.iter_child_nodes(node):
             yield from walk(child, at_once and not inside)
 
@@ -72,52 +74,55 @@ def imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[str, bool]]:
 
 
 def violations(path: str, source: str) -> list[str]:
-    """What one file imports against the rules; `path` is relative to the repository, e.g.
-    megatron_chatflow/data/blend/blended_dataset.py.
+    """Return one message per import of a file that breaks the rules.
+
+    `path` is relative to the repository, e.g. megatron_chatflow/data/blend/blended_dataset.py.
     """
     parts = path.removesuffix(".py").split("/")
-    room = parts[1]
+    package_name = parts[1]
     found = []
     for name, at_once in imports(ast.parse(source), parts[:-1]):
         top = name.split(".")[0]
         if top == "megatron_chatflow":
             other = name.split(".")[1] if "." in name else ""
-            if room == "__init__":
-                found.append(f"{path} imports {name}: importing the package must cost nothing")
+            if package_name == "__init__":
+                if at_once:
+                    found.append(f"{path} imports {name}: importing the package must cost nothing")
             elif (
                 other
-                and other not in {room, "__version__"}
-                and layer(other) >= layer(room)
-                and {room, other} not in PARTNERS
+                and other not in {package_name, "__version__"}
+                and layer(other) >= layer(package_name)
+                and {package_name, other} not in PARTNERS
             ):
-                found.append(f"{path} imports {name}: {room} may import from lower layers only")
-        elif room == "__init__":
-            found.append(f"{path} imports {name}: importing the package must cost nothing")
-        elif top in HEAVY and room in WITHOUT_TORCH:
-            found.append(f"{path} imports {name}: {room} does without torch and megatron")
-        elif top == "megatron" and room not in WITH_MEGATRON:
+                found.append(
+                    f"{path} imports {name}: {package_name} may import from lower layers only"
+                )
+        elif package_name == "__init__":
+            if at_once:
+                found.append(f"{path} imports {name}: importing the package must cost nothing")
+        elif top in HEAVY and package_name in WITHOUT_TORCH:
+            found.append(f"{path} imports {name}: {package_name} must not import torch or megatron")
+        elif top == "megatron" and package_name not in WITH_MEGATRON:
             found.append(
-                f"{path} imports {name}: megatron.core belongs to "
+                f"{path} imports {name}: only these packages import megatron.core: "
                 f"{', '.join(sorted(WITH_MEGATRON))}"
             )
-        elif top in HEAVY and room in LATE and at_once:
+        elif top in HEAVY and package_name in LATE and at_once:
             found.append(
-                f"{path} imports {name} at once: the command line imports it inside functions"
+                f"{path} imports {name} at module load: the command line imports it in functions"
             )
         elif top == "transformer_engine" and at_once:
-            found.append(f"{path} imports {name} at once: it is imported inside functions")
+            found.append(f"{path} imports {name} at module load: import it inside functions")
     return found
 
 
-def layer(room: str) -> int:
-    """Height of a room; one that has no place yet is an error, so that a new room is thought
-    about.
-    """
-    for height, rooms in enumerate(LAYERS):
-        if room in rooms:
+def layer(package_name: str) -> int:
+    """Return the index of a package's layer; a package without one is an error."""
+    for height, packages in enumerate(LAYERS):
+        if package_name in packages:
             return height
     raise AssertionError(
-        f"megatron_chatflow/{room} has no layer: put it into LAYERS of {__name__} and into "
+        f"megatron_chatflow/{package_name} has no layer: add it to LAYERS of {__name__} and to "
         f"docs/architecture.md"
     )
 
@@ -129,10 +134,8 @@ def sources() -> dict[str, str]:
     }
 
 
-def test_every_module_imports_from_lower_layers_only_and_keeps_torch_out_of_the_data_plane():
-    found = [
-        sentence for path, source in sources().items() for sentence in violations(path, source)
-    ]
+def test_modules_import_from_lower_layers_only():
+    found = [message for path, source in sources().items() for message in violations(path, source)]
     assert found == []
 
 
@@ -187,7 +190,7 @@ def test_transformer_engine_is_imported_in_one_file_at_most():
         ),
     ],
 )
-def test_the_checker_finds_an_import_against_the_rules(path: str, source: str):
+def test_checker_finds_a_forbidden_import(path: str, source: str):
     assert len(violations(path, source)) == 1
 
 
@@ -217,13 +220,17 @@ def test_the_checker_finds_an_import_against_the_rules(path: str, source: str):
             "def run():\n    import torch\n    from megatron_chatflow.training import trainer",
         ),
         ("megatron_chatflow/__main__.py", "from megatron_chatflow import __version__"),
+        (
+            "megatron_chatflow/__init__.py",
+            "if TYPE_CHECKING:\n    from megatron_chatflow.config import Config",
+        ),
     ],
 )
-def test_the_checker_lets_proper_imports_pass(path: str, source: str):
+def test_checker_accepts_allowed_imports(path: str, source: str):
     assert violations(path, source) == []
 
 
-def test_a_room_without_a_layer_is_noticed():
+def test_package_without_a_layer_is_an_error():
     with pytest.raises(AssertionError, match="has no layer"):
         violations(
             "megatron_chatflow/data/blend/blended_dataset.py",
@@ -232,7 +239,7 @@ def test_a_room_without_a_layer_is_noticed():
 
 
 def run_python(code: str) -> str:
-    """What a fresh interpreter prints that finds the package by its folder."""
+    """Return what a new interpreter prints; it finds the package through PYTHONPATH."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -244,7 +251,7 @@ def run_python(code: str) -> str:
     ).stdout.strip()
 
 
-def test_importing_the_package_loads_no_library_and_changes_no_environment():
+def test_importing_the_package_loads_nothing_and_keeps_the_environment():
     code = """
         import os, sys
         environment, before = dict(os.environ), set(sys.modules)
@@ -258,10 +265,11 @@ def test_importing_the_package_loads_no_library_and_changes_no_environment():
 
 
 @pytest.mark.parametrize(
-    "room", sorted(name for name in WITHOUT_TORCH | {"__main__"} if list(PACKAGE.glob(name + "*")))
+    "package_name",
+    sorted(name for name in WITHOUT_TORCH | {"__main__"} if list(PACKAGE.glob(name + "*"))),
 )
-def test_what_does_without_torch_starts_without_loading_it(room: str):
+def test_packages_without_torch_do_not_load_it(package_name: str):
     loaded = run_python(
-        f"import sys, megatron_chatflow.{room}; print(sorted({HEAVY!r} & set(sys.modules)))"
+        f"import sys, megatron_chatflow.{package_name}; print(sorted({HEAVY!r} & set(sys.modules)))"
     )
     assert loaded == "[]"
