@@ -201,10 +201,10 @@ def load(curriculum: str, samples: int, cache: str, rounds: int) -> dict[str, fl
     megatron_ready()
     import torch
 
-    from megatron_chatflow.data import Loader
+    from megatron_chatflow.data import BlendDataLoader
 
     blend = megatron_blend(curriculum, samples, SEQ, cache)
-    loader = Loader(
+    loader = BlendDataLoader(
         blend_of(curriculum, samples, SEQ),
         micro_batch_size=MICRO_BATCH,
         data_parallel_rank=0,
@@ -273,12 +273,12 @@ def pack(prefix: str) -> dict[str, float]:
     """Seconds to open a corpus of conversations for the first time, and again when its packing lies
     beside it.
     """
-    from megatron_chatflow.data import IndexedDataset, InstructDomain
+    from megatron_chatflow.data import IndexedDataset, InstructDataset
 
     def once() -> float:
         begin = time.perf_counter()
         dataset = IndexedDataset(prefix)
-        InstructDomain(
+        InstructDataset(
             "chat", dataset, seq_length=SEQ, seed=1, documents=(0, dataset.num_documents)
         )
         return time.perf_counter() - begin

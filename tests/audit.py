@@ -94,7 +94,7 @@ def recording_loader(notes: Path) -> type:
     notes.mkdir(parents=True, exist_ok=True)
     path = notes / f"rank{os.environ.get('RANK', '0')}.jsonl"
 
-    class Recording(trainer.Loader):
+    class Recording(trainer.BlendDataLoader):
         def iteration(self, start: int, global_batch_size: int) -> list[Any]:
             batches = super().iteration(start, global_batch_size)
             rows = rank_rows(
@@ -122,7 +122,7 @@ def audited_train(folder: Path, notes: Path, *words: str) -> tuple[int, str, str
     """
     from megatron_chatflow.training import trainer
 
-    with mock.patch.object(trainer, "Loader", recording_loader(notes)):
+    with mock.patch.object(trainer, "BlendDataLoader", recording_loader(notes)):
         return train(folder, *words)
 
 

@@ -94,7 +94,7 @@ def rank_main(
     if fault:
         kill_at(*fault)
     try:
-        trainer.Loader = recording_loader(notes)
+        trainer.BlendDataLoader = recording_loader(notes)
         code = main(["train", "--config", str(folder / "run.yaml"), *words])
     except BaseException:
         traceback.print_exc()

@@ -168,16 +168,16 @@ def _template(name: str, config: Config, tokenizer: Any) -> str:
     """The chat template of that name; of an empty name, the one that the run's instruction corpora
     were made with.
     """
-    from megatron_chatflow.data.chat.templates import CHAT_TEMPLATES, OWN_TEMPLATE
+    from megatron_chatflow.data.chat.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE
 
     if not name:
         name = _trained_template(config)
     if name not in CHAT_TEMPLATES:
         raise ConfigError(f"chat {name!r} is no template; write one of {', '.join(CHAT_TEMPLATES)}")
-    if name == OWN_TEMPLATE:
-        from megatron_chatflow.data.chat.jinja_template import check_own_template
+    if name == TOKENIZER_TEMPLATE:
+        from megatron_chatflow.data.chat.jinja_template import check_tokenizer_template
 
-        check_own_template(tokenizer)
+        check_tokenizer_template(tokenizer)
     return name
 
 

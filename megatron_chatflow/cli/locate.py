@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         config, _ = parse(parser, argv, run_values(args.checkpoint) if args.checkpoint else None)
         config = resolve_data(config)
         from megatron_chatflow.curriculum import BlendPlan
-        from megatron_chatflow.data import Blend
+        from megatron_chatflow.data import BlendedDataset
         from megatron_chatflow.training.batch_schedule import count_iterations, samples_of_iteration
         from megatron_chatflow.training.data_setup import make_plan, open_inputs
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
                     f"to {plan.num_samples - 1}"
                 )
             start, stop = args.sample, args.sample + 1
-        blend = Blend(plan, inputs.domains)
+        blend = BlendedDataset(plan, inputs.domains)
     domains, ordinals = plan.locate(start, stop)
     if args.iteration is not None:
         console.say(

@@ -17,9 +17,14 @@ from megatron_chatflow.data.preprocess.input_files import FORMATS, MAX_DOCUMENT_
 from megatron_chatflow.data.preprocess.options import (
     DEFAULT_MAX_MALFORMED,
     DEFAULT_SEED,
-    PreprocessSettings,
+    PreprocessOptions,
 )
-from megatron_chatflow.data.preprocess.pipeline import MalformedInput, Progress, Summary, preprocess
+from megatron_chatflow.data.preprocess.pipeline import (
+    MalformedInput,
+    PreprocessProgress,
+    PreprocessSummary,
+    preprocess,
+)
 from megatron_chatflow.data.preprocess.resume_state import has_state
 from megatron_chatflow.data.preprocess.worker_pool import WorkerDied
 from megatron_chatflow.errors import ConfigError
@@ -99,7 +104,7 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line; the flags are Megatron's, and those of
-    `PreprocessSettings`.
+    `PreprocessOptions`.
     """
     description = "Text to Megatron's .bin/.idx, with a manifest beside it."
     parser = _Parser(
@@ -228,7 +233,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(argv: Sequence[str]) -> PreprocessSettings:
+def parse_arguments(argv: Sequence[str]) -> PreprocessOptions:
     """Reads the command line.
 
     Raises:
@@ -248,7 +253,7 @@ def parse_arguments(argv: Sequence[str]) -> PreprocessSettings:
             + (f"did you mean {nearest[0]}?" if nearest else "see --help")
         )
     values = vars(known)
-    return PreprocessSettings(
+    return PreprocessOptions(
         **values | {"input": tuple(values["input"]), "json_keys": tuple(values["json_keys"])}
     )
 
@@ -260,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    settings: PreprocessSettings | None = None
+    settings: PreprocessOptions | None = None
     try:
         settings = parse_arguments(argv)
         with _ProgressBar(sys.stderr) as progress:
@@ -326,7 +331,7 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _what_is_left(settings: PreprocessSettings | None) -> str:
+def _what_is_left(settings: PreprocessOptions | None) -> str:
     if settings is None or not has_state(settings.unfinished()):
         return "nothing was written: start it again"
     return (
@@ -352,7 +357,7 @@ class _ProgressBar:
         if self._drawn:
             print(file=self._stream)
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: PreprocessProgress) -> None:
         if progress.seconds - self._last < 1:
             return
         self._last = progress.seconds
@@ -365,11 +370,11 @@ class _ProgressBar:
             print(_line(progress), file=self._stream, flush=True)
 
 
-def _bar(progress: Progress) -> str:
+def _bar(progress: PreprocessProgress) -> str:
     return "" if progress.done is None else f"[{'#' * round(_BAR * progress.done):<{_BAR}}] "
 
 
-def _line(progress: Progress) -> str:
+def _line(progress: PreprocessProgress) -> str:
     line = (
         f"{progress.documents:,} documents, {progress.bytes / 1e6:,.1f} MB of text, "
         f"{progress.rate / 1e6:.2f} MB/s"
@@ -386,7 +391,7 @@ def _note(sentence: str) -> None:
     print(f"preprocess_data.py: {sentence}", file=sys.stderr, flush=True)
 
 
-def _conclude(settings: PreprocessSettings, summary: Summary) -> None:
+def _conclude(settings: PreprocessOptions, summary: PreprocessSummary) -> None:
     for line in summary.shown:
         _note(f"left out: {line}")
     for prefix, manifest in summary.corpora.items():

@@ -22,13 +22,13 @@ from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.extend import (
     EXTENDABLE,
     SENTENCEPIECE,
-    Outcome,
+    ExtensionResult,
     Texts,
     extend,
     open_vocabulary,
     replace,
 )
-from megatron_chatflow.tokenizer.fertility import Comparison, compare
+from megatron_chatflow.tokenizer.fertility import TokenizerComparison, compare
 from megatron_chatflow.tokenizer.token_map import token_map
 from megatron_chatflow.tokenizer.tokenizer_files import write_json
 from megatron_chatflow.tokenizer.vocabulary_base import Vocabulary
@@ -347,8 +347,8 @@ def _report(
     base: Vocabulary,
     before: Tokenizer,
     after: Tokenizer,
-    outcome: Outcome,
-    languages: dict[str, Comparison],
+    outcome: ExtensionResult,
+    languages: dict[str, TokenizerComparison],
 ) -> dict[str, Any]:
     padded = pad_vocab_size(
         after.vocab_size, settings.make_vocab_size_divisible_by, settings.tensor_model_parallel_size

@@ -4,7 +4,7 @@ only. See README.md.
 
 from megatron_chatflow.curriculum.forecast import (
     DomainForecast,
-    Forecast,
+    RunForecast,
     StageForecast,
     capacities,
     check_exhaustion,
@@ -25,7 +25,7 @@ __all__ = [
     "Curriculum",
     "Domain",
     "DomainForecast",
-    "Forecast",
+    "RunForecast",
     "Stage",
     "StageForecast",
     "capacities",

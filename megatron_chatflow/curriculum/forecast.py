@@ -58,7 +58,7 @@ class StageForecast(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Forecast:
+class RunForecast:
     """What a plan will draw."""
 
     domains: tuple[DomainForecast, ...]
@@ -84,7 +84,7 @@ def capacities(curriculum: Curriculum, epoch_samples: Mapping[str, int]) -> dict
     }
 
 
-def forecast(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> Forecast:
+def forecast(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> RunForecast:
     """Computes what each domain will give, in all and in each stage, and when it runs out.
 
     Args:
@@ -137,7 +137,7 @@ def forecast(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> Forecast:
                     epochs,
                 )
             )
-    return Forecast(tuple(domains), tuple(stages), end, tuple(_warnings(plan, domains, end)))
+    return RunForecast(tuple(domains), tuple(stages), end, tuple(_warnings(plan, domains, end)))
 
 
 def check_exhaustion(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> None:

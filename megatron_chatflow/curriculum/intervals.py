@@ -14,9 +14,9 @@ from functools import cached_property
 import numpy as np
 
 from megatron_chatflow.curriculum.apportion import Apportionment
-from megatron_chatflow.curriculum.merge_tree import Tree
-from megatron_chatflow.curriculum.ramps import STILL, Pacing, without
-from megatron_chatflow.curriculum.schedule import GRID, Knot, Span, grid_shares, spans
+from megatron_chatflow.curriculum.merge_tree import MergeTree
+from megatron_chatflow.curriculum.ramps import CONSTANT, Pacing, without
+from megatron_chatflow.curriculum.schedule import GRID, PlannedStage, Ramp, grid_shares, spans
 from megatron_chatflow.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ class Segment:
 
     start: int
     """Its first sample."""
-    knots: tuple[Knot, ...]
+    knots: tuple[PlannedStage, ...]
     """From the one in force at `start` on."""
     capacities: Mapping[str, int] | None = None
     """Samples that each domain can give in all, where exhausted domains hand their share on; else
@@ -35,7 +35,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Interval:
     """Samples begin .. end - 1. Arrays are over the plan's domains, by number: [K]."""
 
     begin: int
@@ -57,10 +57,10 @@ class Piece:
     """The plan's version: 1 orders samples by a tree of due times, 2 apportions them."""
 
     @cached_property
-    def order(self) -> Apportionment | Tree:
+    def order(self) -> Apportionment | MergeTree:
         """The order of the piece's samples."""
         behind = (self.integral - self.given)[self.members]
-        kind = Tree if self.version == 1 else Apportionment
+        kind = MergeTree if self.version == 1 else Apportionment
         return kind(
             self.before[self.members],
             self.after[self.members],
@@ -94,7 +94,7 @@ class Piece:
         domains = self.members[members]
         return domains, ordinals + self.given[domains]
 
-    def same_order(self, other: Piece, numbers: np.ndarray) -> bool:
+    def same_order(self, other: Interval, numbers: np.ndarray) -> bool:
         """Whether another plan's piece says the same as far as both reach. `numbers`: the other
         plan's number of each domain of this one, or -1.
         """
@@ -111,9 +111,9 @@ class Piece:
         )
 
 
-def build(
-    segment: Segment, names: Sequence[str], stop: int, previous: Piece | None, version: int
-) -> Iterator[Piece]:
+def build_intervals(
+    segment: Segment, names: Sequence[str], stop: int, previous: Interval | None, version: int
+) -> Iterator[Interval]:
     """The pieces of a segment up to sample `stop`.
 
     Args:
@@ -152,7 +152,7 @@ def build(
                 before, after, pace = _remaining(span, alive, begin)
             joins_later = begin == span.origin and not before.keys() >= after.keys()
             members = sorted(before if joins_later else {**before, **after})
-            piece = Piece(
+            piece = Interval(
                 begin,
                 begin + 1 if joins_later else span.end,
                 span.origin,
@@ -171,7 +171,7 @@ def build(
 
 
 def _remaining(
-    span: Span, alive: set[str], begin: int
+    span: Ramp, alive: set[str], begin: int
 ) -> tuple[Mapping[str, int], Mapping[str, int], Pacing]:
     """Shares before and after and their pacing when only the domains in `alive` are left, the
     others' shares going to them in proportion.
@@ -191,12 +191,12 @@ def _remaining(
     )
     if not before or not after:
         left = grid_shares(before or after)
-        return left, left, STILL
+        return left, left, CONSTANT
     pace = without(span.pacing, sum(before.values()) / GRID, sum(after.values()) / GRID)
     return grid_shares(before), grid_shares(after), pace
 
 
-def _until_exhausted(piece: Piece, capacity: np.ndarray) -> Piece:
+def _until_exhausted(piece: Interval, capacity: np.ndarray) -> Interval:
     """The piece, cut at the first sample before which one of its domains has given its capacity."""
 
     def exhausted(n: int) -> bool:
@@ -208,8 +208,8 @@ def _until_exhausted(piece: Piece, capacity: np.ndarray) -> Piece:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if exhausted(middle) else (middle, high)
-    return Piece(
-        **{**{name: getattr(piece, name) for name in Piece.__dataclass_fields__}, "end": high}
+    return Interval(
+        **{**{name: getattr(piece, name) for name in Interval.__dataclass_fields__}, "end": high}
     )
 
 

@@ -28,7 +28,7 @@ TOLERANCE = 0.25
 """Samples by which a domain may stay off its schedule on account of the set it is in."""
 
 
-class Tree:
+class MergeTree:
     """The order of samples among domains whose shares move from `before` to `after`.
 
     Args:

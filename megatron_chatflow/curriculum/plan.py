@@ -12,9 +12,9 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from megatron_chatflow.curriculum.intervals import Piece, Segment, build
+from megatron_chatflow.curriculum.intervals import Interval, Segment, build_intervals
 from megatron_chatflow.curriculum.ramps import valid_ramp
-from megatron_chatflow.curriculum.schedule import Knot, grid_shares, resolve
+from megatron_chatflow.curriculum.schedule import PlannedStage, grid_shares, resolve_stages
 from megatron_chatflow.curriculum.schema import (
     KINDS,
     MOST_SAMPLES,
@@ -81,7 +81,7 @@ class BlendPlan:
         curriculum: Curriculum,
         sizes: tuple[int, int, int],
         segments: tuple[Segment, ...],
-        past: Sequence[Piece],
+        past: Sequence[Interval],
         version: int,
     ) -> BlendPlan:
         """Fills the plan in: `past` are the pieces before the last segments that are known
@@ -101,7 +101,7 @@ class BlendPlan:
             if past and segment.start < past[-1].end:
                 continue
             stop = segments[i + 1].start if i + 1 < len(segments) else self.num_samples
-            self._pieces += build(
+            self._pieces += build_intervals(
                 segment,
                 self.domain_names,
                 stop,
@@ -328,7 +328,9 @@ class BlendPlan:
             domains = {name: Domain(name, **entry) for name, entry in ledger["domains"].items()}
             segments = tuple(
                 Segment(
-                    s["start"], tuple(Knot(**knot) for knot in s["stages"]), s.get("capacities")
+                    s["start"],
+                    tuple(PlannedStage(**knot) for knot in s["stages"]),
+                    s.get("capacities"),
                 )
                 for s in ledger["segments"]
             )
@@ -404,7 +406,7 @@ class BlendPlan:
         if not 0 <= operator.index(n) <= self.num_samples:
             raise IndexError(f"sample {n} is not within the run's {self.num_samples}")
 
-    def _piece(self, n: int) -> Piece:
+    def _piece(self, n: int) -> Interval:
         self._check(n)
         return self._pieces[bisect.bisect_right(self._begins, n) - 1]
 
@@ -434,7 +436,7 @@ def _segment(
     sizes: tuple[int, int, int],
     capacities: Mapping[str, int] | None,
 ) -> Segment:
-    knots = resolve(
+    knots = resolve_stages(
         curriculum, num_samples=sizes[0], global_batch_size=sizes[1], seq_length=sizes[2]
     )
     if curriculum.on_exhausted != "redistribute" or capacities is None:
@@ -460,12 +462,12 @@ def _segment(
     )
 
 
-def _in_force(knots: tuple[Knot, ...], start: int) -> tuple[Knot, ...]:
+def _in_force(knots: tuple[PlannedStage, ...], start: int) -> tuple[PlannedStage, ...]:
     """The knots from the one in force at sample `start` on."""
     return knots[max(i for i, knot in enumerate(knots) if knot.at <= start) :]
 
 
-def _until(knots: tuple[Knot, ...], stop: int) -> tuple[Knot, ...]:
+def _until(knots: tuple[PlannedStage, ...], stop: int) -> tuple[PlannedStage, ...]:
     """The knots that decide anything before sample `stop`: those before it, and the one after that
     they move to.
     """
@@ -531,7 +533,7 @@ def _check_segments(
 
 
 def _curriculum(
-    domains: Mapping[str, Domain], knots: Sequence[Knot], on_exhausted: str
+    domains: Mapping[str, Domain], knots: Sequence[PlannedStage], on_exhausted: str
 ) -> Curriculum:
     stages = tuple(Stage(knot.name, knot.at, knot.weights, knot.ramp) for knot in knots)
     return Curriculum("samples", domains, stages, on_exhausted, "plan")

@@ -55,7 +55,7 @@ class Pacing:
 
     def area(self, x: np.ndarray) -> np.ndarray:
         """The integral of the pacing from 0 to x; outside of the knots it goes on with slope 1/2
-        (see `Tree`).
+        (see `MergeTree`).
         """
         if len(self.knots) == 1:
             return x / 2
@@ -75,7 +75,7 @@ class Pacing:
         return np.diff(self.values) / np.diff(self.knots)
 
 
-STILL = Pacing.through(np.zeros(1), np.zeros(1))
+CONSTANT = Pacing.through(np.zeros(1), np.zeros(1))
 """The pacing of shares that do not move."""
 
 
@@ -98,7 +98,7 @@ def pacing(ramp: str, width: int) -> Pacing:
     width.
     """
     if ramp == "step":
-        return STILL
+        return CONSTANT
     cells = 1 if ramp == "linear" else CELLS
     s = np.arange(cells + 1) / cells
     if ramp == "linear":

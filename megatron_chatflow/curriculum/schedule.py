@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_chatflow.curriculum.ramps import STILL, Pacing, pacing
+from megatron_chatflow.curriculum.ramps import CONSTANT, Pacing, pacing
 from megatron_chatflow.curriculum.schema import Curriculum
 from megatron_chatflow.errors import ConfigError
 
@@ -18,7 +18,7 @@ them otherwise.
 
 
 @dataclass(frozen=True)
-class Knot:
+class PlannedStage:
     """A stage at its place in a run."""
 
     name: str
@@ -29,7 +29,7 @@ class Knot:
 
 
 @dataclass(frozen=True)
-class Span:
+class Ramp:
     """Shares from one knot to the next: (1 - pacing) before + pacing after."""
 
     begin: int
@@ -44,9 +44,9 @@ class Span:
     pacing: Pacing
 
 
-def resolve(
+def resolve_stages(
     curriculum: Curriculum, *, num_samples: int, global_batch_size: int, seq_length: int
-) -> tuple[Knot, ...]:
+) -> tuple[PlannedStage, ...]:
     """The curriculum's stages in samples.
 
     Raises:
@@ -57,7 +57,7 @@ def resolve(
         "iterations": Fraction(global_batch_size),
         "tokens": Fraction(1, seq_length),
     }[curriculum.clock]
-    knots: list[Knot] = []
+    knots: list[PlannedStage] = []
     for stage in curriculum.stages:
         at = stage.sample(per_unit, num_samples)
         if knots and at <= knots[-1].at:
@@ -68,7 +68,7 @@ def resolve(
                 f"lengthen the run"
             )
         knots.append(
-            Knot(
+            PlannedStage(
                 stage.name,
                 at,
                 {name: weight for name, weight in stage.weights.items() if weight > 0},
@@ -78,7 +78,7 @@ def resolve(
     return tuple(knots)
 
 
-def spans(knots: Sequence[Knot], start: int, stop: int | None) -> Iterator[Span]:
+def spans(knots: Sequence[PlannedStage], start: int, stop: int | None) -> Iterator[Ramp]:
     """The spans that cover samples start .. stop - 1 (to the end where `stop` is None)."""
     shares = None  # of this knot, where the span before it has them
     for i, knot in enumerate(knots):
@@ -93,13 +93,13 @@ def spans(knots: Sequence[Knot], start: int, stop: int | None) -> Iterator[Span]
         shares = grid_shares(following.weights) if following else None
         after = shares if following and shares and following.ramp != "step" else before
         moving = after != before
-        yield Span(
+        yield Ramp(
             begin,
             end,
             knot.at,
             before,
             after,
-            pacing(following.ramp, following.at - knot.at) if moving else STILL,
+            pacing(following.ramp, following.at - knot.at) if moving else CONSTANT,
         )
 
 

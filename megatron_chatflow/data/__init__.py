@@ -2,11 +2,11 @@
 loader (see README.md).
 """
 
-from megatron_chatflow.data.blend.blended_dataset import Blend, open_blend, open_domains
-from megatron_chatflow.data.blend.dataloader import Loader
+from megatron_chatflow.data.blend.blended_dataset import BlendedDataset, open_blend, open_domains
+from megatron_chatflow.data.blend.dataloader import BlendDataLoader
 from megatron_chatflow.data.blend.index_shuffle import domain_key, permutation
-from megatron_chatflow.data.blend.instruct_dataset import InstructDomain
-from megatron_chatflow.data.blend.text_dataset import TextDomain
+from megatron_chatflow.data.blend.instruct_dataset import InstructDataset
+from megatron_chatflow.data.blend.text_dataset import TextDataset
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset, best_dtype
 from megatron_chatflow.data.corpus.manifest import Manifest, read_manifest, write_manifest
 from megatron_chatflow.data.corpus.split import document_range, parse_split
@@ -14,13 +14,13 @@ from megatron_chatflow.data.corpus.verify import verify
 from megatron_chatflow.data.corpus.writer import IndexedDatasetBuilder
 
 __all__ = [
-    "Blend",
+    "BlendedDataset",
     "IndexedDataset",
     "IndexedDatasetBuilder",
-    "InstructDomain",
-    "Loader",
+    "InstructDataset",
+    "BlendDataLoader",
     "Manifest",
-    "TextDomain",
+    "TextDataset",
     "best_dtype",
     "document_range",
     "domain_key",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_chatflow.config import Config
-from megatron_chatflow.data.blend.document_dataset import Documents
+from megatron_chatflow.data.blend.document_dataset import DocumentDataset
 from megatron_chatflow.data.preprocess.read_documents import read_texts
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.evaluation.eval_model import Subject
@@ -114,7 +114,7 @@ def raw_text(
     )
     seq_length = subject.config.data.seq_length
     sources = {
-        name: Documents(documents, tokenizer, start=start, seq_length=seq_length)
+        name: DocumentDataset(documents, tokenizer, start=start, seq_length=seq_length)
         for name, documents in texts.items()
     }
     notes = [

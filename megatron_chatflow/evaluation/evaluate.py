@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_chatflow.data.blend.document_dataset import Documents
+from megatron_chatflow.data.blend.document_dataset import DocumentDataset
 from megatron_chatflow.evaluation.model_session import Session
 from megatron_chatflow.tokenizer import TokenBytes
 from megatron_chatflow.training.validation import evaluate_domains
@@ -28,7 +28,7 @@ def measure(
     Args:
         session: the model.
         sources: by name, what has `num_samples` and `read_window` (a text or instruction domain, or
-        `Documents`). token_bytes: of the model's tokens. Of `Documents` the bytes of the text
+        `DocumentDataset`). token_bytes: of the model's tokens. Of `DocumentDataset` the bytes of the text
         itself are taken. most: windows of each source at most; None: all. say: prints a line of
         progress, at most every ten seconds.
     """
@@ -46,6 +46,6 @@ def measure(
         step, session.model, sources, names, most, micro, session.shape, session.device, progress
     )
     for row, source in zip(sums, sources.values(), strict=True):
-        if isinstance(source, Documents):
+        if isinstance(source, DocumentDataset):
             row[2] = source.bytes
     return sums

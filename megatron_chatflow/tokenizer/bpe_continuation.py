@@ -20,7 +20,7 @@ _LEAST = 2
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedToken:
     """A new token.
 
     Attributes:
@@ -41,7 +41,7 @@ def continue_merges(
     allowed: Callable[[bytes], bool],
     by_count: bool = False,
     progress: Callable[[int], None] = lambda done: None,
-) -> list[Learned]:
+) -> list[LearnedToken]:
     """Learns new tokens, the one that saves most tokens first.
 
     A pair saves a token wherever it stands; a character without a piece saves all its bytes but
@@ -61,7 +61,7 @@ def continue_merges(
         the runs: of equally good ones that with the smaller parts is the first.
     """
     state = _State(chunks, by_count, text)
-    learned: list[Learned] = []
+    learned: list[LearnedToken] = []
     while len(learned) < wanted and (best := state.best()) is not None:
         new = text[best.left] if best.right is None else text[best.left] + text[best.right]
         if not allowed(new):
@@ -106,7 +106,7 @@ class _State:
             gain = count if by_count else count * max(1, len(text[symbol]) - 1)
             heapq.heappush(self._heap, (-gain, -symbol))
 
-    def best(self) -> Learned | None:
+    def best(self) -> LearnedToken | None:
         """The pair or character that saves most; None when there is none."""
         while self._heap:
             gain, key = self._heap[0]
@@ -117,18 +117,18 @@ class _State:
                 heapq.heapreplace(self._heap, (-count, key))
             else:
                 return (
-                    Learned(key >> 32, key & 0xFFFFFFFF, count)
+                    LearnedToken(key >> 32, key & 0xFFFFFFFF, count)
                     if key >= 0
-                    else Learned(-key, None, count)
+                    else LearnedToken(-key, None, count)
                 )
         return None
 
-    def drop(self, token: Learned) -> None:
+    def drop(self, token: LearnedToken) -> None:
         """Forgets a pair or character that may not become a token."""
         key = _key(token)
         del self._counts[key], self._places[key]
 
-    def apply(self, token: Learned, new: int) -> None:
+    def apply(self, token: LearnedToken, new: int) -> None:
         """Puts the symbol `new` wherever the token stands."""
         key = _key(token)
         at = self._places[key]
@@ -211,5 +211,5 @@ class _State:
         return ((key, count, places[start:stop]) for key, count, start, stop in rows)
 
 
-def _key(token: Learned) -> int:
+def _key(token: LearnedToken) -> int:
     return -token.left if token.right is None else token.left << 32 | token.right

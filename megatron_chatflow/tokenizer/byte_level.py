@@ -8,7 +8,7 @@ from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.base import Tokenizer, digest
 
 
-class ByteLevel(Tokenizer):
+class ByteLevelTokenizer(Tokenizer):
     """The UTF-8 bytes of the text: ids 0 to 255, then end-of-document 256, begin 257, padding 258.
 
     Megatron's class of this name ends documents with the id 0, which is also the byte NUL; here no
@@ -45,7 +45,7 @@ class ByteLevel(Tokenizer):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
-class Null(Tokenizer):
+class NullTokenizer(Tokenizer):
     """Text that is already numbers (`17 4 2023`), for experiments; the last id ends a document.
 
     Args:

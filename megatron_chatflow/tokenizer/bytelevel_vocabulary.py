@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from megatron_chatflow.errors import TokenizerError
-from megatron_chatflow.tokenizer.merge_candidates import SymbolText, Target
+from megatron_chatflow.tokenizer.merge_candidates import SymbolText, TargetCharacters
 from megatron_chatflow.tokenizer.pre_tokenizer import cut_scripts, join_marks, steps
 from megatron_chatflow.tokenizer.tokenizer_files import copy_companions, write_json
 from megatron_chatflow.tokenizer.unicode_scripts import (
@@ -132,7 +132,7 @@ class ByteLevelVocabulary(Vocabulary):
                 result[i] = tuple(self._tokens[part] for part in last_merge(list(token), rank))
         return result
 
-    def may_be_added(self, target: Target) -> Callable[[bytes], bool]:
+    def may_be_added(self, target: TargetCharacters) -> Callable[[bytes], bool]:
         added = {entry["content"].encode() for entry in self._description.get("added_tokens") or ()}
 
         def allowed(text: bytes) -> bool:
@@ -215,7 +215,7 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _is_whole_or_begins_one(text: bytes, target: Target) -> bool:
+def _is_whole_or_begins_one(text: bytes, target: TargetCharacters) -> bool:
     """Whether a text is whole characters, or the first bytes of one; with or without a space before
     it.
 

@@ -12,14 +12,14 @@ import numpy as np
 
 from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.base import read_bytes
-from megatron_chatflow.tokenizer.bpe_continuation import Learned, continue_merges
+from megatron_chatflow.tokenizer.bpe_continuation import LearnedToken, continue_merges
 from megatron_chatflow.tokenizer.bytelevel_vocabulary import ByteLevelVocabulary
 from megatron_chatflow.tokenizer.merge_candidates import (
     NEW_SYMBOL,
     UNKNOWN_CHARACTER,
-    Chunks,
+    SymbolRuns,
     SymbolText,
-    Target,
+    TargetCharacters,
     find_target,
 )
 from megatron_chatflow.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
@@ -36,7 +36,7 @@ called.
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ExtensionResult:
     """A changed vocabulary.
 
     Attributes:
@@ -83,7 +83,7 @@ def extend(
     count: int,
     characters: bool = False,
     progress: Callable[[int], None] = lambda done: None,
-) -> Outcome:
+) -> ExtensionResult:
     """Adds tokens behind the last id.
 
     Args:
@@ -103,7 +103,7 @@ def extend(
     _check_enough(len(learned), count)
     _check_nothing_lost(lost)
     new = _tokens(learned, text, range(base.size, base.size + count))
-    return Outcome(
+    return ExtensionResult(
         _checked(before.changed((), new), new), new, [], target.other_script, joined, before
     )
 
@@ -114,7 +114,7 @@ def replace(
     base_corpus: Texts,
     count: int,
     progress: Callable[[int], None] = lambda done: None,
-) -> Outcome:
+) -> ExtensionResult:
     """Puts new tokens in the place of the least used ones (after Csaki et al., arXiv 2311.05741);
     the size stays.
 
@@ -148,10 +148,10 @@ def replace(
     _check_nothing_lost(lost)
     new = _tokens(learned, text, removed)
     vocabulary = _checked(before.changed(removed, new), new)
-    return Outcome(vocabulary, new, removed, target.other_script, joined, before)
+    return ExtensionResult(vocabulary, new, removed, target.other_script, joined, before)
 
 
-def _find_target(corpus: Texts) -> Target:
+def _find_target(corpus: Texts) -> TargetCharacters:
     target = find_target(corpus())
     if not target.kinds:
         raise TokenizerError(
@@ -162,17 +162,17 @@ def _find_target(corpus: Texts) -> Target:
 
 def _learn(
     vocabulary: Vocabulary,
-    target: Target,
+    target: TargetCharacters,
     corpus: Texts,
     count: int,
     characters: bool,
     progress: Callable[[int], None],
-) -> tuple[list[Learned], SymbolText, list[str]]:
+) -> tuple[list[LearnedToken], SymbolText, list[str]]:
     """Returns the new tokens, the text of each symbol, and the characters that would still be
     lost.
     """
     text = SymbolText(vocabulary.text)
-    chunks = Chunks(target)
+    chunks = SymbolRuns(target)
     lost: set[str] = set()
     for batch in corpus():
         symbols, ends = vocabulary.encode(batch)
@@ -205,7 +205,9 @@ def _check_nothing_lost(lost: Sequence[str]) -> None:
         )
 
 
-def _tokens(learned: Sequence[Learned], text: SymbolText, ids: Sequence[int]) -> list[NewToken]:
+def _tokens(
+    learned: Sequence[LearnedToken], text: SymbolText, ids: Sequence[int]
+) -> list[NewToken]:
     return [
         NewToken(
             i,

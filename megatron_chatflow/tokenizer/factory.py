@@ -50,9 +50,9 @@ def load_tokenizer(
         return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
     if tokenizer_type in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"):
-        from megatron_chatflow.tokenizer.sentencepiece import SentencePiece
+        from megatron_chatflow.tokenizer.sentencepiece import SentencePieceTokenizer
 
-        return SentencePiece(tokenizer_type, need("tokenizer_model", tokenizer_model))
+        return SentencePieceTokenizer(tokenizer_type, need("tokenizer_model", tokenizer_model))
     if tokenizer_type == "HuggingFaceTokenizer":
         from megatron_chatflow.tokenizer.huggingface import load_tokenizer_json
 
@@ -64,14 +64,16 @@ def load_tokenizer(
             tokenizer_type, need("vocab_file", vocab_file), need("merge_file", merge_file)
         )
     if tokenizer_type == "TikTokenizer":
-        from megatron_chatflow.tokenizer.tiktoken import TikToken
+        from megatron_chatflow.tokenizer.tiktoken import TiktokenTokenizer
 
-        return TikToken(tokenizer_type, need("tokenizer_model", tokenizer_model), vocab_size)
-    from megatron_chatflow.tokenizer.byte_level import ByteLevel, Null
+        return TiktokenTokenizer(
+            tokenizer_type, need("tokenizer_model", tokenizer_model), vocab_size
+        )
+    from megatron_chatflow.tokenizer.byte_level import ByteLevelTokenizer, NullTokenizer
 
     if tokenizer_type == "ByteLevelTokenizer":
-        return ByteLevel(tokenizer_type)
-    return Null(tokenizer_type, int(need("vocab_size", vocab_size)))
+        return ByteLevelTokenizer(tokenizer_type)
+    return NullTokenizer(tokenizer_type, int(need("vocab_size", vocab_size)))
 
 
 def _unknown(tokenizer_type: str) -> str:

@@ -37,7 +37,7 @@ class Fertility:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class TokenizerComparison:
     """Two tokenizers on the same documents.
 
     Attributes:
@@ -67,7 +67,7 @@ class Comparison:
 
 def compare(
     before: Tokenizer, after: Tokenizer, texts: Sequence[str], examples: int = 3
-) -> Comparison:
+) -> TokenizerComparison:
     """Encodes documents with two tokenizers.
 
     Args:
@@ -79,7 +79,7 @@ def compare(
     old, new = before.encode_batch(texts, _THREADS), after.encode_batch(texts, _THREADS)
     first, second = _fertility(before, texts, old), _fertility(after, texts, new)
     chosen = [texts[i * len(texts) // examples] for i in range(min(examples, len(texts)))]
-    return Comparison(
+    return TokenizerComparison(
         documents=len(texts),
         characters=sum(map(len, texts)),
         bytes=sum(len(text.encode()) for text in texts),

@@ -23,7 +23,7 @@ _USUAL_ENDS = (
 )
 
 
-class HuggingFace(Tokenizer):
+class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library, without padding, truncation and added begin or end
     tokens.
 
@@ -150,7 +150,7 @@ class HuggingFace(Tokenizer):
         return self._backend.decode(ids, skip_special_tokens=False)
 
 
-def load_tokenizer_json(type: str, path: str) -> HuggingFace:
+def load_tokenizer_json(type: str, path: str) -> HuggingFaceTokenizer:
     """Reads a `tokenizer.json`, or the folder that holds one.
 
     Begin, end and padding tokens are those that `tokenizer_config.json` or
@@ -201,7 +201,7 @@ def load_tokenizer_json(type: str, path: str) -> HuggingFace:
     eod, bos, pad = roles["eos_token"], roles["bos_token"], roles["pad_token"]
     name = os.path.basename(os.path.normpath(path))
     fingerprint = digest("tokenizers", content, eod)
-    return HuggingFace(
+    return HuggingFaceTokenizer(
         backend,
         type=type,
         name=name,
@@ -213,7 +213,7 @@ def load_tokenizer_json(type: str, path: str) -> HuggingFace:
     )
 
 
-def load_gpt2(type: str, vocab_file: str, merge_file: str) -> HuggingFace:
+def load_gpt2(type: str, vocab_file: str, merge_file: str) -> HuggingFaceTokenizer:
     """Reads GPT-2's `vocab.json` and `merges.txt`; documents end with `<|endoftext|>`.
 
     Raises:
@@ -242,7 +242,7 @@ def load_gpt2(type: str, vocab_file: str, merge_file: str) -> HuggingFace:
         )
     backend.add_special_tokens(["<|endoftext|>"])
     name = os.path.basename(vocab_file)
-    return HuggingFace(
+    return HuggingFaceTokenizer(
         backend,
         type=type,
         name=name,
@@ -315,7 +315,7 @@ def _spelled_bytes(text: str) -> str:
     return "".join(spelling for spelling, _ in bytewise.pre_tokenize_str(text))
 
 
-def _length_rule(tokenizer: HuggingFace) -> Any:
+def _length_rule(tokenizer: HuggingFaceTokenizer) -> Any:
     """Returns the function that gives the bytes of a vocabulary entry, after how the tokenizer's
     decoder reads it.
     """

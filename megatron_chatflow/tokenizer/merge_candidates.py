@@ -34,7 +34,7 @@ class SymbolText(dict[int, bytes]):
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetCharacters:
     """What new tokens are made of.
 
     Attributes:
@@ -55,7 +55,7 @@ class Target:
         return frozenset(self.characters.names[kind] for kind in self.kinds if kind > WIDE)
 
 
-def find_target(batches: Iterable[Sequence[str]]) -> Target:
+def find_target(batches: Iterable[Sequence[str]]) -> TargetCharacters:
     """Chooses the kinds of characters for the new tokens of a corpus."""
     characters = Characters()
     letters = np.zeros(0, np.int64)
@@ -75,11 +75,11 @@ def find_target(batches: Iterable[Sequence[str]]) -> Target:
         for script in scripts
         if marks[script] and not seen.isdisjoint(map(ord, marks[script] + ZERO_WIDTH))
     ]
-    return Target(characters, kinds, other_script, marked)
+    return TargetCharacters(characters, kinds, other_script, marked)
 
 
 @dataclass
-class Chunks:
+class SymbolRuns:
     """Runs of symbols between which no new token may reach, and how often each occurs.
 
     Attributes:
@@ -87,7 +87,7 @@ class Chunks:
         counts: the runs, as the bytes of int32 symbols.
     """
 
-    target: Target
+    target: TargetCharacters
     counts: Counter[bytes] = field(default_factory=Counter)
 
     def add(

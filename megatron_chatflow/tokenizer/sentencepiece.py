@@ -12,7 +12,7 @@ from megatron_chatflow.tokenizer.base import BYTE_SPACE, Tokenizer, digest, neig
 from megatron_chatflow.tokenizer.unicode_scripts import SPACE
 
 
-class SentencePiece(Tokenizer):
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model.
 
     The end of a document is `<eod>` (or `<EOD>`) if the model has it, else the model's eos; for

@@ -8,7 +8,11 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as protocol
 
 from megatron_chatflow.errors import TokenizerError
-from megatron_chatflow.tokenizer.merge_candidates import UNKNOWN_CHARACTER, SymbolText, Target
+from megatron_chatflow.tokenizer.merge_candidates import (
+    UNKNOWN_CHARACTER,
+    SymbolText,
+    TargetCharacters,
+)
 from megatron_chatflow.tokenizer.sentencepiece_to_hf import tokenizer_json
 from megatron_chatflow.tokenizer.tokenizer_files import copy_companions, write_json
 from megatron_chatflow.tokenizer.unicode_scripts import ZERO_WIDTH, only_marks
@@ -109,7 +113,7 @@ class SentencePieceVocabulary(Vocabulary):
             result[i] = tuple(ids[part] for part in last_merge(list(text), rank) if part in ids)
         return result
 
-    def may_be_added(self, target: Target) -> Callable[[bytes], bool]:
+    def may_be_added(self, target: TargetCharacters) -> Callable[[bytes], bool]:
         taken = {piece.piece for piece in self._model.pieces}
         normal = np.flatnonzero(self._normal).tolist()
         dead = [self.text[i].decode() for i in self.unreachable(normal)]

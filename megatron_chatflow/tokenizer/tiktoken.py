@@ -24,7 +24,7 @@ _NUM_SPECIAL = 1000
 _MAX_VOCAB = 1 << 17
 
 
-class TikToken(Tokenizer):
+class TiktokenTokenizer(Tokenizer):
     """A tiktoken vocabulary as Megatron's TikTokenizer reads it: special tokens take the first ids,
     text tokens follow in the order of the file.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_chatflow.tokenizer.merge_candidates import SymbolText, Target
+from megatron_chatflow.tokenizer.merge_candidates import SymbolText, TargetCharacters
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Vocabulary(abc.ABC):
         """
 
     @abc.abstractmethod
-    def may_be_added(self, target: Target) -> Callable[[bytes], bool]:
+    def may_be_added(self, target: TargetCharacters) -> Callable[[bytes], bool]:
         """Returns the function that determines whether a text can become a token.
 
         It is no token yet, would make no other token reachable, and, where the new tokens are of

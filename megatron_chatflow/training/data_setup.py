@@ -19,7 +19,7 @@ from megatron_chatflow.curriculum import (
     constant_curriculum,
     load_curriculum,
 )
-from megatron_chatflow.data import InstructDomain, Manifest, open_domains, read_manifest
+from megatron_chatflow.data import InstructDataset, Manifest, open_domains, read_manifest
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.tokenizer import TokenBytes, Tokenizer, load_tokenizer
 
@@ -171,7 +171,7 @@ def _held_out_notes(
     cut = [
         name
         for name in empty
-        if isinstance(validated[name], InstructDomain) and validated[name].losses.left_out
+        if isinstance(validated[name], InstructDataset) and validated[name].truncation.left_out
     ]
     if cut:
         limit = config.data.seq_length
@@ -188,11 +188,11 @@ def _cut_notes(domains: Mapping[str, Any]) -> list[str]:
     """
     notes = []
     for name, domain in domains.items():
-        if not isinstance(domain, InstructDomain) or not (
-            domain.losses.left_out or domain.losses.cut
+        if not isinstance(domain, InstructDataset) or not (
+            domain.truncation.left_out or domain.losses.cut
         ):
             continue
-        losses = domain.losses
+        losses = domain.truncation
         conversations, tokens = (
             losses.left_out / losses.conversations,
             losses.lost_tokens / max(losses.tokens, 1),

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_chatflow.config import Config
 from megatron_chatflow.curriculum import BlendPlan, Curriculum
-from megatron_chatflow.data import InstructDomain
+from megatron_chatflow.data import InstructDataset
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.training.data_setup import Inputs
 
@@ -83,9 +83,9 @@ def data_identity(config: Config, inputs: Inputs) -> dict[str, Any]:
         "corpora": {name: domain.dataset.fingerprint() for name, domain in inputs.domains.items()},
         "documents": {name: list(domain.documents) for name, domain in inputs.domains.items()},
         "left_out": {
-            name: domain.losses.left_out
+            name: domain.truncation.left_out
             for name, domain in inputs.domains.items()
-            if isinstance(domain, InstructDomain)
+            if isinstance(domain, InstructDataset)
         },
     }
 

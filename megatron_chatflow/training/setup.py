@@ -22,7 +22,7 @@ from megatron_chatflow.checkpoint.run_directory import (
 )
 from megatron_chatflow.config import Config, Schedule, to_yaml
 from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
-from megatron_chatflow.data import Blend
+from megatron_chatflow.data import BlendedDataset
 from megatron_chatflow.distributed.launch import Launch
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.training.batch_schedule import Batches, batch_history, fix_length
@@ -57,7 +57,7 @@ class Start:
     the checkpoint's schedule where that was asked for."""
     schedule: Schedule
     """Lengths of the schedule of learning rate and weight decay."""
-    blend: Blend
+    blend: BlendedDataset
     batches: tuple[Batches, ...]
     """The batch sizes of the run so far and from here on."""
     iteration: int
@@ -130,7 +130,7 @@ def find_start(
         schedule, batches, blend = (
             Schedule.of(config),
             batch_history(config),
-            Blend(plan, inputs.domains),
+            BlendedDataset(plan, inputs.domains),
         )
         return Start(
             config, schedule, blend, batches, 0, 0, checkpoint, None, new_rows, tuple(notes)
@@ -167,7 +167,7 @@ def find_start(
         ledger, wanted, consumed, amend=config.data.amend_curriculum, curriculum=inputs.curriculum
     )
     batches = batch_history(config, state["batches"], iteration, consumed)
-    blend, told = Blend(plan, inputs.domains), tuple(notes)
+    blend, told = BlendedDataset(plan, inputs.domains), tuple(notes)
     return Start(
         config, schedule, blend, batches, iteration, consumed, checkpoint, state, new_rows, told
     )
@@ -224,7 +224,7 @@ class Run:
     schedule: Schedule
     launch: Launch
     inputs: Inputs
-    blend: Blend
+    blend: BlendedDataset
     outlook: Outlook
     batches: tuple[Batches, ...]
     device: Any

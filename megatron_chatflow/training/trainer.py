@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megatron_chatflow.checkpoint import state_dict
 from megatron_chatflow.checkpoint.saver import Saver
-from megatron_chatflow.data import Loader
+from megatron_chatflow.data import BlendDataLoader
 from megatron_chatflow.distributed.process_groups import data_parallel
 from megatron_chatflow.model.forward import SUMS, make_forward_step
 from megatron_chatflow.training.batch_schedule import count_iterations
@@ -52,7 +52,7 @@ def train(run: Run, stop: Stop, saver: Saver | None) -> bool:
     config = run.config
     reporter = Reporter(run, count_iterations(run.batches, run.outlook.total), stop.lease)
     rank, size = data_parallel()
-    loader = Loader(
+    loader = BlendDataLoader(
         run.blend,
         micro_batch_size=config.training.micro_batch_size,
         data_parallel_rank=rank,
@@ -65,7 +65,9 @@ def train(run: Run, stop: Stop, saver: Saver | None) -> bool:
         reporter.close()
 
 
-def _train(run: Run, stop: Stop, reporter: Reporter, loader: Loader, keeper: Keeper) -> bool:
+def _train(
+    run: Run, stop: Stop, reporter: Reporter, loader: BlendDataLoader, keeper: Keeper
+) -> bool:
     config, total = run.config, run.outlook.total
     interval = config.validation.eval_interval
     update_num_microbatches(run.consumed)
@@ -137,7 +139,9 @@ def _nothing_to_do(run: Run, batch: int) -> str:
     return f"{where}; raise --train-samples or --train-iters to go on"
 
 
-def _iterate(run: Run, reporter: Reporter, loader: Loader, keeper: Keeper, failures: int) -> bool:
+def _iterate(
+    run: Run, reporter: Reporter, loader: BlendDataLoader, keeper: Keeper, failures: int
+) -> bool:
     """One iteration; returns whether it could not be trained on. `failures`: how many before it, in
     a row, were so.
     """
@@ -172,7 +176,7 @@ def _iterate(run: Run, reporter: Reporter, loader: Loader, keeper: Keeper, failu
 
 
 def _step(
-    run: Run, reporter: Reporter, loader: Loader, keeper: Keeper, start: int, batch: int
+    run: Run, reporter: Reporter, loader: BlendDataLoader, keeper: Keeper, start: int, batch: int
 ) -> StepResult:
     config = run.config
     micro_batches = loader.iteration(start, batch)

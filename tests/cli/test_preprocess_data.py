@@ -15,7 +15,7 @@ import pytest
 
 from megatron_chatflow.cli.preprocess import _ProgressBar, main
 from megatron_chatflow.data import IndexedDataset, read_manifest
-from megatron_chatflow.data.preprocess.pipeline import Progress
+from megatron_chatflow.data.preprocess.pipeline import PreprocessProgress
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 LINE = json.dumps({"text": "x" * 1000}).encode() + b"\n"
@@ -433,7 +433,7 @@ def test_what_a_stopped_run_has_done_is_kept_and_the_same_input_and_resume_go_on
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
-    progress = Progress(
+    progress = PreprocessProgress(
         documents=1500, bytes=3_000_000, seconds=2.0, done=0.5, rate=1_500_000.0, left=3725.4
     )
     words = "1,500 documents, 3.0 MB of text, 1.50 MB/s, 50% of the input, 1:02:05 left"
@@ -452,5 +452,9 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
 def test_of_an_input_of_unknown_size_progress_tells_what_is_known():
     stream = io.StringIO()
     with _ProgressBar(stream) as bar:
-        bar(Progress(documents=1, bytes=1000, seconds=2.0, done=None, rate=500_000.0, left=None))
+        bar(
+            PreprocessProgress(
+                documents=1, bytes=1000, seconds=2.0, done=None, rate=500_000.0, left=None
+            )
+        )
     assert stream.getvalue() == "1 documents, 0.0 MB of text, 0.50 MB/s\n"

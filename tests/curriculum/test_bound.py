@@ -19,7 +19,7 @@ from megatron_chatflow.curriculum.apportion import (
     _apportion_one,
     _nearest,
 )
-from megatron_chatflow.curriculum.ramps import STILL
+from megatron_chatflow.curriculum.ramps import CONSTANT
 from tests.curriculum.cases import (
     make_curriculum,
     make_plan,
@@ -154,7 +154,7 @@ def test_counts_are_those_of_the_definition_in_exact_arithmetic(parts, data):
     order = Apportionment(
         np.array([float(s) for s in shares]),
         np.array([float(s) for s in shares]),
-        STILL,
+        CONSTANT,
         0,
         np.zeros(len(parts)),
     )

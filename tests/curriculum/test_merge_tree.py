@@ -6,13 +6,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.curriculum.merge_tree import Tree, _pair
-from megatron_chatflow.curriculum.ramps import STILL, pacing
+from megatron_chatflow.curriculum.merge_tree import MergeTree, _pair
+from megatron_chatflow.curriculum.ramps import CONSTANT, pacing
 from tests.curriculum.cases import quick, weights
 
 
 def slowly(
-    tree: Tree, shares: list[Fraction], owed: list[Fraction], length: int
+    tree: MergeTree, shares: list[Fraction], owed: list[Fraction], length: int
 ) -> list[tuple[int, int]]:
     """(domain, ordinal) of the first samples: every node's whole sequence, merged from its
     children's by exact due times.
@@ -48,7 +48,7 @@ def test_constant_shares_follow_exact_due_times(parts, data):
     owed = data.draw(st.lists(st.integers(-12, 12), min_size=len(parts), max_size=len(parts)))
     owed[0] -= sum(owed)
     shares = np.array(parts) / 128
-    tree = Tree(shares, shares, STILL, 0, np.array(owed) / 4)
+    tree = MergeTree(shares, shares, CONSTANT, 0, np.array(owed) / 4)
     expected = slowly(tree, [Fraction(p, 128) for p in parts], [Fraction(o, 4) for o in owed], 150)
     assert list(zip(*map(np.ndarray.tolist, tree.locate(0, 150)), strict=True)) == expected
     counted = [
@@ -69,7 +69,7 @@ def test_due_times_are_where_the_integral_reaches_them(before, after, ramp, widt
     before, after = before / before.sum(), after / after.sum()
     live = before + after > 0
     before, after, pace = before[live], after[live], pacing(ramp, width)
-    tree = Tree(before, after, pace, 0, np.zeros(len(before)))
+    tree = MergeTree(before, after, pace, 0, np.zeros(len(before)))
     x = np.linspace(0, width, 50)
     for node in range(tree.root + 1):
         reached = tree.before[node] * x + tree.rise[node] * pace.area(x)

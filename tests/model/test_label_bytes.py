@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.data.blend.document_dataset import Documents
+from megatron_chatflow.data.blend.document_dataset import DocumentDataset
 from megatron_chatflow.model.forward import label_bytes, make_forward_step
 from megatron_chatflow.tokenizer import TokenBytes, Tokenizer, load_tokenizer
 from tests.tokenizer import samples
@@ -145,7 +145,7 @@ def test_packed_pieces_that_cut_spaces_anywhere_add_up_to_the_text(
 ) -> None:
     tokenizer = found[kind]
     texts = _texts("en", 20)
-    documents = Documents(texts, tokenizer, start=tokenizer.eod, seq_length=length)
+    documents = DocumentDataset(texts, tokenizer, start=tokenizer.eod, seq_length=length)
     batch = {
         name: torch.from_numpy(a)
         for name, a in documents.read_window(np.arange(documents.num_samples)).items()

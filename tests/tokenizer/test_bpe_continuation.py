@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.tokenizer.bpe_continuation import Learned, continue_merges
+from megatron_chatflow.tokenizer.bpe_continuation import LearnedToken, continue_merges
 from megatron_chatflow.tokenizer.merge_candidates import NEW_SYMBOL, UNKNOWN_CHARACTER, SymbolText
 
 UNKNOWN = [UNKNOWN_CHARACTER + ord(char) for char in "é中🙂"]
@@ -102,6 +102,6 @@ def test_characters_come_by_how_often_they_occur_where_that_is_asked_for():
 def test_what_occurs_once_is_no_candidate():
     assert continue_merges(as_chunks([[97, 98]]), letters(), 1, lambda text: True) == []
     assert continue_merges(as_chunks([[97, 98]] * 2), letters(), 1, lambda text: True) == [
-        Learned(97, 98, 2)
+        LearnedToken(97, 98, 2)
     ]
     assert continue_merges({}, letters(), 1, lambda text: True) == []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_chatflow.cli.tokenizer import main
 from megatron_chatflow.tokenizer import load_tokenizer
-from megatron_chatflow.tokenizer.extend import Outcome, extend, open_vocabulary, replace
+from megatron_chatflow.tokenizer.extend import ExtensionResult, extend, open_vocabulary, replace
 from megatron_chatflow.tokenizer.pre_tokenizer import cut_scripts, join_marks
 from megatron_chatflow.tokenizer.token_map import token_map
 from megatron_chatflow.tokenizer.unicode_scripts import ZERO_WIDTH, letters_of
@@ -177,7 +177,7 @@ def open_kind(folder: Path, kind: str):
     return open_vocabulary("HuggingFaceTokenizer", str(folder / kind / "tokenizer.json"))
 
 
-def three_tokenizers(folder: Path, outcome: Outcome, source: Path):
+def three_tokenizers(folder: Path, outcome: ExtensionResult, source: Path):
     """Ours, that of `tokenizers` and that of `transformers`, next to the configuration of a
     model.
     """

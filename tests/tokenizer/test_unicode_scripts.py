@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.tokenizer.merge_candidates import Chunks, SymbolText, Target
+from megatron_chatflow.tokenizer.merge_candidates import SymbolRuns, SymbolText, TargetCharacters
 from megatron_chatflow.tokenizer.unicode_scripts import (
     BLANK,
     OTHER,
@@ -27,7 +27,7 @@ def runs(text: str, **options) -> set[str]:
     kinds = frozenset(
         CHARACTERS.kinds(np.array([ord(char) for char in text], np.uint32)).tolist()
     ) - {OTHER, BLANK}
-    chunks = Chunks(Target(CHARACTERS, kinds | {WIDE}, False, []))
+    chunks = SymbolRuns(TargetCharacters(CHARACTERS, kinds | {WIDE}, False, []))
     table = SymbolText({byte: bytes([byte]) for byte in range(256)})
     chunks.add(
         np.frombuffer(data, np.uint8).astype(np.int32), np.zeros(len(data), bool), table, **options

@@ -23,14 +23,14 @@ def train_with_bad_samples(
     """`train`; a label of each iteration that begins in first .. last counts infinitely."""
     from megatron_chatflow.training import trainer
 
-    class Spoilt(trainer.Loader):
+    class Spoilt(trainer.BlendDataLoader):
         def iteration(self, start: int, global_batch_size: int) -> list:
             batches = super().iteration(start, global_batch_size)
             if first <= start <= last:
                 batches[0]["loss_mask"][0, 3] = np.inf
             return batches
 
-    with mock.patch.object(trainer, "Loader", Spoilt):
+    with mock.patch.object(trainer, "BlendDataLoader", Spoilt):
         return train(folder, *words)
 
 
@@ -108,14 +108,14 @@ def train_without_loss(folder: Path, first: int, last: int, *words: str) -> tupl
     """`train`; no token of the iterations that begin in first .. last has loss."""
     from megatron_chatflow.training import trainer
 
-    class Untrained(trainer.Loader):
+    class Untrained(trainer.BlendDataLoader):
         def iteration(self, start: int, global_batch_size: int) -> list:
             batches = super().iteration(start, global_batch_size)
             for batch in batches:
                 batch["loss_mask"] *= not first <= start <= last
             return batches
 
-    with mock.patch.object(trainer, "Loader", Untrained):
+    with mock.patch.object(trainer, "BlendDataLoader", Untrained):
         return train(folder, *words)
 
 

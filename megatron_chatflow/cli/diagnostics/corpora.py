@@ -12,7 +12,7 @@ from megatron_chatflow.config import Config, resolve
 from megatron_chatflow.config.schema import ParallelSettings
 from megatron_chatflow.curriculum import load_curriculum
 from megatron_chatflow.data import IndexedDataset, read_manifest
-from megatron_chatflow.data.corpus.verify import manifest_fault
+from megatron_chatflow.data.corpus.verify import manifest_error
 from megatron_chatflow.errors import ChatflowError
 
 
@@ -87,7 +87,7 @@ def _corpus(name: str, prefix: str) -> Row:
         return Row(title, "cannot be read", str(error), wrong=True)
     header = dataset.header
     value = f"{header.num_documents:,} documents, {header.num_tokens:,} tokens"
-    fault = manifest_fault(header, manifest, prefix) if manifest else None
+    fault = manifest_error(header, manifest, prefix) if manifest else None
     if fault:
         return Row(title, value, fault, wrong=True)
     notes = [prefix] if manifest else [prefix, "no manifest: bytes and tokenizer are not known"]

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_chatflow.data.blend.index_shuffle import shuffled_windows
-from megatron_chatflow.data.blend.instruct_dataset import InstructDomain
-from megatron_chatflow.data.blend.text_dataset import TextDomain
+from megatron_chatflow.data.blend.instruct_dataset import InstructDataset
+from megatron_chatflow.data.blend.text_dataset import TextDataset
 from megatron_chatflow.data.blend.window_dataset import (
     Batch,
-    WindowDomain,
+    WindowDataset,
     empty_batch,
     first_outside,
 )
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.manifest import read_manifest
 from megatron_chatflow.data.corpus.split import document_range
-from megatron_chatflow.data.corpus.verify import manifest_fault
+from megatron_chatflow.data.corpus.verify import manifest_error
 from megatron_chatflow.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _BLOCK = 256
 _FIRST = np.zeros(1, np.int64)
 
 
-class Blend:
+class BlendedDataset:
     """A map-style dataset over all samples of a plan. Reading is thread-safe; nothing is stored but
     the open domains.
 
@@ -44,7 +44,7 @@ class Blend:
         domains: name -> domain, in the plan's order.
     """
 
-    def __init__(self, plan: "BlendPlan", domains: Mapping[str, WindowDomain]) -> None:
+    def __init__(self, plan: "BlendPlan", domains: Mapping[str, WindowDataset]) -> None:
         _check_names(plan, domains)
         self.plan = plan
         self.domains = {name: domains[name] for name in plan.domain_names}
@@ -58,7 +58,7 @@ class Blend:
 
     def __repr__(self) -> str:
         return (
-            f"Blend({len(self)} samples of {self.plan.seq_length}: "
+            f"BlendedDataset({len(self)} samples of {self.plan.seq_length}: "
             + "; ".join(map(repr, self._members))
             + ")"
         )
@@ -163,7 +163,7 @@ def open_domains(
     reset_attention_mask: bool = False,
     eod_mask_loss: bool = False,
     eod: int | None = None,
-) -> dict[str, WindowDomain]:
+) -> dict[str, WindowDataset]:
     """Opens the corpora of a curriculum. Text takes constant time a corpus, instructions are
     packed.
 
@@ -176,7 +176,7 @@ def open_domains(
             all of `path` is for training, all of `valid` for validation, and nothing for the test.
         subset: "train", "valid" or "test".
         reset_position_ids, reset_attention_mask, eod_mask_loss, eod: for text domains, see
-        `TextDomain`; instruction windows always
+        `TextDataset`; instruction windows always
             reset, and their loss mask comes from the sequence modes.
 
     Returns:
@@ -206,7 +206,7 @@ def open_domains(
             documents = document_range(own if entry.valid else split, subset, dataset.num_documents)
             common = {"seq_length": seq_length, "seed": seed, "documents": documents}
             if entry.kind == "instruct":
-                opened[name] = InstructDomain(
+                opened[name] = InstructDataset(
                     name, dataset, **common, train_on_prompt=entry.train_on_prompt
                 )
                 if subset == "train" and any(
@@ -214,7 +214,7 @@ def open_domains(
                 ):
                     _check_trained(opened[name])
             else:
-                opened[name] = TextDomain(name, dataset, **common, **text)
+                opened[name] = TextDataset(name, dataset, **common, **text)
         except ValueError as error:
             raise DataError(f"domain {name}: {error}") from error
     return opened
@@ -232,7 +232,7 @@ def open_blend(
     reset_attention_mask: bool = False,
     eod_mask_loss: bool = False,
     eod: int | None = None,
-) -> Blend:
+) -> BlendedDataset:
     """Opens the blend of a plan; nothing is built beforehand, and the length of the run plays no
     part.
 
@@ -264,10 +264,10 @@ def open_blend(
         eod_mask_loss=eod_mask_loss,
         eod=eod,
     )
-    return Blend(plan, domains)
+    return BlendedDataset(plan, domains)
 
 
-def _check_names(plan: "BlendPlan", domains: Mapping[str, WindowDomain]) -> None:
+def _check_names(plan: "BlendPlan", domains: Mapping[str, WindowDataset]) -> None:
     for name in sorted(set(plan.domain_names) ^ set(domains)):
         there, missing = (
             ("plan", "curriculum") if name in plan.domain_names else ("curriculum", "plan")
@@ -309,10 +309,10 @@ def _check_kind(dataset: IndexedDataset, kind: str) -> None:
         )
 
 
-def _check_trained(domain: InstructDomain) -> None:
-    if domain.losses.conversations and not domain.num_samples:
+def _check_trained(domain: InstructDataset) -> None:
+    if domain.truncation.conversations and not domain.num_samples:
         raise DataError(
-            f"corpus {domain.dataset.prefix}: none of its {domain.losses.conversations:,} "
+            f"corpus {domain.dataset.prefix}: none of its {domain.truncation.conversations:,} "
             f"conversations has a token to train on among its first "
             f"{domain.seq_length + 1} (seq_length + 1): raise seq_length, or give the "
             f"domain weight 0"
@@ -321,6 +321,6 @@ def _check_trained(domain: InstructDomain) -> None:
 
 def _check_manifest(dataset: IndexedDataset) -> None:
     manifest = read_manifest(dataset.prefix)
-    fault = manifest and manifest_fault(dataset.header, manifest, dataset.prefix)
+    fault = manifest and manifest_error(dataset.header, manifest, dataset.prefix)
     if fault:
         raise DataError(f"corpus {dataset.prefix}: {fault}")

@@ -4,7 +4,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from megatron_chatflow.data.blend.blended_dataset import Blend
+from megatron_chatflow.data.blend.blended_dataset import BlendedDataset
 from megatron_chatflow.data.blend.window_dataset import Batch
 from megatron_chatflow.errors import DataError
 
@@ -34,7 +34,7 @@ def rank_rows(
     ]
 
 
-class Loader:
+class BlendDataLoader:
     """Reads the micro-batches of one rank; a background thread reads the iteration that is expected
     next.
 
@@ -53,7 +53,7 @@ class Loader:
 
     def __init__(
         self,
-        blend: Blend,
+        blend: BlendedDataset,
         *,
         micro_batch_size: int,
         data_parallel_rank: int,
@@ -75,7 +75,7 @@ class Loader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._ahead: tuple[tuple[int, int], Future[list[Batch]]] | None = None
 
-    def __enter__(self) -> "Loader":
+    def __enter__(self) -> "BlendDataLoader":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,7 +90,7 @@ class Loader:
             global_batch_size: its size; may differ from call to call.
 
         Returns:
-            Batches as `Blend.read`, [micro_batch_size, ...] each.
+            Batches as `BlendedDataset.read`, [micro_batch_size, ...] each.
 
         Raises:
             ValueError: the global batch cannot be divided among ranks and micro-batches.

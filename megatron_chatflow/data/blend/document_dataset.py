@@ -11,7 +11,7 @@ from megatron_chatflow.data.blend.window_dataset import Batch, empty_batch
 from megatron_chatflow.tokenizer import Tokenizer
 
 
-class Documents:
+class DocumentDataset:
     """Documents, each by itself, packed into windows of S positions.
 
     Every token of every document is a label exactly once. A document begins after a token `start`,

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 
 from megatron_chatflow.data.blend.packing import pack, positions
-from megatron_chatflow.data.blend.window_dataset import Batch, WindowDomain, ranges, segments
+from megatron_chatflow.data.blend.window_dataset import Batch, WindowDataset, ranges, segments
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
-from megatron_chatflow.data.corpus.verify import index_faults
+from megatron_chatflow.data.corpus.verify import index_errors
 from megatron_chatflow.errors import DataError
 
 _BLOCK = 1 << 18
@@ -17,7 +17,7 @@ _BLOCK = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
-class Losses:
+class Truncation:
     """What a domain does not train on because windows are no longer than they are.
 
     Attributes:
@@ -35,7 +35,7 @@ class Losses:
     lost_tokens: int
 
 
-class InstructDomain(WindowDomain):
+class InstructDataset(WindowDataset):
     """The conversations of a corpus with sequence modes, packed into windows of S positions.
 
     A conversation of L tokens t takes L - 1 positions: tokens t[0] .. t[L-2], labels t[1] ..
@@ -51,12 +51,12 @@ class InstructDomain(WindowDomain):
     domain's are.
 
     Args:
-        name, dataset, seq_length, seed, documents: as in `WindowDomain`.
+        name, dataset, seq_length, seed, documents: as in `WindowDataset`.
         train_on_prompt: whether labels in prompts (mode 1) carry loss as well.
 
     Attributes:
         packing: which conversations each window holds; conversations are numbered from
-        `documents[0]`. losses: what is not trained on because it is longer than a window.
+        `documents[0]`. truncation: what is not trained on because it is longer than a window.
 
     Raises:
         ValueError: the corpus has no sequence modes, its sequences are not stored in order, or its
@@ -80,7 +80,7 @@ class InstructDomain(WindowDomain):
                 f"corpus {dataset.prefix}: it has no sequence modes, so prompts and answers "
                 f"cannot be told apart"
             )
-        for fault in index_faults(dataset):
+        for fault in index_errors(dataset):
             raise DataError(f"corpus {dataset.prefix}: {fault}: preprocess it again")
         lengths = np.diff(dataset.document_starts(np.arange(documents[0], documents[1] + 1)))
         trained, kept = self._count_trained(lengths)
@@ -88,7 +88,7 @@ class InstructDomain(WindowDomain):
         self.packing = pack(np.where(left_out, 0, lengths), seq_length)
         self.num_samples = self.packing.num_windows
         total = int(trained.sum())
-        self.losses = Losses(
+        self.truncation = Truncation(
             len(lengths), int(left_out.sum()), self.packing.num_cut, total, total - int(kept.sum())
         )
 
@@ -119,7 +119,7 @@ class InstructDomain(WindowDomain):
         return counts
 
     def fill_chunk(self, batch: Batch, rows: np.ndarray, windows: np.ndarray) -> None:
-        """See `WindowDomain.fill_chunk`."""
+        """See `WindowDataset.fill_chunk`."""
         document, which = self._conversations(windows)
         start = self.dataset.document_starts(document)
         size = positions(self.dataset.document_starts(document + 1) - start, self.seq_length)
@@ -146,7 +146,7 @@ class InstructDomain(WindowDomain):
             batch["labels"][rows[window], used[window] :] = 0
 
     def window_documents(self, window: int) -> list[tuple[int, int, int]]:
-        """See `WindowDomain.window_documents`: the conversations of a window, each from its first
+        """See `WindowDataset.window_documents`: the conversations of a window, each from its first
         token.
         """
         document, _ = self._conversations(np.array([window]))

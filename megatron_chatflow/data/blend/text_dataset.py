@@ -4,12 +4,12 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_chatflow.data.blend.window_dataset import Batch, WindowDomain, ranges, segments
+from megatron_chatflow.data.blend.window_dataset import Batch, WindowDataset, ranges, segments
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.errors import DataError
 
 
-class TextDomain(WindowDomain):
+class TextDataset(WindowDataset):
     """The documents of a text corpus, one after the other, cut into windows of S positions.
 
     Window w holds the tokens w*S .. (w+1)*S of the stream, and the labels are the next tokens. So
@@ -19,7 +19,7 @@ class TextDomain(WindowDomain):
     found by bisection in the mapped index.
 
     Args:
-        name, dataset, seq_length, seed, documents: as in `WindowDomain`.
+        name, dataset, seq_length, seed, documents: as in `WindowDataset`.
         reset_position_ids: position_ids restart at the first token of each document.
         reset_attention_mask: segment_ids count the documents in a window (attention is then
         confined to them). eod_mask_loss: loss_mask is 0 where the token (not the label) is `eod`,
@@ -69,7 +69,7 @@ class TextDomain(WindowDomain):
         return np.lib.stride_tricks.sliding_window_view(stream, self.seq_length + 1)
 
     def fill_chunk(self, batch: Batch, rows: np.ndarray, windows: np.ndarray) -> None:
-        """See `WindowDomain.fill_chunk`."""
+        """See `WindowDataset.fill_chunk`."""
         short = (
             windows == self.num_samples - 1
             if self.last_length < self.seq_length
@@ -99,7 +99,7 @@ class TextDomain(WindowDomain):
                 batch["position_ids"][row, stop:] = np.arange(self.seq_length - stop)
 
     def window_documents(self, window: int) -> list[tuple[int, int, int]]:
-        """See `WindowDomain.window_documents`: the S + 1 tokens that are input or label. O(log
+        """See `WindowDataset.window_documents`: the S + 1 tokens that are input or label. O(log
         documents).
         """
         start = self.begin + window * self.seq_length

@@ -88,7 +88,7 @@ def ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return which, np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-class WindowDomain(ABC):
+class WindowDataset(ABC):
     """A domain of `num_samples` windows; the sample with ordinal j is a window of epoch j //
     num_samples.
 

@@ -10,7 +10,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_chatflow.data.chat.template_sandbox import Sandbox, TemplateLimit, TemplateRefusal
+from megatron_chatflow.data.chat.template_sandbox import (
+    TemplateLimit,
+    TemplateRefusal,
+    TemplateSandbox,
+)
 from megatron_chatflow.data.chat.templates import (
     ANSWER,
     PROMPT,
@@ -26,7 +30,7 @@ _TRIAL = ({"role": "user", "content": "Hello."}, {"role": "assistant", "content"
 Rendered = tuple[str, list[tuple[int, int]]]
 
 
-def check_own_template(tokenizer: Tokenizer) -> None:
+def check_tokenizer_template(tokenizer: Tokenizer) -> None:
     """Checks that the tokenizer has a chat template, and tries it with a short conversation.
 
     Raises:
@@ -47,7 +51,7 @@ def check_own_template(tokenizer: Tokenizer) -> None:
             raise DataError(_problem(tokenizer, f"fails: {error}")) from None
 
 
-def own_template(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
+def apply_tokenizer_template(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
     """The tokenizer's own chat template. What it encloses in `{% generation %}` are the answers;
     without that, it is asked turn by turn: what it adds up to `add_generation_prompt` is the
     prompt, what the answer adds the rest.
@@ -75,12 +79,12 @@ def own_template(conversation: Conversation, tokenizer: Tokenizer) -> list[Passa
     return passages
 
 
-def own_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
-    """As `own_template`, of a conversation whose last answer is empty: what asks for it, and last
+def tokenizer_template_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
+    """As `apply_tokenizer_template`, of a conversation whose last answer is empty: what asks for it, and last
     what ends it.
     """
     if not _sandbox(tokenizer).marks:
-        return own_template(conversation, tokenizer)
+        return apply_tokenizer_template(conversation, tokenizer)
     _refuse_control(conversation, tokenizer)
     count = len(conversation.messages)
     (asked, spans), (answered, _) = _written(
@@ -273,7 +277,7 @@ def _render(
         raise DataError(_problem(tokenizer, str(error))) from None
 
 
-def _sandbox(tokenizer: Tokenizer) -> Sandbox:
+def _sandbox(tokenizer: Tokenizer) -> TemplateSandbox:
     assert tokenizer.chat_template is not None, "check_own_template was not called"
     try:
         return _opened(tokenizer.chat_template)
@@ -281,7 +285,7 @@ def _sandbox(tokenizer: Tokenizer) -> Sandbox:
         raise DataError(_problem(tokenizer, str(error))) from None
 
 
-_opened = functools.lru_cache(maxsize=4)(Sandbox)
+_opened = functools.lru_cache(maxsize=4)(TemplateSandbox)
 """Processes end when this one does; those of templates that are no longer used, when the cache
 drops them.
 """

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_chatflow.data.chat.conversations import parse_conversation
-from megatron_chatflow.data.chat.jinja_template import own_prompt
+from megatron_chatflow.data.chat.jinja_template import tokenizer_template_prompt
 from megatron_chatflow.data.chat.templates import (
     CHAT_TEMPLATES,
-    OWN_TEMPLATE,
+    TOKENIZER_TEMPLATE,
     MalformedRecord,
     Passage,
     text_field,
 )
-from megatron_chatflow.data.preprocess.encoder import Encoder, Task
+from megatron_chatflow.data.preprocess.encoder import Encoder, EncodeTask
 from megatron_chatflow.data.preprocess.input_files import open_sources
 from megatron_chatflow.data.preprocess.records import each_record
 from megatron_chatflow.errors import DataError
@@ -88,10 +88,12 @@ def chat_prompt(record: Record, template: str, tokenizer: Tokenizer) -> Prompt:
         MalformedRecord: it is no such conversation, or spells a control token of the template.
     """
     conversation = parse_conversation(_unanswered(record))
-    passages = (own_prompt if template == OWN_TEMPLATE else CHAT_TEMPLATES[template])(
-        conversation, tokenizer
+    passages = (
+        tokenizer_template_prompt if template == TOKENIZER_TEMPLATE else CHAT_TEMPLATES[template]
+    )(conversation, tokenizer)
+    encoder = Encoder(
+        tokenizer, EncodeTask("instruct", ("prompt",), template, False, None, "int64")
     )
-    encoder = Encoder(tokenizer, Task("instruct", ("prompt",), template, False, None, "int64"))
     corpus, refused = encoder.encode_conversations([passages[:-1]])
     if refused:
         raise MalformedRecord(refused[0][1])

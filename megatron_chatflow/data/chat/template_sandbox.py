@@ -56,7 +56,7 @@ class TemplateLimit(ValueError):
     """The template cannot be read, or wants more than it may have, for any conversation."""
 
 
-class Sandbox:
+class TemplateSandbox:
     """A template in its process. One rendering at a time; threads wait for each other.
 
     Args:
@@ -143,7 +143,7 @@ class Sandbox:
         return f"ends the process that renders it (code {code})"
 
 
-def _watch(reference: weakref.ref[Sandbox]) -> None:
+def _watch(reference: weakref.ref[TemplateSandbox]) -> None:
     """End the process of a sandbox when it is stopped, so that the process waiting for it
     continues.
     """

@@ -238,17 +238,17 @@ def mark_untrained(passages: list[Passage], trained: Sequence[bool]) -> list[Pas
 
 
 def _own(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
-    from megatron_chatflow.data.chat.jinja_template import own_template
+    from megatron_chatflow.data.chat.jinja_template import apply_tokenizer_template
 
-    return own_template(conversation, tokenizer)
+    return apply_tokenizer_template(conversation, tokenizer)
 
 
-OWN_TEMPLATE = "tokenizer"
+TOKENIZER_TEMPLATE = "tokenizer"
 CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     "chatflow": _plain(_chatflow),
     "alpaca": _plain(_alpaca),
     "chatml": _plain(_chatml),
-    OWN_TEMPLATE: _own,
+    TOKENIZER_TEMPLATE: _own,
 }
 DEFAULT_CHAT_TEMPLATE = "chatflow"
 ENDS_WITH_EOD = frozenset({"chatflow", "alpaca"})

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.manifest import Manifest, manifest_path, read_manifest
-from megatron_chatflow.data.corpus.verify import manifest_fault
+from megatron_chatflow.data.corpus.verify import manifest_error
 from megatron_chatflow.data.corpus.writer import IndexedDatasetBuilder
 from megatron_chatflow.errors import DataError
 from megatron_chatflow.utils.user_files import check_line
@@ -114,7 +114,7 @@ def merge(
 
 def _manifest(corpus: IndexedDataset) -> Manifest | None:
     manifest = read_manifest(corpus.prefix)
-    fault = manifest and manifest_fault(corpus.header, manifest, corpus.prefix)
+    fault = manifest and manifest_error(corpus.header, manifest, corpus.prefix)
     if fault:
         raise DataError(f"corpus {corpus.prefix}: {fault}")
     return manifest

@@ -43,8 +43,8 @@ def verify(
     dataset = IndexedDataset(prefix)
     manifest = read_manifest(prefix)
     faults = [
-        *index_faults(dataset),
-        None if manifest is None else manifest_fault(dataset.header, manifest, dataset.prefix),
+        *index_errors(dataset),
+        None if manifest is None else manifest_error(dataset.header, manifest, dataset.prefix),
         *_tokens(dataset, manifest, progress, vocab_size),
     ]
     if (
@@ -59,12 +59,12 @@ def verify(
     return [f"corpus {dataset.prefix}: {fault}" for fault in faults if fault]
 
 
-def index_faults(dataset: IndexedDataset) -> list[str]:
+def index_errors(dataset: IndexedDataset) -> list[str]:
     """Returns what is wrong with the arrays of an index; nothing when it is sound."""
     return [fault for fault in (_sequences(dataset), _documents(dataset), _modes(dataset)) if fault]
 
 
-def manifest_fault(header: Header, manifest: Manifest, prefix: str) -> str | None:
+def manifest_error(header: Header, manifest: Manifest, prefix: str) -> str | None:
     """Returns how the manifest contradicts the index, or None."""
     actual = {
         "documents": header.num_documents,

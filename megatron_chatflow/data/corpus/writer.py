@@ -22,7 +22,7 @@ from megatron_chatflow.data.corpus.manifest import (
     manifest_path,
     write_manifest,
 )
-from megatron_chatflow.data.corpus.verify import index_faults
+from megatron_chatflow.data.corpus.verify import index_errors
 from megatron_chatflow.errors import DataError
 
 Numbers = Sequence[int] | np.ndarray
@@ -195,7 +195,7 @@ class IndexedDatasetBuilder:
                 f"{self.prefix}: {other.prefix} {has} sequence modes: conversations and "
                 f"text cannot be merged"
             )
-        for fault in index_faults(other):
+        for fault in index_errors(other):
             raise DataError(
                 f"{self.prefix}: corpus {other.prefix}: {fault}: preprocess it again, or "
                 f"add it document by document"

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_chatflow.data.chat.conversations import parse_conversation
 from megatron_chatflow.data.chat.templates import (
     CHAT_TEMPLATES,
-    OWN_TEMPLATE,
+    TOKENIZER_TEMPLATE,
     Conversation,
     MalformedRecord,
     ParallelTemplate,
@@ -23,7 +23,7 @@ from megatron_chatflow.data.chat.templates import (
 )
 from megatron_chatflow.data.preprocess.input_files import Chunk
 from megatron_chatflow.data.preprocess.records import all_records, each_record
-from megatron_chatflow.data.preprocess.sentence_split import Splitting, splitter
+from megatron_chatflow.data.preprocess.sentence_split import SentenceSplitting, splitter
 from megatron_chatflow.errors import DataError
 from megatron_chatflow.tokenizer import Tokenizer
 from megatron_chatflow.tokenizer.long_text import PIECE, encode_in_pieces
@@ -39,7 +39,7 @@ Ids = list[int] | array
 
 
 @dataclass(frozen=True)
-class Task:
+class EncodeTask:
     """What documents are made of.
 
     Attributes:
@@ -55,7 +55,7 @@ class Task:
     keys: tuple[str, ...]
     template: str | None
     append_eod: bool
-    splitting: Splitting | None
+    splitting: SentenceSplitting | None
     dtype: str
 
     def columns(self) -> list[str] | None:
@@ -68,7 +68,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class EncodedDocuments:
     """Documents of one key, ready to be written.
 
     Attributes:
@@ -89,7 +89,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedChunk:
     """What became of a chunk.
 
     Attributes:
@@ -101,7 +101,7 @@ class Encoded:
         too_long: how many of the malformed records are longer than the limit.
     """
 
-    corpora: dict[str, Corpus]
+    corpora: dict[str, EncodedDocuments]
     records: int
     malformed: int
     shown: list[tuple[int, str]]
@@ -117,14 +117,14 @@ class Encoder:
         task: what documents are made of.
     """
 
-    def __init__(self, tokenizer: Tokenizer, task: Task) -> None:
+    def __init__(self, tokenizer: Tokenizer, task: EncodeTask) -> None:
         self._tokenizer = tokenizer
         self._task = task
         self._parallel = ParallelTemplate(task.template) if task.kind == "parallel" else None
         self._fields = [itemgetter(name) for name in task.columns() or ()]
         self._split = splitter(task.splitting) if task.splitting else None
 
-    def encode(self, chunk: Chunk, check_only: bool = False) -> Encoded:
+    def encode(self, chunk: Chunk, check_only: bool = False) -> EncodedChunk:
         """Encodes the records of a chunk.
 
         Args:
@@ -132,7 +132,7 @@ class Encoder:
             check_only: look for malformed records; what is not needed for that is not done.
         """
         if chunk.too_long:
-            return Encoded({}, 1, 1, [(chunk.first, chunk.too_long)], too_long=1)
+            return EncodedChunk({}, 1, 1, [(chunk.first, chunk.too_long)], too_long=1)
         if self._task.kind == "instruct":
             return self._conversations(chunk)
         malformed: list[tuple[int, str]] = []
@@ -147,7 +147,9 @@ class Encoder:
                 for key, texts in zip(self._task.keys, columns, strict=True)
             }
         )
-        return Encoded(corpora, len(columns[0]) + len(malformed), len(malformed), malformed[:SHOWN])
+        return EncodedChunk(
+            corpora, len(columns[0]) + len(malformed), len(malformed), malformed[:SHOWN]
+        )
 
     def _all_texts(self, data: bytes, format: str) -> list[list[Document]] | None:
         """Returns the documents of each key; None when a record needs a closer look."""
@@ -180,7 +182,7 @@ class Encoder:
             return (self._parallel.fill(record),)
         return tuple(texts_field(record, key) for key in self._task.keys)
 
-    def _encode_documents(self, documents: list[Document]) -> Corpus:
+    def _encode_documents(self, documents: list[Document]) -> EncodedDocuments:
         if self._split is None and not any(isinstance(document, list) for document in documents):
             return self._encode_texts(documents)
         split = self._split or (lambda text: [text])
@@ -188,7 +190,7 @@ class Encoder:
             [split(document) if isinstance(document, str) else document for document in documents]
         )
 
-    def _encode_texts(self, texts: list[str]) -> Corpus:
+    def _encode_texts(self, texts: list[str]) -> EncodedDocuments:
         """One sequence a document."""
         encoded = self._ids(texts)
         kept = [ids for ids in encoded if ids]
@@ -201,7 +203,7 @@ class Encoder:
             for ids in kept:
                 ids.append(self._tokenizer.eod)
         lengths = _lengths(kept)
-        return Corpus(
+        return EncodedDocuments(
             tokens=self._flat(kept, lengths),
             lengths=lengths,
             modes=np.zeros(len(kept), np.int8),
@@ -210,7 +212,7 @@ class Encoder:
             empty=len(empty),
         )
 
-    def _encode_sentences(self, documents: list[list[str]]) -> Corpus:
+    def _encode_sentences(self, documents: list[list[str]]) -> EncodedDocuments:
         """One sequence a sentence; those that encode to nothing are left out, and the
         end-of-document token belongs to a document's last.
         """
@@ -225,7 +227,7 @@ class Encoder:
                 encoded[last].append(self._tokenizer.eod)
         lists = [encoded[index] for index in kept.tolist()]
         lengths = _lengths(lists)
-        return Corpus(
+        return EncodedDocuments(
             tokens=self._flat(lists, lengths),
             lengths=lengths,
             modes=np.zeros(len(lists), np.int8),
@@ -234,7 +236,7 @@ class Encoder:
             empty=len(documents) - len(sequences),
         )
 
-    def _conversations(self, chunk: Chunk) -> Encoded:
+    def _conversations(self, chunk: Chunk) -> EncodedChunk:
         malformed: list[tuple[int, str]] = []
         numbers: list[int] = []
         conversations: list[list[Passage]] = []
@@ -250,7 +252,7 @@ class Encoder:
         corpus, refused = self.encode_conversations(conversations)
         malformed.extend((numbers[index], reason) for index, reason in refused)
         records = len(numbers) + len(malformed) - len(refused)
-        return Encoded(
+        return EncodedChunk(
             {self._task.keys[0]: corpus},
             records,
             len(malformed),
@@ -281,7 +283,9 @@ class Encoder:
         messages, and may.
         """
         template = (
-            (self._tokenizer.chat_template or "") if self._task.template == OWN_TEMPLATE else ""
+            (self._tokenizer.chat_template or "")
+            if self._task.template == TOKENIZER_TEMPLATE
+            else ""
         )
         return [
             key
@@ -291,7 +295,7 @@ class Encoder:
 
     def encode_conversations(
         self, conversations: list[list[Passage]]
-    ) -> tuple[Corpus, list[tuple[int, str]]]:
+    ) -> tuple[EncodedDocuments, list[tuple[int, str]]]:
         """Returns the tokens of conversations, and which are refused, and why.
 
         Libraries find some control tokens in text whatever they are told (SentencePiece its
@@ -341,7 +345,7 @@ class Encoder:
                 sequences.append(len(passages))
         lengths = _lengths(tokens)
         empty = len(conversations) - len(sequences) - len(refused)
-        return Corpus(
+        return EncodedDocuments(
             self._flat(tokens, lengths),
             lengths,
             np.array(modes, np.int8),

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_chatflow.data.preprocess.token_files import Spool
+from megatron_chatflow.data.preprocess.token_files import TokenFiles
 
 _BUCKET_BYTES = 1 << 25
 _MAX_BUCKETS = 4096
@@ -32,7 +32,9 @@ class _Block:
     counts: dict[str, np.ndarray]
 
 
-def shuffle(source: Spool, path: str, seed: int, bucket_bytes: int = _BUCKET_BYTES) -> Spool:
+def shuffle(
+    source: TokenFiles, path: str, seed: int, bucket_bytes: int = _BUCKET_BYTES
+) -> TokenFiles:
     """Writes the documents of a spool in a random order to a new one, and brings it to the disk.
 
     Args:
@@ -72,14 +74,14 @@ def shuffle(source: Spool, path: str, seed: int, bucket_bytes: int = _BUCKET_BYT
                 if name == "bin":
                     crc32 = zlib.crc32(ordered.data, crc32)
     os.unlink(f"{path}.keys")
-    target = Spool(
+    target = TokenFiles(
         path, source.dtypes["bin"], source.conversations, replace(source.counts, crc32=crc32)
     )
     target.sync()
     return target
 
 
-def _blocks(source: Spool, seed: int, max_tokens: int | None) -> Iterator[_Block]:
+def _blocks(source: TokenFiles, seed: int, max_tokens: int | None) -> Iterator[_Block]:
     """Gives all documents in their order, about `max_tokens` tokens at a time; None: without their
     tokens.
     """
@@ -139,7 +141,7 @@ def _bucket(keys: np.ndarray, buckets: int) -> np.ndarray:
     return ((keys >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32)).astype(np.int64)
 
 
-def _bounds(source: Spool, seed: int, buckets: int) -> dict[str, np.ndarray]:
+def _bounds(source: TokenFiles, seed: int, buckets: int) -> dict[str, np.ndarray]:
     """Returns where each bucket begins in each file, and where the last one ends: int64 [buckets +
     1].
     """

@@ -61,7 +61,7 @@ class Chunk:
     too_long: str = ""
 
 
-class Source:
+class InputSource:
     """One file or pipe, or the standard input. It is read once, from its start to its end.
 
     Attributes:
@@ -312,7 +312,7 @@ class _Tee(io.RawIOBase):
     the source.
     """
 
-    def __init__(self, file: BinaryIO, source: Source) -> None:
+    def __init__(self, file: BinaryIO, source: InputSource) -> None:
         self._file = file
         self._source = source
 
@@ -331,7 +331,7 @@ class _Tee(io.RawIOBase):
 
 def open_sources(
     inputs: Sequence[str], format: str | None = None, limit: int = MAX_DOCUMENT_BYTES
-) -> list[Source]:
+) -> list[InputSource]:
     """Returns the sources that paths, glob patterns and `-` name: in the order given, a pattern's
     matches by name.
 
@@ -352,7 +352,7 @@ def open_sources(
         check_line("--input", path)
         if count > 1:
             raise DataError(f"--input names {path} {count} times: name each file once")
-    sources = [Source(path, format, limit) for path in paths]
+    sources = [InputSource(path, format, limit) for path in paths]
     pipes: dict[tuple[int, int], str] = {}
     for path in (source.path for source in sources if source.size is None):
         status = os.fstat(0) if path == STDIN else os.stat(path)

@@ -7,13 +7,13 @@ from typing import Any
 from megatron_chatflow.data.chat.templates import (
     CHAT_TEMPLATES,
     DEFAULT_CHAT_TEMPLATE,
-    OWN_TEMPLATE,
+    TOKENIZER_TEMPLATE,
     ParallelTemplate,
 )
 from megatron_chatflow.data.corpus.indexed_dataset import best_dtype
-from megatron_chatflow.data.preprocess.encoder import KINDS, Task
-from megatron_chatflow.data.preprocess.input_files import FORMATS, MAX_DOCUMENT_BYTES, Source
-from megatron_chatflow.data.preprocess.sentence_split import Splitting, choose_splitting
+from megatron_chatflow.data.preprocess.encoder import KINDS, EncodeTask
+from megatron_chatflow.data.preprocess.input_files import FORMATS, MAX_DOCUMENT_BYTES, InputSource
+from megatron_chatflow.data.preprocess.sentence_split import SentenceSplitting, choose_splitting
 from megatron_chatflow.errors import DataError
 from megatron_chatflow.tokenizer import Tokenizer
 from megatron_chatflow.utils.user_files import check_line
@@ -24,7 +24,7 @@ WORKERS_PER_CORE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessSettings:
+class PreprocessOptions:
     """What to read, how, and where to write it; the names are those of the flags of
     `tools/preprocess_data.py`.
 
@@ -110,7 +110,7 @@ class PreprocessSettings:
             else self.template
         )
 
-    def splitting(self) -> Splitting | None:
+    def splitting(self) -> SentenceSplitting | None:
         """Returns how texts become sentences on this machine.
 
         Raises:
@@ -122,18 +122,18 @@ class PreprocessSettings:
             else None
         )
 
-    def task(self, tokenizer: Tokenizer, splitting: Splitting | None) -> Task:
+    def task(self, tokenizer: Tokenizer, splitting: SentenceSplitting | None) -> EncodeTask:
         """Returns what the workers are told.
 
         Raises:
             ValueError: the template is the tokenizer's own, and it has none.
         """
-        if self.kind == "instruct" and self.chosen_template() == OWN_TEMPLATE:
-            from megatron_chatflow.data.chat.jinja_template import check_own_template
+        if self.kind == "instruct" and self.chosen_template() == TOKENIZER_TEMPLATE:
+            from megatron_chatflow.data.chat.jinja_template import check_tokenizer_template
 
-            check_own_template(tokenizer)
+            check_tokenizer_template(tokenizer)
         dtype = best_dtype(tokenizer.vocab_size).__name__
-        return Task(
+        return EncodeTask(
             self.kind,
             tuple(self.prefixes()),
             self.chosen_template(),
@@ -143,7 +143,7 @@ class PreprocessSettings:
         )
 
 
-def check(settings: PreprocessSettings) -> None:
+def check(settings: PreprocessOptions) -> None:
     """Checks the settings against each other.
 
     Raises:
@@ -246,7 +246,7 @@ def check(settings: PreprocessSettings) -> None:
         )
 
 
-def check_sources(settings: PreprocessSettings, sources: list[Source]) -> None:
+def check_sources(settings: PreprocessOptions, sources: list[InputSource]) -> None:
     """Checks the settings against the inputs.
 
     Raises:

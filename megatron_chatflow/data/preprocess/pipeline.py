@@ -25,23 +25,23 @@ from megatron_chatflow.data.corpus.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_chatflow.data.preprocess.encoder import SHOWN, Encoded, Task
+from megatron_chatflow.data.preprocess.encoder import SHOWN, EncodedChunk, EncodeTask
 from megatron_chatflow.data.preprocess.external_shuffle import shuffle
-from megatron_chatflow.data.preprocess.input_files import Chunk, Source, open_sources
-from megatron_chatflow.data.preprocess.options import PreprocessSettings, check, check_sources
+from megatron_chatflow.data.preprocess.input_files import Chunk, InputSource, open_sources
+from megatron_chatflow.data.preprocess.options import PreprocessOptions, check, check_sources
 from megatron_chatflow.data.preprocess.resume_state import (
-    Place,
-    State,
-    claimed,
+    InputPosition,
+    ResumeState,
     discard_state,
     has_state,
     load_state,
-    publish,
+    locked_folder,
+    publish_corpus,
     save_state,
 )
-from megatron_chatflow.data.preprocess.sentence_split import NLTK_LANGUAGES, Splitting
-from megatron_chatflow.data.preprocess.token_files import Spool
-from megatron_chatflow.data.preprocess.worker_pool import Numbered, encoders
+from megatron_chatflow.data.preprocess.sentence_split import NLTK_LANGUAGES, SentenceSplitting
+from megatron_chatflow.data.preprocess.token_files import TokenFiles
+from megatron_chatflow.data.preprocess.worker_pool import SourceChunk, encoder_pool
 from megatron_chatflow.errors import DataError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
@@ -56,7 +56,7 @@ this share of the time.
 
 
 @dataclass
-class Summary:
+class PreprocessSummary:
     """What `preprocess` did.
 
     Attributes:
@@ -81,7 +81,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Progress:
+class PreprocessProgress:
     """How far a run has come.
 
     Attributes:
@@ -112,10 +112,10 @@ class InputChanged(ValueError):
 
 
 def preprocess(
-    settings: PreprocessSettings,
-    progress: Callable[[Progress], None] = lambda _: None,
+    settings: PreprocessOptions,
+    progress: Callable[[PreprocessProgress], None] = lambda _: None,
     note: Callable[[str], None] = lambda _: None,
-) -> Summary:
+) -> PreprocessSummary:
     """Encodes the input and writes the corpora with their manifests.
 
     Args:
@@ -139,7 +139,7 @@ def preprocess(
     tokenizer = load_tokenizer(**settings.tokenizer_arguments())
     task = settings.task(tokenizer, splitting)
     folder = settings.unfinished()
-    with claimed(folder):
+    with locked_folder(folder):
         state = _begin(settings, _decides(settings, task, tokenizer, sources), sources, note)
         if (
             splitting is not None
@@ -157,20 +157,22 @@ def preprocess(
             discard_state(folder)
             raise
         for key, prefix in settings.prefixes().items():
-            publish(run.path(key), prefix)
+            publish_corpus(run.path(key), prefix)
         discard_state(folder)
     corpora = {prefix: read_manifest(prefix) for prefix in settings.prefixes().values()}
     left_out = sum(state.malformed), sum(state.too_long), tuple(state.shown), sum(state.empty)
     ignored = sum(map(Counter, state.ignored), Counter())
-    return Summary(corpora, *left_out, dict(ignored), run.new_bytes, time.perf_counter() - start)
+    return PreprocessSummary(
+        corpora, *left_out, dict(ignored), run.new_bytes, time.perf_counter() - start
+    )
 
 
 def _begin(
-    settings: PreprocessSettings,
+    settings: PreprocessOptions,
     decides: dict[str, Any],
-    sources: list[Source],
+    sources: list[InputSource],
     note: Callable[[str], None],
-) -> State:
+) -> ResumeState:
     """Returns the state to go on from, or a new one."""
     folder = settings.unfinished()
     if has_state(folder):
@@ -195,7 +197,7 @@ def _begin(
             "beginning"
         )
     zeros = [0] * len(sources)
-    return State(
+    return ResumeState(
         decides,
         records=zeros,
         malformed=zeros.copy(),
@@ -206,7 +208,7 @@ def _begin(
 
 
 def _decides(
-    settings: PreprocessSettings, task: Task, tokenizer: Tokenizer, sources: list[Source]
+    settings: PreprocessOptions, task: EncodeTask, tokenizer: Tokenizer, sources: list[InputSource]
 ) -> dict[str, Any]:
     """Returns what the output depends on, by flag or in words, as JSON holds it."""
     return {
@@ -227,7 +229,7 @@ def _decides(
     }
 
 
-def _without_punkt(splitting: Splitting) -> str:
+def _without_punkt(splitting: SentenceSplitting) -> str:
     return (
         f"NLTK has no data for {splitting.lang} here, so sentences are split by a rule "
         f"(docs/corpora.md#sentences): to have NLTK's, run "
@@ -240,12 +242,12 @@ def _without_punkt(splitting: Splitting) -> str:
 class _Run:
     """A run at work: its state, and what is counted since this process began."""
 
-    settings: PreprocessSettings
-    task: Task
+    settings: PreprocessOptions
+    task: EncodeTask
     tokenizer: Tokenizer
-    sources: list[Source]
-    state: State
-    progress: Callable[[Progress], None]
+    sources: list[InputSource]
+    state: ResumeState
+    progress: Callable[[PreprocessProgress], None]
     start: float
     failed: bool = False
     new_bytes: int = 0
@@ -264,7 +266,7 @@ class _Run:
         with ExitStack() as stack:
             spools = {
                 key: stack.enter_context(
-                    Spool(
+                    TokenFiles(
                         self.path(key, False),
                         self.task.dtype,
                         self.task.kind == "instruct",
@@ -276,7 +278,7 @@ class _Run:
             self.state.counts = {key: spool.counts for key, spool in spools.items()}
             self._encode(spools)
             self._check_result()
-            self._save(spools, Place(len(self.sources)))
+            self._save(spools, InputPosition(len(self.sources)))
             if self.settings.shuffle:
                 spools = {
                     key: stack.enter_context(
@@ -290,11 +292,11 @@ class _Run:
         self.state.whole = True
         save_state(self.settings.unfinished(), self.state)
 
-    def _encode(self, spools: dict[str, Spool]) -> None:
+    def _encode(self, spools: dict[str, TokenFiles]) -> None:
         sizes = [source.size for source in self.sources]
         total = None if None in sizes else sum(sizes)
         self.due = time.perf_counter() + _CHECKPOINT_SECONDS
-        with encoders(
+        with encoder_pool(
             self.settings.workers, self.tokenizer, self.settings.tokenizer_arguments(), self.task
         ) as encode:
             for done, encoded in encode(self._chunks(), lambda: self.failed):
@@ -303,13 +305,13 @@ class _Run:
                     continue
                 if time.perf_counter() >= self.due:
                     began = time.perf_counter()
-                    self._save(spools, Place(done.source, done.next, done.checksum))
+                    self._save(spools, InputPosition(done.source, done.next, done.checksum))
                     now = time.perf_counter()
                     self.due = now + max(_CHECKPOINT_SECONDS, (now - began) / _CHECKPOINT_SHARE)
                 share = (sum(sizes[: done.source]) + done.position) / total if total else None
                 self._report(share)
 
-    def _chunks(self) -> Iterator[Numbered]:
+    def _chunks(self) -> Iterator[SourceChunk]:
         """Gives the chunks that are not in the state yet."""
         place = self.state.place
         for number, source in enumerate(self.sources):
@@ -332,7 +334,7 @@ class _Run:
                     )
                 yield number, chunk
 
-    def _add(self, source: int, encoded: Encoded, spools: dict[str, Spool]) -> None:
+    def _add(self, source: int, encoded: EncodedChunk, spools: dict[str, TokenFiles]) -> None:
         named = self.sources[source]
         shown = self.state.shown
         shown.extend(
@@ -354,7 +356,7 @@ class _Run:
             self.state.empty[source] += corpus.empty
             self.new_bytes += corpus.bytes
 
-    def _save(self, spools: dict[str, Spool], place: Place) -> None:
+    def _save(self, spools: dict[str, TokenFiles], place: InputPosition) -> None:
         for spool in spools.values():
             spool.sync()
         self.state.place = place
@@ -379,7 +381,9 @@ class _Run:
         passed, advance = seconds - self.began[0], (done or 0.0) - self.began[1]
         left = passed * (1 - done) / advance if done is not None and advance > 0 else None
         text = sum(counts.bytes for counts in self.state.counts.values())
-        self.progress(Progress(documents, text, seconds, done, self.new_bytes / seconds, left))
+        self.progress(
+            PreprocessProgress(documents, text, seconds, done, self.new_bytes / seconds, left)
+        )
 
     def _check_result(self) -> None:
         """Refuses a run that has nothing to publish."""
@@ -410,7 +414,7 @@ class _Run:
                     f"so nothing was written: check --input"
                 )
 
-    def _manifest(self, spool: Spool) -> Manifest:
+    def _manifest(self, spool: TokenFiles) -> Manifest:
         return Manifest(
             tokenizer=self.tokenizer.identity(),
             dtype=self.task.dtype,
@@ -423,7 +427,7 @@ class _Run:
             crc32={"bin": f"{spool.counts.crc32:08x}", "idx": file_crc32(spool.path + ".idx")},
         )
 
-    def _described(self, number: int, source: Source) -> dict[str, Any]:
+    def _described(self, number: int, source: InputSource) -> dict[str, Any]:
         splitting = self.task.splitting
         how = {
             "kind": self.task.kind,
@@ -445,7 +449,7 @@ class _Run:
         }
 
 
-def _skip(source: Source, read: dict[str, Any]) -> None:
+def _skip(source: InputSource, read: dict[str, Any]) -> None:
     """Passes over a source that was read to its end, and looks at its content only if it was
     modified since.
     """
@@ -457,7 +461,7 @@ def _skip(source: Source, read: dict[str, Any]) -> None:
         raise _changed(source)
 
 
-def _rest(source: Source, place: Place, columns: list[str] | None) -> Iterator[Chunk]:
+def _rest(source: InputSource, place: InputPosition, columns: list[str] | None) -> Iterator[Chunk]:
     """Gives the chunks of a source from a place on; what stands before is read, and compared by its
     checksum.
     """
@@ -475,7 +479,7 @@ def _rest(source: Source, place: Place, columns: list[str] | None) -> Iterator[C
         yield from chunks
 
 
-def _changed(source: Source) -> InputChanged:
+def _changed(source: InputSource) -> InputChanged:
     return InputChanged(
         f"--resume: {source.name} is not what the unfinished run read: restore it, or "
         f"delete the unfinished run to start over"

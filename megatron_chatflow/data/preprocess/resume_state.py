@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from megatron_chatflow.data.corpus.manifest import manifest_path
-from megatron_chatflow.data.preprocess.token_files import Counts
+from megatron_chatflow.data.preprocess.token_files import CorpusCounts
 from megatron_chatflow.errors import DataError
 from megatron_chatflow.utils.files import make_folder, sync_folder
 from megatron_chatflow.utils.user_files import load_json
@@ -31,7 +31,7 @@ _STATE = "state.json"
 
 
 @dataclass(frozen=True)
-class Place:
+class InputPosition:
     """How far the input was read.
 
     Attributes:
@@ -46,7 +46,7 @@ class Place:
 
 
 @dataclass
-class State:
+class ResumeState:
     """How far a run is.
 
     Attributes:
@@ -62,7 +62,7 @@ class State:
     """
 
     run: dict[str, Any]
-    place: Place = Place()
+    place: InputPosition = InputPosition()
     read: list[dict[str, Any]] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
     malformed: list[int] = field(default_factory=list)
@@ -70,12 +70,12 @@ class State:
     empty: list[int] = field(default_factory=list)
     ignored: list[dict[str, int]] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
-    counts: dict[str, Counts] = field(default_factory=dict)
+    counts: dict[str, CorpusCounts] = field(default_factory=dict)
     whole: bool = False
 
 
 @contextmanager
-def claimed(folder: str) -> Iterator[None]:
+def locked_folder(folder: str) -> Iterator[None]:
     """Makes the folder if there is none and holds its lock; at the end removes it unless it holds a
     state.
 
@@ -156,7 +156,7 @@ def has_state(folder: str) -> bool:
     return os.path.exists(os.path.join(folder, _STATE))
 
 
-def load_state(folder: str, run: dict[str, Any]) -> State:
+def load_state(folder: str, run: dict[str, Any]) -> ResumeState:
     """Reads how far an earlier run came.
 
     Args:
@@ -170,9 +170,11 @@ def load_state(folder: str, run: dict[str, Any]) -> State:
     try:
         with open(os.path.join(folder, _STATE), encoding="utf-8") as file:
             content = load_json(file.read())
-        content["place"] = Place(**content["place"])
-        content["counts"] = {key: Counts(**counts) for key, counts in content["counts"].items()}
-        state = State(**content)
+        content["place"] = InputPosition(**content["place"])
+        content["counts"] = {
+            key: CorpusCounts(**counts) for key, counts in content["counts"].items()
+        }
+        state = ResumeState(**content)
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"--resume: {folder}/{_STATE} is damaged ({error}): restore it, {cure}"
@@ -187,7 +189,7 @@ def load_state(folder: str, run: dict[str, Any]) -> State:
     return state
 
 
-def save_state(folder: str, state: State) -> None:
+def save_state(folder: str, state: ResumeState) -> None:
     """Replaces the note at once, and brings it to the disk. What it speaks of must be there
     already.
     """
@@ -201,12 +203,12 @@ def save_state(folder: str, state: State) -> None:
 
 
 def discard_state(folder: str) -> None:
-    """Gives the run up: `claimed` then removes the folder."""
+    """Gives the run up: `locked_folder` then removes the folder."""
     with suppress(FileNotFoundError):
         os.unlink(os.path.join(folder, _STATE))
 
 
-def publish(path: str, prefix: str) -> None:
+def publish_corpus(path: str, prefix: str) -> None:
     """Moves a whole corpus to its place, `.idx` last; it may have been begun before. What an older
     corpus of this name left is removed.
 

@@ -41,7 +41,7 @@ Cuts = Callable[[str], Iterator[int]]
 
 
 @dataclass(frozen=True)
-class Splitting:
+class SentenceSplitting:
     """How documents become sentences.
 
     Attributes:
@@ -56,23 +56,23 @@ class Splitting:
     keep_newlines: bool
 
 
-def choose_splitting(lang: str, keep_newlines: bool) -> Splitting:
+def choose_splitting(lang: str, keep_newlines: bool) -> SentenceSplitting:
     """Returns how a language is split on this machine.
 
     Raises:
         ValueError: the language is unknown.
     """
     if lang in NLTK_LANGUAGES:
-        return Splitting(lang, "punkt" if _punkt(lang) else "general", keep_newlines)
+        return SentenceSplitting(lang, "punkt" if _punkt(lang) else "general", keep_newlines)
     if lang not in _RULE_OF:
         raise DataError(
             f"--lang {lang} is unknown to --split-sentences: give one of "
             f"{', '.join(sorted({*NLTK_LANGUAGES, *_RULE_OF}))}"
         )
-    return Splitting(lang, _RULE_OF[lang], keep_newlines)
+    return SentenceSplitting(lang, _RULE_OF[lang], keep_newlines)
 
 
-def splitter(splitting: Splitting) -> Callable[[str], list[str]]:
+def splitter(splitting: SentenceSplitting) -> Callable[[str], list[str]]:
     """Returns the function that takes a text apart into its sentences; white space alone is
     none.
     """

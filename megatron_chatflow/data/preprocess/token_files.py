@@ -11,13 +11,13 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_chatflow.data.corpus.writer import IndexPart, write_index
-from megatron_chatflow.data.preprocess.encoder import Corpus
+from megatron_chatflow.data.preprocess.encoder import EncodedDocuments
 
 _PIECE = 1 << 20
 
 
 @dataclass
-class Counts:
+class CorpusCounts:
     """What a spool holds.
 
     Attributes:
@@ -33,7 +33,7 @@ class Counts:
     crc32: int = 0
 
 
-class Spool:
+class TokenFiles:
     """The files `<path>.bin` (tokens), `.lengths` and `.modes` (of each sequence) and `.sequences`
     (of each document).
 
@@ -49,10 +49,10 @@ class Spool:
         path: str,
         dtype: np.typing.DTypeLike,
         conversations: bool,
-        counts: Counts | None = None,
+        counts: CorpusCounts | None = None,
     ) -> None:
         self.path = path
-        self.counts = counts or Counts()
+        self.counts = counts or CorpusCounts()
         self.conversations = conversations
         self.dtypes = {
             "bin": np.dtype(dtype).newbyteorder("<"),
@@ -62,14 +62,14 @@ class Spool:
         }
         self._files = {name: self._open(name) for name in self.dtypes}
 
-    def __enter__(self) -> "Spool":
+    def __enter__(self) -> "TokenFiles":
         return self
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             file.close()
 
-    def append(self, corpus: Corpus) -> None:
+    def append(self, corpus: EncodedDocuments) -> None:
         """Adds documents."""
         for name, values in (
             ("bin", corpus.tokens),

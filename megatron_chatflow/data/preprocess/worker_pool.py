@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_chatflow.data.preprocess.encoder import Encoded, Encoder, Task
+from megatron_chatflow.data.preprocess.encoder import EncodedChunk, Encoder, EncodeTask
 from megatron_chatflow.data.preprocess.input_files import Chunk
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.utils.process import is_stopped
@@ -28,12 +28,12 @@ STOPPED_SECONDS = 30
 """How long a worker may be stopped (SIGSTOP), in seconds in which this process is not."""
 _EXIT_SECONDS = 5
 
-Numbered = tuple[int, Chunk]
+SourceChunk = tuple[int, Chunk]
 """A chunk and the number of its source."""
 
 
 @dataclass(frozen=True)
-class Done:
+class ChunkEnd:
     """The end of a chunk that is encoded: number of its source, and as in `Chunk`."""
 
     source: int
@@ -42,7 +42,9 @@ class Done:
     position: int
 
 
-EncodeChunks = Callable[[Iterable[Numbered], Callable[[], bool]], Iterator[tuple[Done, Encoded]]]
+EncodeChunks = Callable[
+    [Iterable[SourceChunk], Callable[[], bool]], Iterator[tuple[ChunkEnd, EncodedChunk]]
+]
 """Encodes chunks; asks its second argument whether only to look for malformed records, from now on;
 yields what became of them, in order.
 """
@@ -53,8 +55,8 @@ class WorkerDied(RuntimeError):
 
 
 @contextmanager
-def encoders(
-    workers: int, tokenizer: Tokenizer, tokenizer_arguments: Mapping[str, Any], task: Task
+def encoder_pool(
+    workers: int, tokenizer: Tokenizer, tokenizer_arguments: Mapping[str, Any], task: EncodeTask
 ) -> Iterator[EncodeChunks]:
     """Yields what encodes chunks, on `workers` processes of which this one is one; the others end
     with the `with` block.
@@ -87,16 +89,16 @@ def encoders(
             )
 
     def encode(
-        chunks: Iterable[Numbered], check_only: Callable[[], bool]
-    ) -> Iterator[tuple[Done, Encoded]]:
-        pending: deque[tuple[Done, int, Future[Encoded]]] = deque()
+        chunks: Iterable[SourceChunk], check_only: Callable[[], bool]
+    ) -> Iterator[tuple[ChunkEnd, EncodedChunk]]:
+        pending: deque[tuple[ChunkEnd, int, Future[EncodedChunk]]] = deque()
 
-        def finished() -> tuple[Done, Encoded]:
+        def finished() -> tuple[ChunkEnd, EncodedChunk]:
             done, _, future = pending.popleft()
             return done, future.result() if pool is None else _result(future, pool)
 
         for number, (source, chunk) in enumerate(chunks):
-            done = Done(source, chunk.next, chunk.checksum, chunk.position)
+            done = ChunkEnd(source, chunk.next, chunk.checksum, chunk.position)
             work = (chunk, check_only())
             size = len(chunk.data)
             sizes = [given for _, given, future in pending if not future.done()]
@@ -127,7 +129,7 @@ def encoders(
             _end(pool)
 
 
-def _result(future: "Future[Encoded]", pool: ProcessPoolExecutor) -> Encoded:
+def _result(future: "Future[EncodedChunk]", pool: ProcessPoolExecutor) -> EncodedChunk:
     """Wait for a result, and look about every second whether a worker is stopped."""
     seconds: Counter[int] = Counter()
     while True:
@@ -158,8 +160,8 @@ def _end(pool: ProcessPoolExecutor) -> None:
         process.join()
 
 
-def _done(result: Encoded) -> "Future[Encoded]":
-    future: Future[Encoded] = Future()
+def _done(result: EncodedChunk) -> "Future[EncodedChunk]":
+    future: Future[EncodedChunk] = Future()
     future.set_result(result)
     return future
 
@@ -187,7 +189,7 @@ def _interrupts_held_back() -> Iterator[None]:
 _encoder: Encoder | None = None
 
 
-def _start_worker(tokenizer_arguments: dict[str, Any], task: Task) -> None:
+def _start_worker(tokenizer_arguments: dict[str, Any], task: EncodeTask) -> None:
     global _encoder
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _encoder = Encoder(load_tokenizer(**tokenizer_arguments), task)
@@ -199,6 +201,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(chunk: Chunk, check_only: bool) -> Encoded:
+def _work(chunk: Chunk, check_only: bool) -> EncodedChunk:
     assert _encoder is not None
     return _encoder.encode(chunk, check_only)

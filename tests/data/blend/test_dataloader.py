@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.curriculum import BlendPlan, constant_curriculum
-from megatron_chatflow.data import Blend, Loader, open_blend
+from megatron_chatflow.data import BlendDataLoader, BlendedDataset, open_blend
 
 SAMPLES = 400
 
@@ -24,7 +24,9 @@ def blend(write_numbered):
 
 
 def make_loader(blend, micro=2, rank=0, size=1):
-    return Loader(blend, micro_batch_size=micro, data_parallel_rank=rank, data_parallel_size=size)
+    return BlendDataLoader(
+        blend, micro_batch_size=micro, data_parallel_rank=rank, data_parallel_size=size
+    )
 
 
 def assert_same(batches, expected):
@@ -72,7 +74,7 @@ def test_whatever_is_asked_for_is_what_comes(blend, requests):
             start = min(start + gbs, SAMPLES - 8)
 
 
-class Watched(Blend):
+class Watched(BlendedDataset):
     """A blend that notes who reads what, and fails on demand."""
 
     def __init__(self, blend, fails_at=None):

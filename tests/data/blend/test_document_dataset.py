@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.data.blend.document_dataset import Documents
+from megatron_chatflow.data.blend.document_dataset import DocumentDataset
 from megatron_chatflow.data.preprocess.read_documents import read_texts
 from megatron_chatflow.tokenizer import load_tokenizer
 
@@ -20,7 +20,7 @@ TEXTS = st.lists(st.text(max_size=40), min_size=1, max_size=8)
 def test_every_byte_is_a_label_once_and_follows_what_comes_before_it_in_its_document(
     texts, seq_length
 ):
-    documents = Documents(texts, TOKENIZER, start=TOKENIZER.eod, seq_length=seq_length)
+    documents = DocumentDataset(texts, TOKENIZER, start=TOKENIZER.eod, seq_length=seq_length)
     batch = documents.read_window(np.arange(documents.num_samples))
     found = []
     for row in range(documents.num_samples):
@@ -52,7 +52,7 @@ def test_every_byte_is_a_label_once_and_follows_what_comes_before_it_in_its_docu
 
 
 def test_padding_is_a_segment_of_its_own():
-    batch = Documents(["ab", "c"], TOKENIZER, start=TOKENIZER.eod, seq_length=8).read_window(
+    batch = DocumentDataset(["ab", "c"], TOKENIZER, start=TOKENIZER.eod, seq_length=8).read_window(
         np.array([0])
     )
     assert batch["segment_ids"][0].tolist() == [0, 0, 1, 2, 2, 2, 2, 2]
@@ -61,7 +61,7 @@ def test_padding_is_a_segment_of_its_own():
 
 def test_documents_that_a_tokenizer_changes_are_counted_and_their_bytes_are_those_of_the_text():
     numbers = load_tokenizer("NullTokenizer", vocab_size=100)
-    documents = Documents(["1 2", "3  4", "05"], numbers, start=numbers.eod, seq_length=4)
+    documents = DocumentDataset(["1 2", "3  4", "05"], numbers, start=numbers.eod, seq_length=4)
     assert (documents.num_changed, documents.bytes) == (2, 3 + 4 + 2)
 
 

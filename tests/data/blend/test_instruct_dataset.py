@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_chatflow.curriculum.schema import Curriculum, Domain, Stage
-from megatron_chatflow.data import IndexedDataset, InstructDomain, open_domains
-from megatron_chatflow.data.blend.instruct_dataset import Losses
+from megatron_chatflow.data import IndexedDataset, InstructDataset, open_domains
+from megatron_chatflow.data.blend.instruct_dataset import Truncation
 
 TURNS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1)), max_size=4)
 CHATS = st.lists(TURNS, min_size=1, max_size=12).filter(lambda chats: any(chats))
@@ -23,7 +23,9 @@ def open_chats(write_numbered, chats, seq_length, documents=None, seed=1, train_
         [[n for n, _ in chat] for chat in chats], [[mode for _, mode in chat] for chat in chats]
     )
     where = {"documents": documents or (0, len(chats)), "train_on_prompt": train_on_prompt}
-    return InstructDomain("chat", IndexedDataset(prefix), seq_length=seq_length, seed=seed, **where)
+    return InstructDataset(
+        "chat", IndexedDataset(prefix), seq_length=seq_length, seed=seed, **where
+    )
 
 
 def slow_window(dataset, chats, conversations, seq_length, train_on_prompt=False):
@@ -84,7 +86,7 @@ def test_every_label_of_every_conversation_is_read_once_an_epoch(
         cut += bool(kept) and len(modes) > seq_length + 1
         tokens += modes[1:].count(0)
     assert sorted(batch["labels"][batch["loss_mask"] == 1].tolist()) == answers
-    assert domain.losses == Losses(len(chats), left_out, cut, tokens, tokens - len(answers))
+    assert domain.truncation == Truncation(len(chats), left_out, cut, tokens, tokens - len(answers))
 
 
 @given(CHATS, SEQ, st.booleans())
@@ -101,9 +103,11 @@ def test_only_conversations_without_loss_change_the_packing(write_numbered):
     assert np.array_equal(kept.packing.order, mixed.packing.order) and np.array_equal(
         kept.packing.starts, mixed.packing.starts
     )
-    assert mixed.losses == Losses(42, 2, 0, 164, 4)
+    assert mixed.truncation == Truncation(42, 2, 0, 164, 4)
     whole = open_chats(write_numbered, trained + beyond, 32, train_on_prompt=True)
-    assert sorted(whole.packing.order.tolist()) == list(range(42)) and whole.losses.left_out == 0
+    assert (
+        sorted(whole.packing.order.tolist()) == list(range(42)) and whole.truncation.left_out == 0
+    )
 
 
 def test_a_domain_without_a_trained_token_is_refused_where_it_has_a_weight(write_numbered):
@@ -155,7 +159,7 @@ def test_the_packing_is_the_same_for_every_seed_and_the_order_is_not(write_numbe
 def test_a_corpus_without_modes_is_refused(write_numbered):
     dataset = IndexedDataset(write_numbered([[3]]))
     with pytest.raises(ValueError, match="sequence modes"):
-        InstructDomain("chat", dataset, seq_length=4, seed=1, documents=(0, 1))
+        InstructDataset("chat", dataset, seq_length=4, seed=1, documents=(0, 1))
 
 
 def test_a_pointer_that_is_wrong_inside_the_index_is_refused(write_numbered):
@@ -164,7 +168,7 @@ def test_a_pointer_that_is_wrong_inside_the_index_is_refused(write_numbered):
         file.seek(34 + 3 * 4 + 8)
         file.write(struct.pack("<q", 4))
     with pytest.raises(ValueError, match="sequence 1 "):
-        InstructDomain("chat", IndexedDataset(prefix), seq_length=4, seed=1, documents=(0, 3))
+        InstructDataset("chat", IndexedDataset(prefix), seq_length=4, seed=1, documents=(0, 3))
 
 
 def test_nothing_is_written_and_no_kept_packing_is_read(write_numbered):
@@ -172,8 +176,8 @@ def test_nothing_is_written_and_no_kept_packing_is_read(write_numbered):
     chats, modes = [[3, 4], [5, 2], [4, 4], [9]], [[1, 0], [1, 0], [1, 0], [0]]
     prefix = write_numbered(chats, modes)
 
-    def open_domain() -> InstructDomain:
-        return InstructDomain(
+    def open_domain() -> InstructDataset:
+        return InstructDataset(
             "chat", IndexedDataset(prefix), seq_length=8, seed=1, documents=(0, 4)
         )
 

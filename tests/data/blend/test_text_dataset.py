@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.data import IndexedDataset, TextDomain
+from megatron_chatflow.data import IndexedDataset, TextDataset
 
 LENGTHS = st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=12)
 SEQ = st.integers(1, 8)
@@ -16,7 +16,7 @@ SEQ = st.integers(1, 8)
 
 def open_text(prefix, seq_length, documents=None, name="en", seed=1, **settings):
     dataset = IndexedDataset(prefix)
-    return TextDomain(
+    return TextDataset(
         name,
         dataset,
         seq_length=seq_length,

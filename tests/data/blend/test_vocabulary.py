@@ -10,7 +10,7 @@ import pytest
 from megatron_chatflow.cli.corpus import verify_main
 from megatron_chatflow.curriculum import BlendPlan, parse_curriculum
 from megatron_chatflow.data import open_blend
-from megatron_chatflow.data.blend.dataloader import Loader
+from megatron_chatflow.data.blend.dataloader import BlendDataLoader
 from megatron_chatflow.data.corpus.verify import verify
 from megatron_chatflow.errors import SampleError
 from tests.pool import Pool, command
@@ -40,7 +40,9 @@ def opened(prefix: str, kind: str, vocabulary: int | None = VOCABULARY):
 
 
 def read_all(blend) -> None:
-    with Loader(blend, micro_batch_size=2, data_parallel_rank=0, data_parallel_size=1) as loader:
+    with BlendDataLoader(
+        blend, micro_batch_size=2, data_parallel_rank=0, data_parallel_size=1
+    ) as loader:
         for start in range(0, len(blend), 4):
             loader.iteration(start, 4)
 

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from megatron_chatflow.data.chat.conversations import parse_conversation
-from megatron_chatflow.data.chat.jinja_template import check_own_template
+from megatron_chatflow.data.chat.jinja_template import check_tokenizer_template
 from megatron_chatflow.data.chat.prompts import chat_prompt
 from megatron_chatflow.data.chat.templates import (
     ANSWER,
@@ -180,11 +180,11 @@ def test_a_template_cannot_reach_out_of_its_sandbox(folder):
 
 def test_a_tokenizer_without_a_template_or_with_a_broken_one_is_refused(folder):
     with pytest.raises(ValueError, match="has no chat template; give a HuggingFaceTokenizer"):
-        check_own_template(load(folder, None))
+        check_tokenizer_template(load(folder, None))
     with pytest.raises(ValueError, match="has no chat template"):
-        check_own_template(load_tokenizer("ByteLevelTokenizer"))
+        check_tokenizer_template(load_tokenizer("ByteLevelTokenizer"))
     with pytest.raises(ValueError, match="is not Jinja"):
-        check_own_template(load(folder, "{% for"))
+        check_tokenizer_template(load(folder, "{% for"))
 
 
 MARKED = (
@@ -364,8 +364,8 @@ def test_a_call_without_text_writes_what_transformers_writes(folder, content):
 
 def test_a_template_that_needs_the_date_is_refused_and_one_with_a_default_is_not(folder):
     with pytest.raises(ValueError, match="fails: it asks for the date .*; write a date into it"):
-        check_own_template(load(folder, "{{ strftime_now('%Y-%m-%d') }}" + CHATML))
-    check_own_template(
+        check_tokenizer_template(load(folder, "{{ strftime_now('%Y-%m-%d') }}" + CHATML))
+    check_tokenizer_template(
         load(folder, "{{ strftime_now('%d') if strftime_now is defined else '26' }}" + CHATML)
     )
 

@@ -9,8 +9,12 @@ import psutil
 import pytest
 
 from megatron_chatflow.data.chat import template_sandbox
-from megatron_chatflow.data.chat.jinja_template import check_own_template
-from megatron_chatflow.data.chat.template_sandbox import Sandbox, TemplateLimit, TemplateRefusal
+from megatron_chatflow.data.chat.jinja_template import check_tokenizer_template
+from megatron_chatflow.data.chat.template_sandbox import (
+    TemplateLimit,
+    TemplateRefusal,
+    TemplateSandbox,
+)
 from megatron_chatflow.tokenizer import load_tokenizer
 
 MEMORY = "asks for more than 512 MB of memory"
@@ -87,7 +91,7 @@ def _new_children() -> set[psutil.Process]:
 def test_a_hostile_template_gives_one_message_in_bounded_time_and_memory(template):
     before = psutil.Process().cpu_times()
     with pytest.raises((TemplateLimit, TemplateRefusal)) as error:
-        opened = Sandbox(template)
+        opened = TemplateSandbox(template)
         try:
             opened.render({"messages": [{"role": "user", "content": "Hello"}]}, [(1, True)])
         finally:
@@ -100,7 +104,7 @@ def test_a_hostile_template_gives_one_message_in_bounded_time_and_memory(templat
 
 
 def test_a_template_beyond_its_limits_is_not_tried_again_and_leaves_no_process():
-    opened = Sandbox("{% if messages[0].content == 'x' %}{{ 'a' * 10**10 }}{% endif %}fine")
+    opened = TemplateSandbox("{% if messages[0].content == 'x' %}{{ 'a' * 10**10 }}{% endif %}fine")
     assert opened.render({"messages": [{"content": "y"}]}, [(1, False)]) == [("fine", [])]
     for content in "xy":
         with pytest.raises(TemplateLimit, match="asks for more than 512 MB"):
@@ -110,7 +114,7 @@ def test_a_template_beyond_its_limits_is_not_tried_again_and_leaves_no_process()
 
 def test_a_stopped_process_gives_one_message(monkeypatch):
     monkeypatch.setattr(template_sandbox, "STOPPED_SECONDS", 1)
-    opened = Sandbox("{{ messages }}")
+    opened = TemplateSandbox("{{ messages }}")
     opened._process.send_signal(signal.SIGSTOP)
     for content in ("x" * 1_000_000, "y"):  # more than a pipe holds
         with pytest.raises(
@@ -121,7 +125,7 @@ def test_a_stopped_process_gives_one_message(monkeypatch):
 
 
 def test_limits_grow_with_the_conversation():
-    opened = Sandbox("{% for m in messages %}{{ m.content }}{% endfor %}")
+    opened = TemplateSandbox("{% for m in messages %}{{ m.content }}{% endfor %}")
     text = "á" * 3_000_000
     assert opened.render({"messages": [{"content": text}] * 7}, [(7, False)]) == [(text * 7, [])]
     opened.close()
@@ -136,19 +140,19 @@ def test_the_check_before_a_run_tries_the_template():
     with pytest.raises(
         ValueError, match=f"the chat template of .* {MEMORY}; fix it or name another template"
     ):
-        check_own_template(_Bytes())
+        check_tokenizer_template(_Bytes())
     failing = _Bytes()
     failing.chat_template = "{{ 1 / 0 }}"
     with pytest.raises(ValueError, match="fails: ZeroDivisionError: division by zero; fix it"):
-        check_own_template(failing)
+        check_tokenizer_template(failing)
     strict = _Bytes()
     strict.chat_template = "{{ raise_exception('begin with a system prompt') }}"
-    check_own_template(strict)
+    check_tokenizer_template(strict)
     assert time.monotonic() - began < 60
 
 
 def test_signals_to_the_group_leave_the_process_to_its_parent():
-    opened = Sandbox("fine")
+    opened = TemplateSandbox("fine")
     (process,) = _new_children()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process.send_signal(number)

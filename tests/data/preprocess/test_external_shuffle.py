@@ -10,16 +10,16 @@ import pytest
 from megatron_chatflow.data import IndexedDataset
 from megatron_chatflow.data.corpus.verify import verify
 from megatron_chatflow.data.preprocess import external_shuffle as module
-from megatron_chatflow.data.preprocess.encoder import Corpus
+from megatron_chatflow.data.preprocess.encoder import EncodedDocuments
 from megatron_chatflow.data.preprocess.external_shuffle import shuffle
-from megatron_chatflow.data.preprocess.pipeline import PreprocessSettings, preprocess
-from megatron_chatflow.data.preprocess.token_files import Spool
+from megatron_chatflow.data.preprocess.pipeline import PreprocessOptions, preprocess
+from megatron_chatflow.data.preprocess.token_files import TokenFiles
 
 
 def spool_of(path, documents, conversations):
     """A spool with these documents: lists of (tokens, mode)."""
     sequences = list(itertools.chain.from_iterable(documents))
-    corpus = Corpus(
+    corpus = EncodedDocuments(
         np.array(list(itertools.chain.from_iterable(tokens for tokens, _ in sequences)), np.uint16),
         np.array([len(tokens) for tokens, _ in sequences], np.int32),
         np.array([mode for _, mode in sequences], np.int8),
@@ -27,7 +27,7 @@ def spool_of(path, documents, conversations):
         7,
         0,
     )
-    spool = Spool(str(path), np.uint16, conversations)
+    spool = TokenFiles(str(path), np.uint16, conversations)
     spool.append(corpus)
     spool.sync()
     return spool
@@ -95,7 +95,7 @@ def run(tmp_path):
 
     def go(records, **options):
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        settings = PreprocessSettings(
+        settings = PreprocessOptions(
             input=(str(tmp_path / "a.jsonl"),),
             output_prefix=str(tmp_path / "out" / "x"),
             tokenizer_type="ByteLevelTokenizer",

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from megatron_chatflow.data.chat.templates import MalformedRecord
 from megatron_chatflow.data.preprocess import parquet
-from megatron_chatflow.data.preprocess.input_files import Chunk, Source, open_sources
+from megatron_chatflow.data.preprocess.input_files import Chunk, InputSource, open_sources
 from megatron_chatflow.data.preprocess.json_array import is_array
 from megatron_chatflow.data.preprocess.records import all_records, each_record
 
@@ -41,7 +41,7 @@ def test_chunks_are_whole_lines_with_their_numbers_in_order(tmp_path, lines, siz
         return
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(COMPRESSIONS[suffix](content))
-    source = Source(str(path))
+    source = InputSource(str(path))
     chunks = list(source.chunks(size))
     assert b"".join(chunk.data for chunk in chunks) == content.removeprefix(b"\xef\xbb\xbf")
     assert all(chunk.data.endswith(b"\n") for chunk in chunks[:-1])
@@ -61,7 +61,7 @@ def test_chunks_are_whole_lines_with_their_numbers_in_order(tmp_path, lines, siz
 def test_several_members_or_frames_are_one_text(tmp_path, suffix):
     path = tmp_path / "without ending"
     path.write_bytes(b"".join(map(COMPRESSIONS[suffix], (b"a\nb", b"", b"c\n"))))
-    assert b"".join(chunk.data for chunk in Source(str(path)).chunks(100)) == b"a\nbc\n"
+    assert b"".join(chunk.data for chunk in InputSource(str(path)).chunks(100)) == b"a\nbc\n"
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -83,7 +83,7 @@ def test_a_damaged_compressed_file_is_refused(tmp_path, suffix, damage):
         ValueError,
         match=r"a\.jsonl\..* cannot be read to its end .*: the file is damaged or was cut off",
     ):
-        list(Source(str(path)).chunks(1000))
+        list(InputSource(str(path)).chunks(1000))
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_a_damaged_compressed_file_is_refused(tmp_path, suffix, damage):
 )
 def test_the_name_tells_the_format_unless_it_is_given(tmp_path, name, format):
     (tmp_path / name).touch()
-    assert Source(str(tmp_path / name)).format == format
-    assert {Source(str(tmp_path / name), given).format for given in ("jsonl", "text")} == {
+    assert InputSource(str(tmp_path / name)).format == format
+    assert {InputSource(str(tmp_path / name), given).format for given in ("jsonl", "text")} == {
         "jsonl",
         "text",
     }
@@ -162,7 +162,7 @@ def test_a_missing_library_is_one_sentence_with_the_cure(tmp_path, monkeypatch, 
 
 def test_parquet_is_not_read_from_the_standard_input():
     with pytest.raises(ValueError, match="--input - cannot be parquet"):
-        Source("-", "parquet")
+        InputSource("-", "parquet")
 
 
 def test_a_file_named_twice_is_refused(tmp_path):
@@ -185,7 +185,7 @@ def test_rows_of_a_table_are_records_in_order(tmp_path, size, row_group_size):
     ]
     path = tmp_path / "a.parquet"
     write_table(path, rows, row_group_size)
-    source = Source(str(path))
+    source = InputSource(str(path))
     chunks = list(source.chunks(size))
     assert (
         list(itertools.chain.from_iterable(parquet.records(chunk.data) for chunk in chunks)) == rows
@@ -202,7 +202,7 @@ def test_rows_of_a_table_are_records_in_order(tmp_path, size, row_group_size):
 def test_a_table_without_the_column_is_refused_with_those_it_has(tmp_path):
     write_table(tmp_path / "a.parquet", [{"body": "a", "title": "b"}])
     with pytest.raises(ValueError, match=r"a\.parquet has no column 'text': it has body, title"):
-        list(Source(str(tmp_path / "a.parquet")).chunks(1000, ["text"]))
+        list(InputSource(str(tmp_path / "a.parquet")).chunks(1000, ["text"]))
 
 
 def test_a_damaged_table_is_refused(tmp_path):
@@ -215,13 +215,13 @@ def test_a_damaged_table_is_refused(tmp_path):
         ValueError,
         match=r"a\.parquet cannot be read to its end .*: the file is damaged or was cut off",
     ):
-        list(Source(str(path)).chunks(1000))
+        list(InputSource(str(path)).chunks(1000))
 
 
 def test_a_text_in_a_table_that_is_not_utf_8_is_named_by_its_row(tmp_path):
     column = pyarrow.array([b"a", b"\xff", b"c"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-    (chunk,) = Source(str(tmp_path / "a.parquet")).chunks(1000)
+    (chunk,) = InputSource(str(tmp_path / "a.parquet")).chunks(1000)
     with pytest.raises(UnicodeDecodeError):
         all_records(chunk.data, "parquet")
     (_, first), (number, error), (_, last) = each_record(chunk)
@@ -280,7 +280,7 @@ def test_the_standard_input_is_read_as_files_are(monkeypatch, tmp_path):
             "builtins.open",
             lambda path, *_, **__: io.FileIO(file.fileno(), closefd=False) if path == 0 else None,
         )
-        assert [chunk.data for chunk in Source("-").chunks(100)] == [b"a\nb\n"]
+        assert [chunk.data for chunk in InputSource("-").chunks(100)] == [b"a\nb\n"]
 
 
 def test_a_pipe_that_gives_a_byte_at_a_time_is_read_as_any_other(monkeypatch):
@@ -289,7 +289,7 @@ def test_a_pipe_that_gives_a_byte_at_a_time_is_read_as_any_other(monkeypatch):
             return super().readinto(memoryview(buffer)[:1])
 
     monkeypatch.setattr("builtins.open", lambda *_, **__: Slow(gzip.compress(b"a\nb\n")))
-    assert [chunk.data for chunk in Source("-").chunks(100)] == [b"a\nb\n"]
+    assert [chunk.data for chunk in InputSource("-").chunks(100)] == [b"a\nb\n"]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -307,7 +307,7 @@ def test_lines_beyond_the_limit_are_chunks_of_their_own_and_the_others_stay(
     content = b"".join(line + b"\n" for line in lines)
     path.write_bytes(content if last else content[:-1])
     number, kept, long = 1, [], []
-    for chunk in Source(str(path), limit=limit).chunks(size):
+    for chunk in InputSource(str(path), limit=limit).chunks(size):
         assert chunk.first == number
         number = chunk.next
         if chunk.too_long:
@@ -325,7 +325,7 @@ def test_lines_beyond_the_limit_are_chunks_of_their_own_and_the_others_stay(
 def test_a_line_without_an_end_is_known_after_the_limit(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(COMPRESSIONS[suffix](b"ab\n" + bytes(11 + i % 240 for i in range(3_000_000))))
-    source = Source(str(path), limit=100_000)
+    source = InputSource(str(path), limit=100_000)
     chunks = source.chunks(1 << 14)
     assert next(chunks).data == b"ab\n"
     assert next(chunks).too_long and (suffix or source.stored_bytes < 200_000)
@@ -391,7 +391,7 @@ def test_rows_beyond_the_limit_are_chunks_of_their_own(tmp_path):
         for n, m in ((5, 5), (500, 5), (5, 500), (6, 6))
     ]
     write_table(tmp_path / "a.parquet", rows)
-    chunks = list(Source(str(tmp_path / "a.parquet"), limit=300).chunks(1000))
+    chunks = list(InputSource(str(tmp_path / "a.parquet"), limit=300).chunks(1000))
     assert [(chunk.first, chunk.next, bool(chunk.too_long)) for chunk in chunks] == [
         (1, 2, False),
         (2, 3, True),
@@ -401,7 +401,7 @@ def test_rows_beyond_the_limit_are_chunks_of_their_own(tmp_path):
     assert parquet.records(chunks[3].data) == rows[3:]
     texts = [
         bool(chunk.too_long)
-        for chunk in Source(str(tmp_path / "a.parquet"), limit=300).chunks(1000, ["text"])
+        for chunk in InputSource(str(tmp_path / "a.parquet"), limit=300).chunks(1000, ["text"])
     ]
     assert texts == [False, True, False, False]
 
@@ -415,14 +415,14 @@ def test_a_zstandard_window_beyond_the_usual_limit_is_refused_with_what_to_do(tm
         r".*zstd -dc --long=31"
     )
     with pytest.raises(ValueError, match=message):
-        list(Source(str(tmp_path / "a.jsonl.zst")).chunks(100))
+        list(InputSource(str(tmp_path / "a.jsonl.zst")).chunks(100))
 
 
 def test_white_space_without_end_is_not_held(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b" \n" * 2_000_000 + b"{}\n")
     assert (
-        sum(bytes(chunk.data).count(b"\n") for chunk in Source(str(path)).chunks(1 << 14))
+        sum(bytes(chunk.data).count(b"\n") for chunk in InputSource(str(path)).chunks(1 << 14))
         == 2_000_001
     )
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from megatron_chatflow.cli.preprocess import main
 from megatron_chatflow.data import read_manifest
-from megatron_chatflow.data.preprocess.input_files import Source
+from megatron_chatflow.data.preprocess.input_files import InputSource
 from megatron_chatflow.data.preprocess.json_array import BrokenArray, lines
 from megatron_chatflow.data.preprocess.pipeline import (
     MalformedInput,
-    PreprocessSettings,
+    PreprocessOptions,
     preprocess,
 )
 from megatron_chatflow.data.preprocess.read_documents import read_texts
@@ -121,7 +121,7 @@ def preprocessed(folder, name, data, **changes):
     words = {"tokenizer_type": "ByteLevelTokenizer", "append_eod": True} | changes
     prefix = folder / name.replace(".", "_")
     summary = preprocess(
-        PreprocessSettings(input=(str(folder / name),), output_prefix=str(prefix), **words)
+        PreprocessOptions(input=(str(folder / name),), output_prefix=str(prefix), **words)
     )
     return (folder / f"{prefix.name}_text_document.bin").read_bytes(), summary
 
@@ -155,7 +155,7 @@ def test_a_zstandard_array_is_read(tmp_path):
 def test_chunks_are_the_same_at_every_reading_and_number_the_elements(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(RECORDS, indent=1))
-    first, second = (list(Source(str(path)).chunks(1 << 14)) for _ in range(2))
+    first, second = (list(InputSource(str(path)).chunks(1 << 14)) for _ in range(2))
     assert first == second and len(first) > 5
     assert [chunk.next for chunk in first[:-1]] == [chunk.first for chunk in first[1:]]
     assert (first[0].first, first[-1].next) == (1, len(RECORDS) + 1)
@@ -221,7 +221,7 @@ def test_more_malformed_records_than_allowed_write_nothing(
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
     words = {"kind": kind, "skip_malformed": True, "max_malformed": most}
     (tmp_path / "a.jsonl").write_bytes(data)
-    run = PreprocessSettings(
+    run = PreprocessOptions(
         input=(str(tmp_path / "a.jsonl"),),
         output_prefix=str(tmp_path / "out"),
         tokenizer_type="ByteLevelTokenizer",
@@ -246,7 +246,7 @@ def test_the_share_is_of_all_records_where_malformed_ones_are_large_and_come_fir
     path.write_bytes(large * 40 + b'{"text":"a"}\n' * good)
     words = {"tokenizer_type": "ByteLevelTokenizer", "skip_malformed": True}
     out = str(tmp_path / "out")
-    run = PreprocessSettings(input=(str(path),), output_prefix=out, **words)
+    run = PreprocessOptions(input=(str(path),), output_prefix=out, **words)
     if refused:
         with pytest.raises(MalformedInput, match="40 of 799 records are malformed"):
             preprocess(run)

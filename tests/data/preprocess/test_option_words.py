@@ -4,7 +4,7 @@ on.
 
 import pytest
 
-from megatron_chatflow.data.preprocess.pipeline import PreprocessSettings, preprocess
+from megatron_chatflow.data.preprocess.pipeline import PreprocessOptions, preprocess
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_such_a_word_is_refused_and_nothing_is_written(tmp_path, changes, flag):
     }
     with pytest.raises(ValueError) as error:
         preprocess(
-            PreprocessSettings(tokenizer_type="NullTokenizer", vocab_size=100, **paths, **words)
+            PreprocessOptions(tokenizer_type="NullTokenizer", vocab_size=100, **paths, **words)
         )
     assert str(error.value).startswith(flag) and "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in\n.jsonl", "in.jsonl", "out\n"]

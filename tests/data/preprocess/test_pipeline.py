@@ -18,7 +18,7 @@ from megatron_chatflow.data import IndexedDataset, read_manifest
 from megatron_chatflow.data.corpus.verify import verify
 from megatron_chatflow.data.preprocess.pipeline import (
     MalformedInput,
-    PreprocessSettings,
+    PreprocessOptions,
     preprocess,
 )
 from megatron_chatflow.tokenizer import load_tokenizer
@@ -73,7 +73,7 @@ def run(tmp_path):
             "tokenizer_type": "ByteLevelTokenizer",
             "input": tuple(str(tmp_path / name) for name in files),
         } | options
-        return preprocess(PreprocessSettings(output_prefix=str(tmp_path / "out" / "x"), **options))
+        return preprocess(PreprocessOptions(output_prefix=str(tmp_path / "out" / "x"), **options))
 
     go.folder = tmp_path / "out"
     return go
@@ -494,7 +494,7 @@ def test_an_empty_input_gives_no_corpus(run):
 
 def test_an_output_prefix_needs_a_name(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
-    settings = PreprocessSettings(
+    settings = PreprocessOptions(
         input=(str(tmp_path / "a.jsonl"),),
         output_prefix=f"{tmp_path}/",
         tokenizer_type="ByteLevelTokenizer",
@@ -508,7 +508,7 @@ def test_progress_tells_documents_bytes_and_the_share_that_is_done(tmp_path):
         "\n".join(json.dumps({"text": "x" * 1000}) for _ in range(1000))
     )
     seen = []
-    settings = PreprocessSettings(
+    settings = PreprocessOptions(
         input=(str(tmp_path / "a.jsonl"),),
         output_prefix=str(tmp_path / "x"),
         tokenizer_type="ByteLevelTokenizer",

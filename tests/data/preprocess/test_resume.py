@@ -15,8 +15,8 @@ import pytest
 import zstandard
 
 from megatron_chatflow.data.preprocess import pipeline as module
-from megatron_chatflow.data.preprocess.pipeline import InputChanged, PreprocessSettings, preprocess
-from megatron_chatflow.data.preprocess.resume_state import claimed
+from megatron_chatflow.data.preprocess.pipeline import InputChanged, PreprocessOptions, preprocess
+from megatron_chatflow.data.preprocess.resume_state import locked_folder
 from tests.data.preprocess.test_input_files import write_table
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -39,10 +39,10 @@ def count(function):
 
 for name in ("fsync", "replace", "unlink", "rmdir"):
     setattr(os, name, count(getattr(os, name)))
-module.Spool.append = count(module.Spool.append)
+module.TokenFiles.append = count(module.TokenFiles.append)
 module._CHUNK, module._CHECKPOINT_SECONDS, module._CHECKPOINT_SHARE = 1 << 10, 0.0, float("inf")
 settings = json.loads(sys.argv[2])
-module.preprocess(module.PreprocessSettings(**settings))
+module.preprocess(module.PreprocessOptions(**settings))
 print(-left)
 """
 
@@ -129,7 +129,7 @@ def test_a_run_killed_anywhere_and_resumed_writes_what_an_uninterrupted_one_writ
     for turn, share in enumerate((0.2, 0.6, 0.97)):
         given = settings(f"out{turn}", **options)
         drive(max(1, int(share * steps)), given)
-        preprocess(PreprocessSettings(**given, resume=True))
+        preprocess(PreprocessOptions(**given, resume=True))
         assert written(tmp_path / f"out{turn}") == expected
 
 
@@ -143,7 +143,7 @@ def test_a_run_over_an_array_that_was_killed_and_resumed_writes_what_an_uninterr
     assert 1 < state["place"]["next"] < 300 and state["records"][0] == state["place"]["next"] - 1
     for output in ("out", "whole"):
         preprocess(
-            PreprocessSettings(
+            PreprocessOptions(
                 **given, output_prefix=str(tmp_path / output / "x"), resume=output == "out"
             )
         )
@@ -163,7 +163,7 @@ def test_a_run_killed_at_every_step_writes_what_an_uninterrupted_one_writes(
         drive(at, given)
         if at % 2:
             drive(max(1, (steps - at) // 2), given | {"resume": True})
-        preprocess(PreprocessSettings(**given, resume=True))
+        preprocess(PreprocessOptions(**given, resume=True))
         assert written(tmp_path / f"out{at}") == expected, at
 
 
@@ -245,14 +245,14 @@ def test_an_unfinished_run_is_named_with_both_cures_and_left_alone(tmp_path, kil
             r"folder to start over"
         ),
     ):
-        preprocess(PreprocessSettings(**killed))
+        preprocess(PreprocessOptions(**killed))
     assert written(tmp_path / "out") == before
 
 
 def test_a_resumed_run_says_where_it_goes_on_and_counts_from_there(killed):
     notes, seen = [], []
     summary = preprocess(
-        PreprocessSettings(**killed, resume=True, log_interval=1), seen.append, notes.append
+        PreprocessOptions(**killed, resume=True, log_interval=1), seen.append, notes.append
     )
     (note,) = notes
     documents = int(note.removesuffix(" documents").rpartition(" ")[2])
@@ -280,18 +280,18 @@ def test_other_settings_are_refused_by_name_and_the_unfinished_run_is_left_alone
 ):
     before = written(tmp_path / "out")
     with pytest.raises(ValueError) as error:
-        preprocess(PreprocessSettings(**killed | changed | {"resume": True}))
+        preprocess(PreprocessOptions(**killed | changed | {"resume": True}))
     assert named in str(error.value) and "restore it, or delete" in str(error.value)
     assert written(tmp_path / "out") == before
 
 
 def test_a_longer_or_missing_input_is_refused(tmp_path, killed):
     with pytest.raises(ValueError, match="another --input-format"):
-        preprocess(PreprocessSettings(**killed | {"input": killed["input"][1:]}, resume=True))
+        preprocess(PreprocessOptions(**killed | {"input": killed["input"][1:]}, resume=True))
     with open(tmp_path / "e.jsonl", "ab") as file:
         file.write(b"{}\n")
     with pytest.raises(ValueError, match="another --input "):
-        preprocess(PreprocessSettings(**killed, resume=True))
+        preprocess(PreprocessOptions(**killed, resume=True))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "e.jsonl"])
@@ -309,18 +309,18 @@ def test_an_input_of_the_same_size_with_another_content_is_refused_until_it_is_r
         InputChanged,
         match=f"--resume: {name} is not what the unfinished run read: restore it, or delete",
     ):
-        preprocess(PreprocessSettings(**killed, resume=True))
+        preprocess(PreprocessOptions(**killed, resume=True))
     (tmp_path / name).write_bytes(content)
-    preprocess(PreprocessSettings(**killed, resume=True))
-    preprocess(PreprocessSettings(**settings("whole")))
+    preprocess(PreprocessOptions(**killed, resume=True))
+    preprocess(PreprocessOptions(**settings("whole")))
     assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
 def test_inputs_that_were_only_touched_are_read_again_and_accepted(tmp_path, settings, killed):
     for path in killed["input"]:
         os.utime(path, (1, 1))
-    preprocess(PreprocessSettings(**killed, resume=True))
-    preprocess(PreprocessSettings(**settings("whole")))
+    preprocess(PreprocessOptions(**killed, resume=True))
+    preprocess(PreprocessOptions(**settings("whole")))
     assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
@@ -331,14 +331,14 @@ def test_a_damaged_state_is_refused_with_the_cure(tmp_path, killed):
         with pytest.raises(
             ValueError, match=r"state\.json is damaged .*: restore it, or delete .* to start over"
         ):
-            preprocess(PreprocessSettings(**killed, resume=True))
+            preprocess(PreprocessOptions(**killed, resume=True))
 
 
 def test_what_a_run_left_that_saved_no_state_is_replaced(tmp_path, settings):
     given = settings("out")
     drive(1, given)
     assert (tmp_path / "out" / "x_text_document.unfinished").is_dir()
-    preprocess(PreprocessSettings(**given))
+    preprocess(PreprocessOptions(**given))
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".bin", ".idx", ".json"}
 
 
@@ -352,7 +352,7 @@ def test_processes_that_come_and_go_never_have_one_folder_at_once(tmp_path):
         code, end = 1, time.monotonic() + 1.5
         try:
             while time.monotonic() < end:
-                with suppress(ValueError), claimed(folder):
+                with suppress(ValueError), locked_folder(folder):
                     os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
                     os.listdir(folder)
                     os.unlink(marker)
@@ -365,7 +365,7 @@ def test_processes_that_come_and_go_never_have_one_folder_at_once(tmp_path):
 
 def test_resume_without_an_unfinished_run_starts_at_the_beginning_and_says_so(settings):
     notes = []
-    preprocess(PreprocessSettings(**settings("out"), resume=True), note=notes.append)
+    preprocess(PreprocessOptions(**settings("out"), resume=True), note=notes.append)
     assert notes == [
         "--resume: there is no unfinished run of this output, so this one starts at the beginning"
     ]
@@ -373,7 +373,7 @@ def test_resume_without_an_unfinished_run_starts_at_the_beginning_and_says_so(se
 
 def test_two_runs_into_one_output_are_refused(tmp_path, settings):
     with (
-        claimed(PreprocessSettings(**settings("out")).unfinished()),
+        locked_folder(PreprocessOptions(**settings("out")).unfinished()),
         pytest.raises(ValueError, match=r"another process \(.*\) is writing into"),
     ):
-        preprocess(PreprocessSettings(**settings("out")))
+        preprocess(PreprocessOptions(**settings("out")))

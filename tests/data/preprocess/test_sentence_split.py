@@ -10,10 +10,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDat
 
 from megatron_chatflow.data import read_manifest
 from megatron_chatflow.data.corpus.verify import verify
-from megatron_chatflow.data.preprocess.pipeline import PreprocessSettings, preprocess
+from megatron_chatflow.data.preprocess.pipeline import PreprocessOptions, preprocess
 from megatron_chatflow.data.preprocess.sentence_split import (
     NLTK_LANGUAGES,
-    Splitting,
+    SentenceSplitting,
     choose_splitting,
     splitter,
 )
@@ -55,7 +55,7 @@ def run(tmp_path):
             "".join(json.dumps({"text": value}) + "\n" for value in values)
         )
         notes = []
-        settings = PreprocessSettings(
+        settings = PreprocessOptions(
             input=(str(tmp_path / "a.jsonl"),),
             output_prefix=str(tmp_path / "x"),
             tokenizer_type="ByteLevelTokenizer",
@@ -127,15 +127,17 @@ def test_rules_find_the_sentences(without_data, lang, text, expected):
     st.sampled_from(["ideographic", "thai", "general"]),
 )
 def test_with_newlines_kept_the_sentences_are_the_text(text, rule):
-    kept = splitter(Splitting("", rule, True))(text)
+    kept = splitter(SentenceSplitting("", rule, True))(text)
     assert "".join(kept) in text and "".join(kept).split() == text.split()
-    assert [sentence.strip() for sentence in kept] == splitter(Splitting("", rule, False))(text)
+    assert [sentence.strip() for sentence in kept] == splitter(SentenceSplitting("", rule, False))(
+        text
+    )
 
 
 @pytest.mark.parametrize("rule", ["ideographic", "thai", "general"])
 @pytest.mark.parametrize("text", [".", "!", " ", "\n", " \n", "a. ", '"', '."', "ก ", '。"', "a"])
 def test_a_rule_takes_time_in_proportion_to_the_text(rule, text):
-    splitter(Splitting("", rule, False))(text * 200_000)  # quadratic would be hours
+    splitter(SentenceSplitting("", rule, False))(text * 200_000)  # quadratic would be hours
 
 
 def test_punkt_is_used_where_its_data_is(with_data, run):

@@ -12,13 +12,13 @@ import psutil
 import pytest
 
 from megatron_chatflow.data.preprocess import worker_pool
-from megatron_chatflow.data.preprocess.encoder import Encoded, Task
+from megatron_chatflow.data.preprocess.encoder import EncodedChunk, EncodeTask
 from megatron_chatflow.data.preprocess.input_files import Chunk
-from megatron_chatflow.data.preprocess.worker_pool import WorkerDied, encoders
+from megatron_chatflow.data.preprocess.worker_pool import WorkerDied, encoder_pool
 from megatron_chatflow.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
-TASK = Task("text", ("text",), None, False, None, "uint16")
+TASK = EncodeTask("text", ("text",), None, False, None, "uint16")
 BYTES = {"tokenizer_type": "ByteLevelTokenizer"}
 
 
@@ -49,7 +49,7 @@ def signalled(monkeypatch):
     monkeypatch.setattr(worker_pool, "STOPPED_SECONDS", 2)
     others = set(psutil.Process().children())
 
-    def run(number: int, chunks) -> list[Encoded]:
+    def run(number: int, chunks) -> list[EncodedChunk]:
         sent = []
 
         def watched():
@@ -60,7 +60,7 @@ def signalled(monkeypatch):
                         process.send_signal(number)
                 yield source, chunk
 
-        with encoders(2, load_tokenizer(**BYTES), BYTES, TASK) as encode:
+        with encoder_pool(2, load_tokenizer(**BYTES), BYTES, TASK) as encode:
             result = [encoded for _, encoded in encode(watched(), lambda: False)]
         assert sent
         return result
@@ -90,7 +90,7 @@ def test_a_killed_worker_ends_the_run(signalled):
 
 def test_a_worker_that_is_stopped_when_all_is_done_does_not_hold_up_the_end(monkeypatch):
     others = set(psutil.Process().children())
-    with encoders(2, load_tokenizer(**BYTES), BYTES, TASK) as encode:
+    with encoder_pool(2, load_tokenizer(**BYTES), BYTES, TASK) as encode:
         assert len(list(encode(_chunks(20), lambda: False))) == 20
         for process in _workers(others):
             process.send_signal(signal.SIGSTOP)
