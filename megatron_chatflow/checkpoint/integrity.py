@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.errors import CheckpointError
+from megatron_chatflow.errors import ChatflowError, CheckpointError
 from megatron_chatflow.utils.files import seal, seal_file, write_atomically
 from megatron_chatflow.utils.user_files import load_json, open_inside
 
@@ -38,7 +38,7 @@ def seal_folder(folder: Path) -> Seals:
 
 
 def check_files(folder: Path, seals: Seals) -> None:
-    """Raise ValueError where the files in a folder are not exactly those of `seals`, by name and
+    """Raise CheckpointError where the files in a folder are not exactly those of `seals`, by name and
     size.
     """
     there = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
@@ -56,15 +56,18 @@ def check_files(folder: Path, seals: Seals) -> None:
 
 def read_manifest(folder: Path) -> Seals | None:
     """The seals of a checkpoint; None where it has no manifest, as those of version 0.1.0. Raises
-    ValueError for a damaged manifest.
+    ChatflowError for a damaged manifest.
     """
     try:
         with open_inside(folder, NAME) as file:
             text = file.read().decode("utf-8")
     except FileNotFoundError:
         return None
-    files = load_json(text)["files"]
-    if text != _render(files):
+    except UnicodeDecodeError as error:
+        raise CheckpointError(str(error)) from None
+    content = load_json(text)
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or text != _render(files):
         raise CheckpointError("its content is not what was written")
     for name, entry in files.items():
         if type(entry) is not dict or type(entry.get("bytes")) is not int:
@@ -74,9 +77,10 @@ def read_manifest(folder: Path) -> Seals | None:
 
 def _was_sealed(folder: Path) -> bool:
     try:
-        return bool(load_json((folder / "state.json").read_bytes()).get("sealed"))
-    except (OSError, ValueError, AttributeError):
+        state = load_json((folder / "state.json").read_bytes())
+    except (OSError, ChatflowError):
         return True  # a state that cannot be read is damage enough
+    return not isinstance(state, dict) or bool(state.get("sealed"))
 
 
 def _render(files: Seals) -> str:
@@ -108,7 +112,7 @@ def damage(folder: Path, read: Any) -> str | None:
     """
     try:
         seals = read_manifest(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ChatflowError) as error:
         return f"{NAME} is damaged ({error})"
     if seals is None and _was_sealed(folder):
         return f"{NAME} is missing"
@@ -124,7 +128,7 @@ def damage(folder: Path, read: Any) -> str | None:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        except ValueError as error:
+        except ChatflowError as error:
             return f"{NAME} is damaged ({error})"
     for name in REQUIRED:
         if not (folder / name).is_file():

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
 
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.utils.user_files import load_json
 
 
@@ -71,11 +72,11 @@ def read_holder(file: int) -> Holder | None:
     """The record in a lease file; None where it is empty or damaged."""
     try:
         holder = Holder(**load_json(os.read(file, 1 << 16)))
-        hints = get_type_hints(Holder)
-        fits = all(isinstance(getattr(holder, name), hint) for name, hint in hints.items())
-        return holder if fits and 0 <= holder.since < 1 << 36 else None
-    except (ValueError, TypeError):
+    except (ChatflowError, TypeError):
         return None
+    hints = get_type_hints(Holder)
+    fits = all(isinstance(getattr(holder, name), hint) for name, hint in hints.items())
+    return holder if fits and 0 <= holder.since < 1 << 36 else None
 
 
 def kernel() -> tuple[str, str]:

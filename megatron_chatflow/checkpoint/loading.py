@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from megatron_chatflow.checkpoint.tensor_reader import CheckpointReader
-from megatron_chatflow.errors import CheckpointError, ConfigError
+from megatron_chatflow.errors import ChatflowError, CheckpointError
 
 
 def load(reader: CheckpointReader, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def load(reader: CheckpointReader, wanted: dict[str, Any]) -> dict[str, Any]:
             )
     except CheckpointException as error:
         for failure, _ in error.failures.values():
-            if isinstance(failure, ConfigError):
+            if isinstance(failure, ChatflowError):
                 raise failure from None
         raise
 

@@ -13,7 +13,7 @@ from megatron_chatflow.checkpoint import integrity, lineage
 from megatron_chatflow.checkpoint.lineage import Lineage, listed
 from megatron_chatflow.errors import ChatflowError, CheckpointError
 from megatron_chatflow.utils.files import write_atomically
-from megatron_chatflow.utils.user_files import load_json
+from megatron_chatflow.utils.user_files import load_json, read_text
 
 POINTER = "latest_checkpointed_iteration.txt"
 METRICS = "metrics.jsonl"
@@ -262,8 +262,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     data.
     """
     try:
-        return load_json((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return load_json(read_text(folder / "state.json"))
+    except ChatflowError as error:
         raise CheckpointError(
             f"{folder / 'state.json'} cannot be read ({error}); load another checkpoint "
             f"with --ckpt-step"

@@ -219,7 +219,7 @@ class Saver:
                 if writing.problem or problems:
                     raise OSError(writing.problem or "; ".join(problems))
                 self._publish(writer, metadata, everyone)
-            except (OSError, ValueError, LeaseLostError) as error:
+            except (OSError, CheckpointError, LeaseLostError) as error:
                 shutil.rmtree(writing.partial, ignore_errors=True)
                 lost = isinstance(error, LeaseLostError)
                 verdict = [error if lost else _cannot_write(writing.iteration, error)]
@@ -256,7 +256,7 @@ class Saver:
         try:
             os.rename(partial, folder)
             check_files(folder, seals)  # once more under the name that nothing sweeps
-        except (OSError, ValueError):
+        except (OSError, CheckpointError):
             if not partial.exists():
                 os.rename(folder, partial)
             if aside.exists():
@@ -286,7 +286,7 @@ class Saver:
             self._sweeper = None
 
 
-def _cannot_write(iteration: int, error: OSError | ValueError) -> SaveError:
+def _cannot_write(iteration: int, error: OSError | CheckpointError) -> SaveError:
     what = f"the checkpoint of iteration {iteration}"
     if isinstance(error, OSError):
         return SaveError(f"{what} cannot be written (is the disk full?): {error}")

@@ -216,7 +216,7 @@ def _read_data(config: Config, result: dict[str, Any]) -> tuple[int | None, list
         return _vocab_size(config, [])
     try:
         inputs = open_inputs(config, held_out=bool(config.validation.eval_interval))
-    except (ValueError, OSError) as error:
+    except ChatflowError as error:
         return _vocab_size(config, _faults(config) or [str(error)])
     result["notes"] += inputs.notes
     result["notes"].append(_files_note(len(inputs.domains)))
@@ -230,7 +230,7 @@ def _read_data(config: Config, result: dict[str, Any]) -> tuple[int | None, list
         ]
         result["data"] = {"samples": outlook.end, "domains": domains}
         check_exhaustion(plan, inputs.epoch_samples)
-    except ValueError as error:
+    except ChatflowError as error:
         return inputs.vocab_size, [str(error)]
     return inputs.vocab_size, []
 
@@ -255,7 +255,7 @@ def _vocab_size(config: Config, refusals: list[str]) -> tuple[int | None, list[s
             vocab_file=t.vocab_file,
             merge_file=t.merge_file,
         )
-    except (ValueError, OSError) as error:
+    except ChatflowError as error:
         return None, [*refusals, *([] if str(error) in refusals else [str(error)])]
     return tokenizer.vocab_size, refusals
 
@@ -271,7 +271,7 @@ def _faults(config: Config) -> list[str]:
         return []
     try:
         curriculum = load_curriculum(config.data.curriculum)
-    except (ValueError, OSError):
+    except ChatflowError:
         return []
     faults = []
     for name, domain in curriculum.domains.items():
@@ -282,7 +282,7 @@ def _faults(config: Config) -> list[str]:
                 seed=0,
                 split=config.data.split,
             )
-        except (ValueError, OSError) as error:
+        except ChatflowError as error:
             faults.append(str(error))
     return faults
 

@@ -21,7 +21,7 @@ from megatron_chatflow.config import schema
 from megatron_chatflow.config.schema import Config
 from megatron_chatflow.config.unsupported_flags import REFUSED
 from megatron_chatflow.errors import ChatflowError, ConfigError
-from megatron_chatflow.utils.user_files import check_line, dump_yaml, load_yaml
+from megatron_chatflow.utils.user_files import check_line, dump_yaml, load_yaml, read_text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,7 +112,7 @@ def convert(name: str, value: Any, cls: type) -> Any:
     elif base is str:
         if not isinstance(value, str):
             raise wrong
-        _check_line(name, value)
+        check_line(name, value)
         if "choices" in meta and value not in meta["choices"]:
             raise ConfigError(
                 f"{name}: {value!r} is not known; write one of "
@@ -127,15 +127,8 @@ def convert(name: str, value: Any, cls: type) -> Any:
         except (TypeError, ValueError):
             raise wrong from None
         for text in value if item is str else ():
-            _check_line(name, text)
+            check_line(name, text)
     return value
-
-
-def _check_line(name: str, text: str) -> None:
-    try:
-        check_line(name, text)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def _describe(base: Any) -> str:
@@ -154,16 +147,14 @@ def _yaml_values(path: Path) -> dict[str, Any]:
     folder.
     """
     try:
-        document = load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        text = read_text(path)
+    except ChatflowError as error:
         raise ConfigError(
-            f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML file"
+            f"--config {path}: cannot be read ({error}); give the path of a YAML file"
         ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(
-            f"--config {path}: not UTF-8 text; give the path of a YAML file"
-        ) from None
-    except ValueError as error:
+    try:
+        document = load_yaml(text)
+    except ChatflowError as error:
         raise ConfigError(f"--config {path}: {error}") from None
     if document is None:
         return {}

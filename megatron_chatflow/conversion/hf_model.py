@@ -193,10 +193,7 @@ def _open_tokenizer(folder: Path) -> tuple[str, Path, Tokenizer]:
     """(Megatron's type, file, tokenizer) of a folder."""
     for name, kind in TOKENIZERS.items():
         if (folder / name).is_file():
-            try:
-                return kind, folder / name, load_tokenizer(kind, tokenizer_model=folder / name)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+            return kind, folder / name, load_tokenizer(kind, tokenizer_model=folder / name)
     raise ConfigError(
         f"{folder} has neither tokenizer.json nor tokenizer.model; a model is converted "
         f"together with its tokenizer: copy it there"

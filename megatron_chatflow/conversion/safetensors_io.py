@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_chatflow.errors import ConfigError
-from megatron_chatflow.utils.user_files import load_json, open_inside
+from megatron_chatflow.errors import ChatflowError, ConfigError
+from megatron_chatflow.utils.user_files import load_json, open_inside, read_text
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights by their name in safetensors."""
@@ -32,12 +32,12 @@ _LARGEST_FILE = 1024**3
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ConfigError where there is none."""
     try:
-        content = load_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error.strerror}); give a complete folder"
-        ) from None
-    except ValueError as error:
+        text = read_text(path)
+    except ChatflowError as error:
+        raise ConfigError(f"{path} cannot be read ({error}); give a complete folder") from None
+    try:
+        content = load_json(text)
+    except ChatflowError as error:
         raise ConfigError(f"{path} is not JSON ({error}); copy the file again") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no JSON object; copy the file again")
@@ -111,7 +111,7 @@ def _is_in(folder: Path, name: str) -> bool:
         open_inside(folder, name).close()
     except FileNotFoundError:
         return False
-    except (OSError, ValueError) as error:
+    except (OSError, ChatflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"{folder / _INDEX}: {reason}; give a folder with all files in it"

@@ -19,8 +19,14 @@ from megatron_chatflow.curriculum.schema import (
     Domain,
     Stage,
 )
-from megatron_chatflow.errors import ConfigError
-from megatron_chatflow.utils.user_files import control_character, load_yaml, valid_name, visible
+from megatron_chatflow.errors import ChatflowError, ConfigError
+from megatron_chatflow.utils.user_files import (
+    control_character,
+    load_yaml,
+    read_text,
+    valid_name,
+    visible,
+)
 
 _SUFFIXES = ("_text_document", "_document")
 
@@ -36,15 +42,14 @@ def load_curriculum(path: str | Path) -> Curriculum:
         key, value and what to do.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        text = read_text(path)
+    except ChatflowError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({reason}); give the path of a curriculum file"
+            f"{path}: cannot be read ({error}); give the path of a curriculum file"
         ) from None
     try:
         mapping = load_yaml(text)
-    except ValueError as error:
+    except ChatflowError as error:
         raise ConfigError(f"{path}: {error}") from None
     return parse_curriculum(mapping, source=str(path), folder=Path(path).parent)
 

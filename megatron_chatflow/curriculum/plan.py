@@ -23,7 +23,7 @@ from megatron_chatflow.curriculum.schema import (
     Domain,
     Stage,
 )
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.utils.user_files import load_json, valid_name, visible
 
 PLAN_VERSION = 2
@@ -308,7 +308,7 @@ class BlendPlan:
         """
         try:
             ledger = load_json(text)
-        except ValueError:
+        except ChatflowError:
             raise ConfigError(
                 "the plan is not valid JSON; restore plan.json from the checkpoint"
             ) from None

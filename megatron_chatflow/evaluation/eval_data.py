@@ -11,7 +11,7 @@ from typing import Any
 from megatron_chatflow.config import Config
 from megatron_chatflow.data.blend.document_dataset import DocumentDataset
 from megatron_chatflow.data.preprocess.read_documents import read_texts
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.evaluation.eval_model import Subject
 from megatron_chatflow.tokenizer import TokenBytes, Tokenizer
 from megatron_chatflow.training.data_setup import open_inputs, open_tokenizer
@@ -89,7 +89,7 @@ def read_named_texts(words: Sequence[str]) -> dict[str, list[str]]:
             raise ConfigError(f"text {name} is given twice; give each file a name of its own")
         try:
             texts[name] = list(read_texts([path]))
-        except ValueError as error:
+        except ChatflowError as error:
             raise ConfigError(f"text {name}: {str(error).removeprefix('--input ')}") from None
         if not texts[name]:
             raise ConfigError(f"text {word}: the file holds no text; give one with documents")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.utils.user_files import load_json
 
 BAD = ".bad"
@@ -27,7 +28,7 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     validation's by name."""
     try:
         record = load_json(line.decode("utf-8"))
-    except ValueError:
+    except (UnicodeDecodeError, ChatflowError):
         return None
     if type(record) is not dict or type(record.get("iteration")) is not int:
         return None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from megatron_chatflow.errors import TokenizerError
+from megatron_chatflow.errors import ConfigError, TokenizerError
 from megatron_chatflow.tokenizer.base import BYTE_SPACE, Tokenizer, digest, neighbors, read_bytes
 from megatron_chatflow.tokenizer.unicode_scripts import SPACE
 from megatron_chatflow.utils.user_files import load_json
@@ -264,7 +264,7 @@ def _declared_tokens(type: str, folder: str) -> dict[str, str]:
             continue
         try:
             content = load_json(read_bytes(type, "the file", path))
-        except ValueError as error:
+        except ConfigError as error:
             raise TokenizerError(
                 f"{type}: {path} is not JSON ({error}): mend it or take it away"
             ) from error

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from megatron_chatflow.errors import TokenizerError
+from megatron_chatflow.errors import ChatflowError, TokenizerError
 from megatron_chatflow.tokenizer.base import Tokenizer, digest, neighbors, read_bytes
 from megatron_chatflow.utils.user_files import load_json
 
@@ -132,7 +132,7 @@ def _parse(
     """Returns the text tokens, the file's own settings, and its special tokens by id."""
     try:
         parsed = load_json(content)
-    except ValueError as error:
+    except ChatflowError as error:
         raise _not_a_vocabulary(type, path, "it is not JSON") from error
     if isinstance(parsed, list):
         return parsed, {}, dict(enumerate(_SPECIAL))
@@ -159,8 +159,8 @@ def _token(type: str, path: str, rank: int, entry: Any) -> bytes:
     )
 
 
-def _not_a_vocabulary(type: str, path: str, reason: str) -> ValueError:
-    return ValueError(
+def _not_a_vocabulary(type: str, path: str, reason: str) -> TokenizerError:
+    return TokenizerError(
         f"{type}: tokenizer_model {path} is not a tiktoken vocabulary in JSON ({reason}): "
         "give Megatron's list of rank and token_bytes or a tekken.json; for other "
         "vocabularies use HuggingFaceTokenizer and tokenizer.json"

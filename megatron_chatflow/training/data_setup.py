@@ -20,7 +20,7 @@ from megatron_chatflow.curriculum import (
     load_curriculum,
 )
 from megatron_chatflow.data import InstructDataset, Manifest, open_domains, read_manifest
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.tokenizer import TokenBytes, Tokenizer, load_tokenizer
 
 MUCH_LOST = 0.01
@@ -144,7 +144,7 @@ def _open_held_out(
         alone = replace(curriculum, domains={name: replace(entry, valid=entry.path)})
         try:
             validated |= _open_subset(config, alone, tokenizer, "valid")
-        except ValueError as error:
+        except ChatflowError as error:
             raise ConfigError(f"validation {name}: {error.__cause__ or error}") from None
     if not any(domain.num_samples for domain in validated.values()):
         raise ConfigError(

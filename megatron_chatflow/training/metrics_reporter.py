@@ -14,7 +14,7 @@ from megatron_chatflow.checkpoint.lease import Lease
 from megatron_chatflow.checkpoint.run_directory import METRICS, begin_course
 from megatron_chatflow.config import to_yaml
 from megatron_chatflow.distributed.consistency_check import on_first_rank
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.model.forward import SUMS
 from megatron_chatflow.model.gpt import flops_per_token
 from megatron_chatflow.report import console
@@ -24,7 +24,7 @@ from megatron_chatflow.training.loss_spikes import SpikeWatch
 from megatron_chatflow.training.metrics import by_domain, loss_values
 from megatron_chatflow.training.setup import Run
 from megatron_chatflow.training.train_step import StepResult
-from megatron_chatflow.utils.files import WriteError, unwritable, write_atomically
+from megatron_chatflow.utils.files import unwritable, write_atomically
 
 
 class Reporter:
@@ -48,7 +48,7 @@ class Reporter:
         """What records show of it."""
         folder = Path(config.checkpoint.save) if config.checkpoint.save else None
         board = config.logging.tensorboard_dir or (folder / "tensorboard" if folder else None)
-        on_first_rank(lambda: self._open(folder, board and Path(board)), ConfigError, WriteError)
+        on_first_rank(lambda: self._open(folder, board and Path(board)), ChatflowError)
         self.flops = flops_per_token(config, run.inputs.vocab_size)
         self.spikes = SpikeWatch()
         self.window: list[dict[str, Any]] = []

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_chatflow.config import Config
-from megatron_chatflow.errors import ConfigError
-from megatron_chatflow.utils.user_files import load_json
+from megatron_chatflow.errors import ChatflowError, ConfigError
+from megatron_chatflow.utils.user_files import load_json, read_text
 
 NAME = "token_map.json"
 
@@ -34,19 +34,20 @@ def new_row_ids(config: Config, vocab_size: int) -> np.ndarray:
             f"--tokenizer-model the folder of an extended tokenizer"
         )
     path = (Path(model) if Path(model).is_dir() else Path(model).parent) / NAME
-    try:
-        content = load_json(path.read_text(encoding="utf-8"))
-        ids = np.array(sorted({int(entry["id"]) for entry in content["new"]}), np.int64)
-    except FileNotFoundError:
+    if not path.exists():
         raise ConfigError(
             f"train_new_rows_samples needs {path}, which tools/extend_tokenizer.py writes; "
             f"give that tokenizer, or drop --train-new-rows-samples"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        )
+    try:
+        content = load_json(read_text(path))
+        numbers = {int(entry["id"]) for entry in content["new"]}
+    except (ChatflowError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is not a token map ({type(error).__name__}: {error}); write it again "
             f"with tools/extend_tokenizer.py"
         ) from None
+    ids = np.array(sorted(numbers), np.int64)
     if not len(ids):
         raise ConfigError(
             f"{path} names no new tokens, so there is nothing to train; drop "

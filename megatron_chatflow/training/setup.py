@@ -24,7 +24,7 @@ from megatron_chatflow.config import Config, Schedule, to_yaml
 from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
 from megatron_chatflow.data import BlendedDataset
 from megatron_chatflow.distributed.launch import Launch
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.training.batch_schedule import Batches, batch_history, fix_length
 from megatron_chatflow.training.data_setup import Inputs, make_plan
 from megatron_chatflow.training.new_token_ids import new_row_ids
@@ -40,7 +40,7 @@ from megatron_chatflow.training.resume_settings import (
     resume_settings,
     saved_settings,
 )
-from megatron_chatflow.utils.files import WriteError, unwritable
+from megatron_chatflow.utils.files import unwritable
 
 if TYPE_CHECKING:
     from megatron_chatflow.checkpoint.lease import Lease
@@ -316,7 +316,7 @@ def claim(lease: Lease | None, say: Callable[[str], None]) -> None:
             raise unwritable("save", lease.folder, error) from None
 
     if lease is not None:
-        on_first_rank(acquire, ConfigError, WriteError)
+        on_first_rank(acquire, ChatflowError)
 
 
 def join(launch: Launch, config: Config) -> Lifeline | None:

@@ -1,4 +1,4 @@
-"""YAML, JSON and words that users write: what is wrong with them is a ValueError with one message.
+"""Read YAML, JSON and words that users write; what is wrong with them is a ConfigError.
 
 Files come from anywhere, so nothing here recurses with their depth, and no text may hold what would
 start a new line of a log or of a script.
@@ -54,12 +54,31 @@ def load_json(text: str | bytes) -> Any:
     """Return what JSON text holds.
 
     Raises:
-        ValueError: it is not JSON, not UTF-8, or nested too deeply to be read.
+        ConfigError: it is not JSON, not UTF-8, or nested too deeply to be read.
     """
     try:
         return json.loads(text)
     except RecursionError:
         raise ConfigError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a file that a user named.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8. The message is the reason alone; the caller
+            adds the setting, the path, and what to do.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError("it is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(error.strerror or str(error)) from None
+    except ValueError as error:  # a NUL character in the path
+        raise ConfigError(str(error)) from None
 
 
 def dump_yaml(content: Any) -> str:
@@ -74,7 +93,7 @@ def load_yaml(text: str) -> Any:
     number, `010` is ten, dates are text.
 
     Raises:
-        ValueError: it is not YAML, a key comes twice, or it is nested more than 100 levels deep.
+        ConfigError: it is not YAML, a key comes twice, or it is nested more than 100 levels deep.
     """
     try:
         return _build(text)
@@ -205,7 +224,7 @@ def check_line(key: str, text: str) -> None:
     """Check that text is part of one line: a path or a word that goes into logs and scripts.
 
     Raises:
-        ValueError: it holds a control character, the end of a line, or bytes that are not UTF-8.
+        ConfigError: it holds a control character, the end of a line, or bytes that are not UTF-8.
     """
     found = control_character(text)
     if found is not None:
@@ -225,7 +244,7 @@ def check_name(key: str, name: str) -> None:
     """Check a name that a user gave.
 
     Raises:
-        ValueError: it is empty, begins or ends with white space, or holds a / or a character that
+        ConfigError: it is empty, begins or ends with white space, or holds a / or a character that
             is not printed.
     """
     if not valid_name(name):
@@ -242,7 +261,7 @@ def open_inside(folder: Path, name: str) -> io.FileIO:
     """Open a file that another file of its folder names, for reading.
 
     Raises:
-        ValueError: the name leads out of the folder, is a link, or is not that of a regular file.
+        ConfigError: the name leads out of the folder, is a link, or is not that of a regular file.
         OSError: there is no such file, or it cannot be opened.
     """
     if name in ("", ".", "..") or "/" in name or control_character(name):

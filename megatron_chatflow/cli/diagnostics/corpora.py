@@ -45,7 +45,7 @@ def fingerprints(prefixes: dict[str, str]) -> dict[str, str]:
     for name, prefix in prefixes.items():
         try:
             found[f"corpus {name}"] = IndexedDataset(prefix).fingerprint()
-        except ValueError as error:
+        except ChatflowError as error:
             found[f"corpus {name}"] = str(error)
     return found
 
@@ -83,7 +83,7 @@ def _corpus(name: str, prefix: str) -> Row:
     title = f"corpus {name}"
     try:
         dataset, manifest = IndexedDataset(prefix), read_manifest(prefix)
-    except ValueError as error:
+    except ChatflowError as error:
         return Row(title, "cannot be read", str(error), wrong=True)
     header = dataset.header
     value = f"{header.num_documents:,} documents, {header.num_tokens:,} tokens"
@@ -117,7 +117,7 @@ def _vocab_size(prefixes: dict[str, str]) -> int | None:
     for prefix in prefixes.values():
         try:
             manifest = read_manifest(prefix)
-        except ValueError:
+        except ChatflowError:
             continue
         if manifest is not None and manifest.tokenizer["vocab_size"]:
             sizes.append(manifest.tokenizer["vocab_size"])

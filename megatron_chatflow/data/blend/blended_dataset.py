@@ -18,7 +18,7 @@ from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.manifest import read_manifest
 from megatron_chatflow.data.corpus.split import document_range
 from megatron_chatflow.data.corpus.verify import manifest_error
-from megatron_chatflow.errors import DataError
+from megatron_chatflow.errors import ChatflowError, DataError
 
 if TYPE_CHECKING:
     from megatron_chatflow.curriculum import BlendPlan, Curriculum
@@ -215,7 +215,7 @@ def open_domains(
                     _check_trained(opened[name])
             else:
                 opened[name] = TextDataset(name, dataset, **common, **text)
-        except ValueError as error:
+        except ChatflowError as error:
             raise DataError(f"domain {name}: {error}") from error
     return opened
 

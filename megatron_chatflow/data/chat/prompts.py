@@ -20,7 +20,7 @@ from megatron_chatflow.data.chat.templates import (
 from megatron_chatflow.data.preprocess.encoder import Encoder, EncodeTask
 from megatron_chatflow.data.preprocess.input_files import open_sources
 from megatron_chatflow.data.preprocess.records import each_record
-from megatron_chatflow.errors import DataError
+from megatron_chatflow.errors import ChatflowError, DataError
 from megatron_chatflow.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]
@@ -50,7 +50,7 @@ def read_prompts(path: str) -> Iterator[tuple[str, Record]]:
     """
     try:
         sources = open_sources([path])
-    except ValueError as error:
+    except ChatflowError as error:
         raise DataError(str(error).removeprefix("--input ")) from None
     for source in sources:
         for chunk in source.chunks(_CHUNK):

@@ -23,6 +23,8 @@ import time
 import weakref
 from typing import Any, NoReturn
 
+from megatron_chatflow.errors import DataError
+
 SECONDS = 5
 """CPU time of one rendering."""
 MEMORY = 512 << 20
@@ -52,7 +54,7 @@ class TemplateRefusal(Exception):
         """Whether it is an error of the template, not its verdict about the conversation."""
 
 
-class TemplateLimit(ValueError):
+class TemplateLimit(DataError):
     """The template cannot be read, or wants more than it may have, for any conversation."""
 
 

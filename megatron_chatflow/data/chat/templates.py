@@ -26,7 +26,7 @@ class Passage:
     parts: tuple[Part, ...]
 
 
-class MalformedRecord(ValueError):
+class MalformedRecord(DataError):
     """A record that is not what its file should hold; the message says what is wrong with it."""
 
 

@@ -7,7 +7,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_chatflow.utils.user_files import load_json, visible
+from megatron_chatflow.errors import ChatflowError, DataError
+from megatron_chatflow.utils.user_files import load_json, read_text, visible
 
 _TOKENIZER_TYPES = {"type": str, "name": str, "hash": str, "vocab_size": int, "eod": int | None}
 _TYPES = {
@@ -100,12 +101,11 @@ def read_manifest(prefix: str | os.PathLike) -> Manifest | None:
         type.
     """
     path = manifest_path(prefix)
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = load_json(file.read())
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return None
-    except ValueError as error:
+    try:
+        content = load_json(read_text(path))
+    except ChatflowError as error:
         raise _refusal(path, f"is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise _refusal(path, f"holds {type(content).__name__} in place of a mapping")
@@ -139,8 +139,8 @@ def _fits(value: Any, expected: Any) -> bool:
     )
 
 
-def _refusal(path: str, problem: str) -> ValueError:
-    return ValueError(
+def _refusal(path: str, problem: str) -> DataError:
+    return DataError(
         visible(
             f"manifest {path} {problem}: preprocess the corpus again, or delete the "
             f"manifest to read the corpus without it"

@@ -168,8 +168,8 @@ def _merged(
     )
 
 
-def _unlike(prefix: str, has: str, other: str, has_other: str, cure: str) -> ValueError:
-    return ValueError(
+def _unlike(prefix: str, has: str, other: str, has_other: str, cure: str) -> DataError:
+    return DataError(
         f"corpus {prefix} has {has}, corpus {other} has {has_other}, so they cannot be "
         f"merged: {cure}"
     )

@@ -24,7 +24,7 @@ from megatron_chatflow.data.chat.templates import (
 from megatron_chatflow.data.preprocess.input_files import Chunk
 from megatron_chatflow.data.preprocess.records import all_records, each_record
 from megatron_chatflow.data.preprocess.sentence_split import SentenceSplitting, splitter
-from megatron_chatflow.errors import DataError
+from megatron_chatflow.errors import ChatflowError, DataError
 from megatron_chatflow.tokenizer import Tokenizer
 from megatron_chatflow.tokenizer.long_text import PIECE, encode_in_pieces
 
@@ -247,7 +247,7 @@ class Encoder:
                 numbers.append(number)
             except MalformedRecord as error:
                 malformed.append((number, str(error)))
-            except ValueError as error:
+            except ChatflowError as error:
                 raise DataError(f"record {number}: {error}") from error
         corpus, refused = self.encode_conversations(conversations)
         malformed.extend((numbers[index], reason) for index, reason in refused)

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterator
 
+from megatron_chatflow.errors import DataError
+
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _TOKEN = re.compile(_STRING + rb'|["{}\[\],]', re.DOTALL)
 _BREAK = re.compile(_STRING + rb"|[\r\n]+", re.DOTALL)
@@ -17,7 +19,7 @@ _DEEPEST = 1 << 20
 _CLOSES = {ord("{"): ord("}"), ord("["): ord("]")}
 
 
-class BrokenArray(ValueError):
+class BrokenArray(DataError):
     """The elements of an array cannot be separated."""
 
 

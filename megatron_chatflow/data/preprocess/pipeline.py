@@ -42,7 +42,7 @@ from megatron_chatflow.data.preprocess.resume_state import (
 from megatron_chatflow.data.preprocess.sentence_split import NLTK_LANGUAGES, SentenceSplitting
 from megatron_chatflow.data.preprocess.token_files import TokenFiles
 from megatron_chatflow.data.preprocess.worker_pool import SourceChunk, encoder_pool
-from megatron_chatflow.errors import DataError
+from megatron_chatflow.errors import ChatflowError, DataError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 _CHUNK = 1 << 18
@@ -101,13 +101,13 @@ class PreprocessProgress:
     left: float | None
 
 
-class MalformedInput(ValueError):
+class MalformedInput(DataError):
     """Nothing was written because of what the input holds: malformed records, of which the message
     names the first few, or no document at all.
     """
 
 
-class InputChanged(ValueError):
+class InputChanged(DataError):
     """An input is not what the unfinished run read."""
 
 
@@ -153,7 +153,7 @@ def preprocess(
                 run.write()
         except InputChanged:
             raise
-        except ValueError:
+        except ChatflowError:
             discard_state(folder)
             raise
         for key, prefix in settings.prefixes().items():

@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 
 from megatron_chatflow.data.corpus.manifest import manifest_path
 from megatron_chatflow.data.preprocess.token_files import CorpusCounts
-from megatron_chatflow.errors import DataError
+from megatron_chatflow.errors import ChatflowError, DataError
 from megatron_chatflow.utils.files import make_folder, sync_folder
-from megatron_chatflow.utils.user_files import load_json
+from megatron_chatflow.utils.user_files import load_json, read_text
 
 _STATE = "state.json"
 
@@ -168,14 +168,13 @@ def load_state(folder: str, run: dict[str, Any]) -> ResumeState:
     """
     cure = f"or delete {folder} to start over"
     try:
-        with open(os.path.join(folder, _STATE), encoding="utf-8") as file:
-            content = load_json(file.read())
+        content = load_json(read_text(os.path.join(folder, _STATE)))
         content["place"] = InputPosition(**content["place"])
         content["counts"] = {
             key: CorpusCounts(**counts) for key, counts in content["counts"].items()
         }
         state = ResumeState(**content)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ChatflowError, TypeError, KeyError) as error:
         raise DataError(
             f"--resume: {folder}/{_STATE} is damaged ({error}): restore it, {cure}"
         ) from error
