@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
@@ -21,7 +20,7 @@ from megatron_chatflow.config import schema
 from megatron_chatflow.config.schema import Config
 from megatron_chatflow.config.unsupported_flags import REFUSED
 from megatron_chatflow.errors import ChatflowError, ConfigError
-from megatron_chatflow.utils.user_files import check_line, dump_yaml, load_yaml, read_text
+from megatron_chatflow.utils.user_files import check_line, closest, dump_yaml, load_yaml, read_text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,8 +80,8 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     count.
     """
     words = {word.lstrip("-"): word for word in known}
-    close = difflib.get_close_matches(name.lstrip("-"), list(words), n=1, cutoff=0.6)
-    return f"; did you mean {words[close[0]]}?" if close else ""
+    near = closest(name.lstrip("-"), words)
+    return f"; did you mean {words[near]}?" if near is not None else ""
 
 
 def convert(name: str, value: Any, cls: type) -> Any:

@@ -12,6 +12,7 @@ import torch
 
 from megatron_chatflow.conversion.safetensors_io import read_json
 from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.utils.seeding import seed_from
 
 TOKEN_MAP = "token_map.json"
 METHODS = ("mean", "random", "mean_all")
@@ -157,9 +158,7 @@ def with_new_rows(
         result[ids] = matrix[:base_vocab_size].float().mean(0).to(matrix.dtype)
     elif method == "random":
         name = f"{seed}/new rows/{side}"
-        generator = torch.Generator().manual_seed(
-            int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
-        )
+        generator = torch.Generator().manual_seed(seed_from(name))
         result[ids] = (
             torch.empty(len(new), matrix.shape[1])
             .normal_(0.0, std, generator=generator)

@@ -4,7 +4,6 @@ do. Nothing is guessed.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_chatflow.curriculum.schema import (
 )
 from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.utils.user_files import (
+    closest,
     control_character,
     load_yaml,
     read_text,
@@ -406,8 +406,8 @@ def _known(mapping: Mapping, names: Sequence[str], prefix: str, fail: Any) -> No
 
 
 def _nearest(value: Any, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(value), list(names), 1, 0.5)
-    return f", did you mean {near[0]!r}?" if near else ""
+    near = closest(str(value), names, cutoff=0.5)
+    return f", did you mean {near!r}?" if near else ""
 
 
 def _kind(value: Any) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from megatron_chatflow.utils.seeding import seed_from
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class Sampling:
         """Randomness of the prompt with this number: prompts do not disturb each other, however
         they share batches.
         """
-        digest = hashlib.blake2b(f"{self.seed}/{number}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.Generator().manual_seed(seed_from(f"{self.seed}/{number}"))
 
 
 def choose(

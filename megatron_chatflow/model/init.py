@@ -8,13 +8,14 @@ state dict, the same description by which checkpoints are resharded.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
+
+from megatron_chatflow.utils.seeding import seed_from
 
 
 @torch.no_grad()
@@ -47,9 +48,7 @@ def _fill(shard: ShardedTensor, seed: int, std: float, num_layers: int, vocab_si
     if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * num_layers)
     name = f"{seed}/{key}/{shard.global_offset[:lead]}"
-    generator = torch.Generator().manual_seed(
-        int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
-    )
+    generator = torch.Generator().manual_seed(seed_from(name))
     whole = torch.zeros(shard.global_shape[lead:])
     drawn = (
         whole[:vocab_size]

@@ -1,10 +1,10 @@
 """Tokenizers by Megatron's names."""
 
-import difflib
 import os
 
 from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.base import Tokenizer
+from megatron_chatflow.utils.user_files import closest
 
 TOKENIZER_TYPES = (
     "SentencePieceTokenizer",
@@ -78,9 +78,9 @@ def load_tokenizer(
 
 def _unknown(tokenizer_type: str) -> str:
     by_lower = {name.lower(): name for name in TOKENIZER_TYPES}
-    nearest = difflib.get_close_matches(str(tokenizer_type).lower(), by_lower, n=1, cutoff=0.5)
+    nearest = closest(str(tokenizer_type).lower(), by_lower, cutoff=0.5)
     hint = (
-        f"did you mean {by_lower[nearest[0]]}?"
+        f"did you mean {by_lower[nearest]}?"
         if nearest
         else f"known are {', '.join(TOKENIZER_TYPES)}"
     )

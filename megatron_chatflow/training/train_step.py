@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_chatflow.model.forward import reduce_sums, run_schedule
 from megatron_chatflow.training.new_token_phase import NewRows
 from megatron_chatflow.training.optimizer_step import update
+from megatron_chatflow.utils.seeding import seed_from
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def seed_iteration(seed: int, iteration: int) -> None:
     iteration, so resuming restores it.
     """
     place = f"{seed}/{iteration}/{parallel_state.get_pipeline_model_parallel_rank()}/{parallel_state.get_data_parallel_rank()}"
-    number = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=4).digest(), "little") >> 1
+    number = seed_from(place, num_bytes=4)
     torch.manual_seed(number)
     model_parallel_cuda_manual_seed(number)
 

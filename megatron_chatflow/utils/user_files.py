@@ -6,13 +6,14 @@ start a new line of a log or of a script.
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import os
 import re
 import stat
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,12 @@ def check_name(key: str, name: str) -> None:
 def visible(text: str) -> str:
     """Return text with each control character spelled out, so that it stays on its line."""
     return "".join(repr(c)[1:-1] if control_character(c) else c for c in text)
+
+
+def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known word that a misspelled one is most like, or None if none is similar."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return found[0] if found else None
 
 
 def open_inside(folder: Path, name: str) -> io.FileIO:
