@@ -1,13 +1,26 @@
-"""Errors that a user can fix: one message, no traceback. Everything else is a bug and keeps its
-traceback.
+"""Errors that a user can fix, and exit codes.
+
+A ChatflowError is printed as one message without a traceback. Every other exception is a bug and
+keeps its traceback; it exits with EXIT_FAILED, as Python does.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+EXIT_FAILED = 1
+"""Exit code where the work failed: a full disk, a malformed record, a lost lease, or a bug."""
+EXIT_USAGE = 2
+"""Exit code where flags, files or settings cannot be used."""
+EXIT_PREEMPTED = 3
+"""Exit code of a run that saved and exited before its end, at a signal or a time limit."""
+EXIT_INTERRUPTED = 130
+"""Exit code at Ctrl-C, as shells have it."""
 
-class ChatflowError(ValueError):
+
+class ChatflowError(Exception):
     """What the user gave cannot be used. The message names the key, the value and what to do."""
+
+    exit_code = EXIT_USAGE
 
 
 class ConfigError(ChatflowError):
@@ -60,6 +73,13 @@ class DataError(ChatflowError):
 
 class SampleError(DataError):
     """A sample that a run has begun to read cannot be trained on."""
+
+    exit_code = EXIT_FAILED
+
+
+def is_shared(error: BaseException) -> bool:
+    """Return whether every rank of a job raises this error, so that no rank has to report it."""
+    return isinstance(error, ChatflowError) and not isinstance(error, SampleError)
 
 
 class CheckpointError(ChatflowError):

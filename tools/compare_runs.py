@@ -12,6 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_chatflow.errors import ChatflowError  # noqa: E402
 from megatron_chatflow.report.metrics_file import read_records  # noqa: E402
 from megatron_chatflow.utils.user_files import load_json  # noqa: E402
 
@@ -23,7 +24,7 @@ exit codes: 0 the same, 1 different (the first difference is printed), 2 not two
 """
 
 
-class InputError(ValueError):
+class InputError(ChatflowError):
     """What was given cannot be compared."""
 
 
@@ -115,7 +116,6 @@ def _checkpoint_differences(a: Path, b: Path) -> Iterator[str]:
     import torch
 
     from megatron_chatflow.checkpoint.tensor_reader import read_common, read_tensors, tensor_names
-    from megatron_chatflow.errors import ConfigError
 
     try:
         states = [
@@ -123,7 +123,7 @@ def _checkpoint_differences(a: Path, b: Path) -> Iterator[str]:
         ]
         names = [tensor_names(folder) for folder in (a, b)]
         common = [read_common(folder) for folder in (a, b)]
-    except (OSError, ValueError, ConfigError) as error:
+    except (OSError, ChatflowError) as error:
         raise InputError(f"a checkpoint cannot be read: {error}") from None
     # The settings, as config.yaml, are what the runs were asked for, not what came of it. The
     # lineage has random names and shows whether a run was sent back.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_chatflow.errors import ChatflowError  # noqa: E402
 from megatron_chatflow.report.metrics_file import read_records  # noqa: E402
 from megatron_chatflow.report.plots import plot_run  # noqa: E402
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"a record is not what a run writes ({error!r}); remove it, or restore the file"
         print(f"plot_run.py: error: {metrics}: {what}", file=sys.stderr)
         return 2
-    except ValueError as error:
+    except ChatflowError as error:
         print(
             f"plot_run.py: error: {metrics}: {error}; train first, or restore the file",
             file=sys.stderr,

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.lease_holder import Holder, kernel, read_holder
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import EXIT_FAILED, ChatflowError, ConfigError
 from megatron_chatflow.utils.files import make_folder
 
 BEAT = 5.0
@@ -48,8 +48,10 @@ PATIENCE = 10.0
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
 
 
-class LeaseLostError(RuntimeError):
+class LeaseLostError(ChatflowError):
     """The folder is no longer this run's: its lease was taken over or removed."""
+
+    exit_code = EXIT_FAILED
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.checkpoint import integrity
-from megatron_chatflow.errors import CheckpointError
+from megatron_chatflow.errors import ChatflowError, CheckpointError
 from megatron_chatflow.utils.files import write_atomically
 from megatron_chatflow.utils.user_files import load_json
 
 FILE = "lineage.json"
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_DAMAGE = (ChatflowError, OSError)
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,18 @@ class Lineage:
     def of(cls, value: Any) -> Lineage:
         """Read what `plain` gave; None is that of checkpoints of earlier versions.
 
-        Raises ValueError where it is something else.
+        Raises:
+            CheckpointError: it is something else.
         """
         if value is None:
             return UNKNOWN
-        branch, ancestors = value["branch"], value["ancestors"]
-        if type(branch) is not str or not all(
-            type(b) is str and type(i) is int for b, i in ancestors
-        ):
+        parts = value if isinstance(value, dict) else {}
+        branch, ancestors = parts.get("branch"), parts.get("ancestors")
+        if type(branch) is not str or not isinstance(ancestors, list):
             raise CheckpointError("it is not a lineage")
+        for pair in ancestors:
+            if not isinstance(pair, list) or [type(part) for part in pair] != [str, int]:
+                raise CheckpointError("it is not a lineage")
         return cls(branch, tuple((name, left) for name, left in ancestors))
 
     def plain(self) -> dict[str, Any]:
@@ -81,9 +84,10 @@ def read_lineage(folder: Path) -> Lineage | None:
         content = (folder / "state.json").read_bytes()
         seals = integrity.read_manifest(folder)
         digest = hashlib.sha256(content).hexdigest()
-        if seals is not None and seals["state.json"]["sha256"] != digest:
+        if seals is not None and seals.get("state.json", {}).get("sha256") != digest:
             return None
-        return Lineage.of(load_json(content).get("lineage"))
+        state = load_json(content)
+        return Lineage.of(state.get("lineage")) if isinstance(state, dict) else None
     except _DAMAGE:
         return None
 

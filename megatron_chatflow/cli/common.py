@@ -15,19 +15,17 @@ from megatron_chatflow.report import console
 
 @contextlib.contextmanager
 def usage_errors(of: str = "") -> Iterator[None]:
-    """Inside, a ValueError or a missing file is the user's matter: it becomes a ConfigError. Wraps
-    only what checks the user's words.
+    """Put a prefix before each message of a ChatflowError that is raised inside.
 
-    `of`: what the words are about, put in front of the sentence.
+    Args:
+        of: what the messages are about.
     """
     try:
         yield
     except ChatflowError as error:
         if not of:
-            raise error from None
+            raise
         raise ConfigErrors(f"{of}{message}" for message in messages_of(error)) from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{of}{error}") from None
 
 
 def install_engine() -> None:

@@ -8,7 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_chatflow.errors import ChatflowError, ConfigError
+from megatron_chatflow.cli.run_command import run_command
+from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.utils.files import disk_errors
 
 PROG = "convert_checkpoint.py"
 
@@ -51,20 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; returns the exit code."""
-    try:
-        return _convert(list(sys.argv[1:] if argv is None else argv))
-    except ChatflowError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted, so nothing was converted", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(
-            f"{PROG}: {error.filename or 'a file'}: {error.strerror}, so nothing was converted",
-            file=sys.stderr,
-        )
-        return 1
+    return run_command(PROG, lambda: _convert(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -176,7 +165,7 @@ def _convert(argv: list[str]) -> int:
 
     hide_engine_warnings()
     check_target(save)
-    with Lease.beside(save, "save-dir") as lease:
+    with disk_errors(save), Lease.beside(save, "save-dir") as lease:
         lease.acquire(_say)
         use = _write(arguments, methods, is_run)
     _say(f"{save}: written in {time.perf_counter() - begin:.1f} s; {use}")

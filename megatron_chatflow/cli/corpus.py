@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from megatron_chatflow.cli.run_command import run_command
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.merge import find_corpora, merge
 from megatron_chatflow.data.corpus.verify import verify
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES, load_tokenizer
+from megatron_chatflow.utils.files import disk_errors
 
 
 def merge_main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +47,11 @@ def merge_main(argv: Sequence[str] | None = None) -> int:
         help="refuse text; conversations are known by their .idx without it",
     )
     arguments = parser.parse_args(argv)
-    try:
+    return run_command("merge_datasets.py", lambda: _merge(arguments))
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    with disk_errors(arguments.output_prefix):
         prefixes = find_corpora(arguments.input)
         for prefix in prefixes if arguments.multimodal else ():
             if not IndexedDataset(prefix).header.multimodal:
@@ -58,21 +64,6 @@ def merge_main(argv: Sequence[str] | None = None) -> int:
             arguments.output_prefix,
             lambda prefix: print(f"merge_datasets.py: {prefix}", file=sys.stderr, flush=True),
         )
-    except ValueError as error:
-        print(f"merge_datasets.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            (
-                f"merge_datasets.py: {error.filename or arguments.output_prefix}: "
-                f"{error.strerror}, so nothing was written"
-            ),
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("merge_datasets.py: interrupted, so nothing was written", file=sys.stderr)
-        return 130
     files = (
         ".bin, .idx and .json"
         if manifest
@@ -120,27 +111,22 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
     given.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT2BPETokenizer")
     given.add_argument("--merge-file", metavar="FILE", help="merges.txt of GPT2BPETokenizer")
     arguments = parser.parse_args(argv)
-    prefixes = arguments.prefix
-    try:
-        vocab_size = _vocab_size(arguments)
-    except ValueError as error:
-        print(f"verify_dataset.py: {error}", file=sys.stderr)
-        return 2
+    return run_command("verify_dataset.py", lambda: _verify(arguments))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    prefixes, vocab_size = arguments.prefix, _vocab_size(arguments)
     for prefix in prefixes:
         if not any(os.path.exists(prefix + suffix) for suffix in (".bin", ".idx")):
             cure = (
                 f"write {prefix[:-4]}" if prefix.endswith((".bin", ".idx")) else "correct the path"
             )
-            print(
-                f"verify_dataset.py: there is no {prefix}.bin and no {prefix}.idx: {cure}",
-                file=sys.stderr,
-            )
-            return 2
+            raise ConfigError(f"there is no {prefix}.bin and no {prefix}.idx: {cure}")
     sound = True
     for prefix in prefixes:
         try:
             faults = verify(prefix, _progress(prefix), vocab_size)
-        except ValueError as error:
+        except ChatflowError as error:
             faults = [str(error)]
         for fault in faults:
             print(fault)

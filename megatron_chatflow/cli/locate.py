@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,10 @@ from megatron_chatflow.cli.common import run_values, usage_errors
 from megatron_chatflow.config import Config, make_parser, parse, resolve_data
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report import console
+from megatron_chatflow.utils.user_files import read_text
+
+if TYPE_CHECKING:
+    from megatron_chatflow.curriculum import BlendPlan
 
 EPILOG = """examples:
   chatflow locate --checkpoint runs/zh --iteration 57
@@ -47,16 +51,13 @@ def main(argv: Sequence[str]) -> int:
         _, args = parse(parser, argv)
         config, _ = parse(parser, argv, run_values(args.checkpoint) if args.checkpoint else None)
         config = resolve_data(config)
-        from megatron_chatflow.curriculum import BlendPlan
         from megatron_chatflow.data import BlendedDataset
         from megatron_chatflow.training.batch_schedule import count_iterations, samples_of_iteration
         from megatron_chatflow.training.data_setup import make_plan, open_inputs
 
         inputs = open_inputs(config)
         if args.checkpoint:
-            plan = BlendPlan.from_json(
-                (Path(args.checkpoint) / "plan.json").read_text(encoding="utf-8")
-            )
+            plan = _saved_plan(Path(args.checkpoint) / "plan.json")
         else:
             plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
         if args.iteration is not None:
@@ -92,6 +93,18 @@ def main(argv: Sequence[str]) -> int:
                 f"{_text(inputs, name, document, first, last, None if args.sample is not None else _EXCERPT)}"
             )
     return 0
+
+
+def _saved_plan(path: Path) -> BlendPlan:
+    from megatron_chatflow.curriculum import BlendPlan
+
+    try:
+        text = read_text(path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}); give --checkpoint the --save folder of a run"
+        ) from None
+    return BlendPlan.from_json(text)
 
 
 def _batches(config: Config, run: str | None) -> tuple[Any, ...]:

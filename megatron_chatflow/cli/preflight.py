@@ -7,6 +7,7 @@ import json
 import resource
 import shutil
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,8 @@ def _look_at_model(
     try:
         built = _build(config, vocab_size, layout)
     except (ValueError, AssertionError, NotImplementedError) as error:
+        if not _raised_by_megatron_core(error):
+            raise
         return [f"megatron-core does not build the model: {error}"]
     result["built"] = {"ranks": layout.tp * layout.pp, "seconds": time.perf_counter() - begin}
     _describe_run(config, vocab_size, result)
@@ -139,6 +142,11 @@ def _look_at_model(
         for rank, count in enumerate(counts)
         if count != stage.parameters
     ]
+
+
+def _raised_by_megatron_core(error: BaseException) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").startswith("megatron.core")
 
 
 def _build(config: Config, vocab_size: int, layout: Layout) -> list[list[int]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
+from megatron_chatflow.cli.run_command import run_command
 from megatron_chatflow.data.preprocess.encoder import KINDS
 from megatron_chatflow.data.preprocess.input_files import FORMATS, MAX_DOCUMENT_BYTES
 from megatron_chatflow.data.preprocess.options import (
@@ -30,7 +31,9 @@ from megatron_chatflow.data.preprocess.worker_pool import WorkerDied
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report.console import lossy_output
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
+from megatron_chatflow.utils.files import WriteError, disk_errors
 
+PROG = "preprocess_data.py"
 _EXAMPLES = """
 examples:
   # a language, on two processes
@@ -108,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     """
     description = "Text to Megatron's .bin/.idx, with a manifest beside it."
     parser = _Parser(
-        prog="preprocess_data.py",
+        prog=PROG,
         description=description,
         epilog=_EXAMPLES,
         formatter_class=_Help,
@@ -260,34 +263,27 @@ def parse_arguments(argv: Sequence[str]) -> PreprocessOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code that the examples in `--help` list."""
-    with lossy_output(), _interruptible():
-        return _main(sys.argv[1:] if argv is None else argv)
+
+    def work() -> int:
+        with lossy_output(), _interruptible():
+            return _main(sys.argv[1:] if argv is None else argv)
+
+    return run_command(PROG, work)
 
 
 def _main(argv: Sequence[str]) -> int:
     settings: PreprocessOptions | None = None
     try:
         settings = parse_arguments(argv)
-        with _ProgressBar(sys.stderr) as progress:
+        with _ProgressBar(sys.stderr) as progress, disk_errors("the output"):
             summary = preprocess(settings, progress, _note)
     except MalformedInput as error:
         return _refuse(1, str(error))
-    except ValueError as error:
-        return _refuse(2, str(error))
-    except WorkerDied as error:
+    except (WriteError, WorkerDied) as error:
         return _refuse(1, f"{error}; {_what_is_left(settings)}")
     except MemoryError:
         advice = "try fewer --workers, or a smaller --max-document-bytes"
         return _refuse(1, f"not enough memory: {advice}; {_what_is_left(settings)}")
-    except OSError as error:
-        where = error.filename or "the output"
-        return _refuse(
-            1,
-            (
-                f"{where} cannot be written ({error.strerror}): check the path and the space on "
-                f"the disk; {_what_is_left(settings)}"
-            ),
-        )
     except _Interrupted as interrupted:
         return _refuse(128 + interrupted.number, f"interrupted; {_what_is_left(settings)}")
     _conclude(settings, summary)
@@ -388,7 +384,7 @@ def _line(progress: PreprocessProgress) -> str:
 
 
 def _note(sentence: str) -> None:
-    print(f"preprocess_data.py: {sentence}", file=sys.stderr, flush=True)
+    print(f"{PROG}: {sentence}", file=sys.stderr, flush=True)
 
 
 def _conclude(settings: PreprocessOptions, summary: PreprocessSummary) -> None:
@@ -426,5 +422,5 @@ def _conclude(settings: PreprocessOptions, summary: PreprocessSummary) -> None:
 
 
 def _refuse(code: int, message: str) -> int:
-    print(textwrap.indent(message, "preprocess_data.py: "), file=sys.stderr)
+    print(textwrap.indent(message, f"{PROG}: "), file=sys.stderr)
     return code

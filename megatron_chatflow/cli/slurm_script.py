@@ -7,13 +7,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import EXIT_PREEMPTED, ConfigError
 from megatron_chatflow.utils.user_files import check_line
 
-EXIT_PREEMPTED = 3
-"""`megatron_chatflow.training.signals.EXIT_PREEMPTED`, which cannot be imported without torch."""
 EXIT_UNHEARD = 138
-"""Of a process that SIGUSR1 ended before it could hear it: while it started."""
+"""Exit code of a process that SIGUSR1 ended while it started, before its handler was installed."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from megatron_chatflow.cli.slurm_script import Job, render
 from megatron_chatflow.config import Config, make_parser, parse, resolve
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report import console
+from megatron_chatflow.utils.files import unwritable
 
 EPILOG = """examples:
   chatflow submit --config run.yaml --curriculum curriculum.yaml --save /shared/runs/zh --nodes 16 -- --partition=gpu --time=24:00:00
@@ -49,8 +50,11 @@ def main(argv: Sequence[str]) -> int:
             "with --dry-run"
         )
     path = Path(job.save) / "train.sbatch"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(script, encoding="utf-8")
+    except OSError as error:
+        raise unwritable("save", path.parent, error) from None
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if done.returncode:
         console.complain(f"chatflow submit: sbatch did not take {path}: {done.stderr.strip()}")

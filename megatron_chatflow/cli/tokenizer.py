@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.checkpoint.lease import Lease
+from megatron_chatflow.cli.run_command import run_command
 from megatron_chatflow.config import pad_vocab_size
 from megatron_chatflow.data.preprocess.input_files import STDIN, open_sources
 from megatron_chatflow.data.preprocess.read_documents import read_texts
@@ -32,8 +33,10 @@ from megatron_chatflow.tokenizer.fertility import TokenizerComparison, compare
 from megatron_chatflow.tokenizer.token_map import token_map
 from megatron_chatflow.tokenizer.tokenizer_files import write_json
 from megatron_chatflow.tokenizer.vocabulary_base import Vocabulary
+from megatron_chatflow.utils.files import disk_errors
 from megatron_chatflow.utils.user_files import check_name
 
+PROG = "extend_tokenizer.py"
 _EXAMPLES = """
 examples:
   # 8,000 tokens more for Chinese, in the way of byte-pair encoding; English keeps its tokens
@@ -68,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
         "tells how well the result fits."
     )
     parser = _Parser(
-        "extend_tokenizer.py",
+        PROG,
         description=description,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -214,17 +217,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code that `--help` tells."""
-    try:
-        settings = parse_arguments(sys.argv[1:] if argv is None else argv)
-        with Lease.beside(Path(settings.output), "output") as lease:
-            lease.acquire(_say)
-            _run(settings)
-    except ValueError as error:
-        return _refuse(2, str(error))
-    except OSError as error:
-        return _refuse(1, f"{error.filename or 'the output'}: {error.strerror}")
-    except KeyboardInterrupt:
-        return _refuse(130, "interrupted")
+    return run_command(PROG, lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: Sequence[str]) -> int:
+    settings = parse_arguments(argv)
+    with disk_errors("the output"), Lease.beside(Path(settings.output), "output") as lease:
+        lease.acquire(_say)
+        _run(settings)
     return 0
 
 
@@ -433,9 +433,4 @@ class _Progress:
 
 
 def _say(sentence: str) -> None:
-    print(f"extend_tokenizer.py: {sentence}", file=sys.stderr, flush=True)
-
-
-def _refuse(code: int, message: str) -> int:
-    _say(message)
-    return code
+    print(f"{PROG}: {sentence}", file=sys.stderr, flush=True)

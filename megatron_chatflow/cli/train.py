@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.config import make_parser, parse, resolve
 from megatron_chatflow.distributed.launch import read_launch
-from megatron_chatflow.errors import ChatflowError
+from megatron_chatflow.errors import EXIT_PREEMPTED, is_shared
 from megatron_chatflow.report import console
 
 EPILOG = """examples:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     )
     from megatron_chatflow.checkpoint.lease import Lease, LeaseLostError
     from megatron_chatflow.distributed.process_groups import shut_down
-    from megatron_chatflow.training.signals import EXIT_PREEMPTED, Stop
+    from megatron_chatflow.training.signals import Stop
     from megatron_chatflow.utils.files import WriteError
 
     lifeline, save = None, config.checkpoint.save
@@ -101,12 +101,10 @@ def main(argv: Sequence[str]) -> int:
                     return 0 if train(run, stop, saver) else EXIT_PREEMPTED
                 except (NonFiniteError, ReplicaError) as error:
                     return stopped(error)
-        except ChatflowError:
-            raise
         except (WriteError, LeaseLostError) as error:
             return stopped(error)
         except Exception as error:
-            if lifeline is None:
+            if lifeline is None or is_shared(error):
                 raise
             lifeline.fail(error)
         finally:

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_chatflow.config import Config
 from megatron_chatflow.distributed import process_groups
 from megatron_chatflow.distributed.launch import Launch
-from megatron_chatflow.errors import ChatflowError
+from megatron_chatflow.errors import is_shared
 from megatron_chatflow.evaluation.eval_model import Subject
 from megatron_chatflow.model.forward import make_forward_step, schedule_shape
 from megatron_chatflow.model.gpt import build_model
@@ -56,10 +56,8 @@ def open_process_groups(config: Config, launch: Launch) -> Iterator[torch.device
     lifeline = process_groups.initialize(launch, config.parallel, config.model.num_layers)
     try:
         yield process_groups.device(launch.local_rank)
-    except ChatflowError:
-        raise
     except Exception as error:
-        if lifeline is None:
+        if lifeline is None or is_shared(error):
             raise
         lifeline.fail(error)
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_chatflow.errors import DataError
+from megatron_chatflow.errors import ConfigError, DataError
 
 
 def plot_plan(
@@ -52,7 +52,7 @@ def plot_plan(
     bars.set_yticks(range(len(names)), names)
     bars.set(xlabel="tokens", title="drawn over the run")
     bars.title.set_fontsize(9)
-    FigureCanvasAgg(figure).print_png(str(path))
+    _write_png(FigureCanvasAgg(figure), path)
 
 
 def plot_run(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -120,7 +120,18 @@ def plot_run(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
     shares.set(xlabel="iteration", ylabel="share (dotted: scheduled)", ylim=(0, None))
     losses.set(xlabel="iteration", ylabel="loss (points: held out)")
     shares.legend(fontsize=8)
-    FigureCanvasAgg(figure).print_png(str(path))
+    _write_png(FigureCanvasAgg(figure), path)
+
+
+def _write_png(canvas: Any, path: str | Path) -> None:
+    try:
+        file = open(path, "wb")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); give the path of a PNG file"
+        ) from None
+    with file:
+        canvas.print_png(file)
 
 
 _NOTHING = {"samples": 0, "share_target": 0.0, "tokens": 0, "loss": None}

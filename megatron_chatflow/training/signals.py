@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from megatron_chatflow.checkpoint.lease import Lease, LeaseLostError
+from megatron_chatflow.errors import EXIT_PREEMPTED
 
-EXIT_PREEMPTED = 3
-"""Exit code of a run that was asked to exit before its end; the same command resumes it."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 KEPT_IGNORED = (signal.SIGINT, signal.SIGHUP)
 """Signals that stay ignored where the process was started so: in the background, or by nohup."""

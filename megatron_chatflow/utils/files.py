@@ -9,10 +9,11 @@ import hashlib
 import io
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.errors import EXIT_FAILED, ChatflowError, ConfigError
 
 _OF_THE_PATH = {
     errno.EACCES,
@@ -26,11 +27,24 @@ _OF_THE_PATH = {
 }
 
 
+_OF_THE_DISK = {
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.ENXIO,
+    errno.ESTALE,
+}
 _ATTEMPTS = 1000
 
 
-class WriteError(RuntimeError):
-    """What a run must write cannot be written: the disk is full, or fails."""
+class WriteError(ChatflowError):
+    """What must be written cannot be written: the disk is full, or fails."""
+
+    exit_code = EXIT_FAILED
 
 
 def unwritable(key: str, path: Path, error: OSError) -> ConfigError | WriteError:
@@ -47,6 +61,26 @@ def unwritable(key: str, path: Path, error: OSError) -> ConfigError | WriteError
         flag = key.replace("_", "-")
         return ConfigError(f"{what}; give --{flag} a folder that this user can write to")
     return WriteError(f"{what}; free space on the disk, then start the same command again")
+
+
+@contextmanager
+def disk_errors(output: str | Path) -> Iterator[None]:
+    """Raise WriteError where the disk or the path of an output refuses what is written inside.
+
+    Any other OSError is a bug of this package and passes unchanged.
+
+    Args:
+        output: named in the message where the system names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OF_THE_PATH | _OF_THE_DISK:
+            raise
+        raise WriteError(
+            f"{error.filename or output} cannot be written ({error.strerror}); check the path and "
+            f"the space on the disk"
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

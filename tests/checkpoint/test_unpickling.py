@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_chatflow.errors import ChatflowError
 from tests.checkpoint.crafted import Evil, write_small
 from tests.checkpoint.test_crafted_checkpoints import convert
 from tests.pool import Pool, command
@@ -127,7 +128,7 @@ def test_tokenizers_of_every_type(tmp_path: Path) -> None:
             paths: dict[str, Any] = {key: tmp_path / name for key, name in names.items()}
             load_tokenizer(kind, vocab_size=None if names else 300, **paths)
             for key in paths:
-                with pytest.raises(ValueError, match=str(tmp_path)):
+                with pytest.raises(ChatflowError, match=str(tmp_path)):
                     load_tokenizer(kind, **paths | {key: tmp_path / "evil"})
     assert found == [] and not (tmp_path / "executed").exists()
 

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.cli.slurm_script import Job, render
+from megatron_chatflow.errors import ChatflowError
 from tests.pool import command
 from tests.sample import SETTINGS
 
@@ -136,7 +137,7 @@ JOB = Job(["--lr", "1"], "/runs/a", "/home", 1, 1, 0, 1, 60, "image", "/a:/a", [
 def test_a_control_character_is_refused_whatever_it_is_in(field: str, control: str):
     text = f"x{control}$(touch PWN){control}#"
     value = [text] if field in ("words", "sbatch") else text
-    with pytest.raises(ValueError, match="holds") as error:
+    with pytest.raises(ChatflowError, match="holds") as error:
         render(dataclasses.replace(JOB, **{field: value}))
     assert not any(unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs") for c in str(error.value))
 
@@ -161,5 +162,5 @@ def test_submit_refuses_a_newline_before_anything_is_written(
 
 
 def test_a_backslash_in_the_run_directory_is_refused():
-    with pytest.raises(ValueError, match="save: .* holds a backslash"):
+    with pytest.raises(ChatflowError, match="save: .* holds a backslash"):
         render(dataclasses.replace(JOB, save="/runs/a\\b"))

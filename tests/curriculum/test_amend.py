@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_chatflow.curriculum import BlendPlan
+from megatron_chatflow.errors import ChatflowError
 from tests.curriculum.cases import (
     assert_counted_up,
     make_curriculum,
@@ -204,13 +205,13 @@ def test_an_amendment_outside_of_the_run_is_refused():
     )
     for at in (-1, 101):
         with pytest.raises(
-            ValueError, match=f"at: sample {at} is not within the plan's 100; amend"
+            ChatflowError, match=f"at: sample {at} is not within the plan's 100; amend"
         ):
             plan.amend(at=at, curriculum=curriculum)
     with pytest.raises(
-        ValueError, match="num_samples: 40 is before sample 50, .* give at least 50"
+        ChatflowError, match="num_samples: 40 is before sample 50, .* give at least 50"
     ):
         plan.amend(at=50, curriculum=curriculum, num_samples=40)
     other = BlendPlan(curriculum, num_samples=100, global_batch_size=1, seq_length=999)
-    with pytest.raises(ValueError, match="seq_length: 999, and it was 16: .* keep 16"):
+    with pytest.raises(ChatflowError, match="seq_length: 999, and it was 16: .* keep 16"):
         plan.amend_with(at=50, plan=other)

@@ -14,6 +14,7 @@ from megatron_chatflow.curriculum import (
     forecast,
     share_curve,
 )
+from megatron_chatflow.errors import ChatflowError
 from tests.curriculum.cases import (
     assert_counted_up,
     make_curriculum,
@@ -37,7 +38,7 @@ def test_redistribute_gives_a_share_to_the_others_from_the_moment_a_domain_is_ex
     limits = {name: data.draw(st.sampled_from((0, 1, 20, 100, 10**6))) for name in names}
     try:
         plan = make_plan(stages, N, capacities=limits, on_exhausted="redistribute")
-    except ValueError as error:
+    except ChatflowError as error:
         assert "has given all it has; shorten the run" in str(error)
         scheduled = [name for name in names if all(stage["weights"][name] for stage in stages)]
         assert sum(limits[name] for name in scheduled) < N
@@ -72,16 +73,18 @@ def test_when_every_domain_is_exhausted_the_run_is_refused_with_the_sample():
         stages, 150, capacities={"a": 50, "b": 100}, on_exhausted="redistribute"
     ).counts(150).tolist() == [50, 100]
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match=(
             r"on_exhausted: redistribute: at sample 150 every domain .*\(a, b\).*; shorten the "
             r"run"
         ),
     ):
         make_plan(stages, 151, capacities={"a": 50, "b": 100}, on_exhausted="redistribute")
-    with pytest.raises(ValueError, match="capacities: domain 'b' is missing.*; give the samples"):
+    with pytest.raises(
+        ChatflowError, match="capacities: domain 'b' is missing.*; give the samples"
+    ):
         make_plan(stages, 151, capacities={"a": 50}, on_exhausted="redistribute")
-    with pytest.raises(ValueError, match="capacities: -1 of domain 'b' is negative; give"):
+    with pytest.raises(ChatflowError, match="capacities: -1 of domain 'b' is negative; give"):
         make_plan(stages, 151, capacities={"a": 50, "b": -1}, on_exhausted="redistribute")
 
 
@@ -166,7 +169,9 @@ def test_a_domain_runs_out_at_the_sample_that_asks_for_one_more_than_it_has(stag
     early = [n for n in expected.values() if n is not None]
     assert f.end == (min(early, default=N) if mode == "stop" else N)
     if early and mode != "stop":
-        with pytest.raises(ValueError, match="domains.d.*: the run reads it .* lower its weights"):
+        with pytest.raises(
+            ChatflowError, match="domains.d.*: the run reads it .* lower its weights"
+        ):
             check_exhaustion(plan, dict.fromkeys(names, epoch))
     else:
         check_exhaustion(plan, dict.fromkeys(names, epoch))
@@ -191,7 +196,7 @@ def test_redistribute_is_foretold_with_the_sample_from_which_others_take_over():
     assert f.domains[0].exhausted_at is None
     check_exhaustion(plan, EPOCHS)
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match=(
             "domains.b: the plan draws 70 samples and it can give 50; make the plan with capacities"
         ),
@@ -228,7 +233,7 @@ def test_redistribute_is_foretold_with_the_sample_from_which_others_take_over():
     ],
 )
 def test_a_plan_that_asks_for_more_than_a_domain_may_give_is_refused(top, epochs, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ChatflowError, match=sentence):
         check_exhaustion(make_plan(HALVES, 140, **top), epochs)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_chatflow.curriculum import PLAN_VERSION, BlendPlan, parse_curriculum
+from megatron_chatflow.errors import ChatflowError
 from tests.curriculum.cases import make_curriculum, make_plan, quick, stage_lists
 
 N = 1000
@@ -53,13 +54,13 @@ def test_another_version_is_refused():
     ledger = json.loads(make_plan(STAGES, N).to_json())
     assert ledger["version"] == PLAN_VERSION
     ledger["version"] += 1
-    with pytest.raises(ValueError, match="version: .* continue with the release"):
+    with pytest.raises(ChatflowError, match="version: .* continue with the release"):
         BlendPlan.from_json(json.dumps(ledger))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}', "3"])
 def test_what_is_no_plan_is_refused(text):
-    with pytest.raises(ValueError, match="not valid JSON; restore|is expected in a plan; give"):
+    with pytest.raises(ChatflowError, match="not valid JSON; restore|is expected in a plan; give"):
         BlendPlan.from_json(text)
 
 
@@ -87,7 +88,7 @@ def test_a_damaged_ledger_is_refused(damage):
         make_plan(STAGES, N).amend(at=100, curriculum=make_curriculum(STAGES)).to_json()
     )
     damage(ledger)
-    with pytest.raises(ValueError, match="the plan is damaged .*; restore|seq_length: "):
+    with pytest.raises(ChatflowError, match="the plan is damaged .*; restore|seq_length: "):
         BlendPlan.from_json(json.dumps(ledger))
 
 

@@ -12,6 +12,7 @@ from megatron_chatflow.curriculum import (
     load_curriculum,
     parse_curriculum,
 )
+from megatron_chatflow.errors import ChatflowError
 
 GOOD = """
 clock: samples              # samples | iterations | tokens: the unit of `at`
@@ -313,7 +314,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("text", "sentence"), WRONG.values(), ids=WRONG.keys())
 def test_what_is_wrong_is_one_sentence_with_file_key_value_and_cure(tmp_path, text, sentence):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ChatflowError) as caught:
         load(tmp_path, text)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'curriculum.yaml'}: ")
@@ -323,13 +324,13 @@ def test_what_is_wrong_is_one_sentence_with_file_key_value_and_cure(tmp_path, te
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(
-        ValueError, match=r"nowhere.yaml: cannot be read \(No such file or directory\); give"
+        ChatflowError, match=r"nowhere.yaml: cannot be read \(No such file or directory\); give"
     ):
         load_curriculum(tmp_path / "nowhere.yaml")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ChatflowError, match="cannot be read"):
         load_curriculum(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"domains: \xff\xfe")
-    with pytest.raises(ValueError, match="it is not UTF-8 text"):
+    with pytest.raises(ChatflowError, match="it is not UTF-8 text"):
         load_curriculum(tmp_path / "latin.yaml")
 
 
@@ -341,7 +342,7 @@ def test_a_mapping_that_is_already_loaded_gets_the_same_checks():
     )
     mapping["stages"][0]["weights"]["en"] = -2
     with pytest.raises(
-        ValueError, match=r"^run.yaml: stages\[1\] \(english\).weights.en: -2 is negative"
+        ChatflowError, match=r"^run.yaml: stages\[1\] \(english\).weights.en: -2 is negative"
     ):
         parse_curriculum(mapping, source="run.yaml", folder="/x")
 
@@ -369,7 +370,7 @@ def test_a_data_path_is_a_constant_curriculum_named_after_its_corpora():
     ],
 )
 def test_a_wrong_data_path_is_refused(pairs, sentence):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ChatflowError) as caught:
         constant_curriculum(pairs)
     assert sentence in str(caught.value)
 
@@ -401,5 +402,5 @@ def test_numbers_and_percentages_are_each_in_order():
         (0, "0%"),
         ("0%", 0),
     ):
-        with pytest.raises(ValueError, match="before the stage above it|both begin at"):
+        with pytest.raises(ChatflowError, match="before the stage above it|both begin at"):
             stages(*places)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_chatflow.curriculum import BlendPlan, Curriculum
 from megatron_chatflow.curriculum.plan import READ_VERSIONS
+from megatron_chatflow.errors import ChatflowError
 from tests.curriculum.cases import (
     assert_counted_up,
     integrals,
@@ -286,7 +287,7 @@ def test_samples_outside_of_the_run_are_refused():
     [{"num_samples": 0}, {"global_batch_size": -1}, {"seq_length": 2.5}, {"num_samples": True}],
 )
 def test_a_size_that_is_no_positive_whole_number_is_refused(sizes):
-    with pytest.raises(ValueError, match=f"{next(iter(sizes))}: .* give at least 1"):
+    with pytest.raises(ChatflowError, match=f"{next(iter(sizes))}: .* give at least 1"):
         BlendPlan(
             make_curriculum([{"at": 0, "weights": {"a": 1}}]),
             **{"num_samples": 10, "global_batch_size": 1, "seq_length": 1, **sizes},
@@ -299,7 +300,7 @@ def test_a_size_that_is_no_positive_whole_number_is_refused(sizes):
 def test_stages_that_fall_out_of_order_in_this_run_are_refused(at, length):
     stages = [{"at": a, "weights": {"a": 1}} for a in (0, *at)]
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match=(
             r"test.yaml: stages \(stage2\).at: in a run of \d+ samples it begins at .* move one "
             r"of them, or lengthen"

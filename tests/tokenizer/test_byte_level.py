@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from tests.tokenizer import samples
 
@@ -38,6 +39,6 @@ def test_numbers_are_their_own_ids(numbers):
 @pytest.mark.parametrize("text", ["a", "-1", "1.5", "1000", "²"])
 def test_text_that_is_no_number_of_the_vocabulary_is_refused(text):
     with pytest.raises(
-        ValueError, match="is not a number from 0 to 999: the text must be made of such numbers"
+        ChatflowError, match="is not a number from 0 to 999: the text must be made of such numbers"
     ):
         load_tokenizer("NullTokenizer", vocab_size=1000).encode(text)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as protocol
 
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.bytelevel_vocabulary import byte_alphabet
 from megatron_chatflow.tokenizer.extend import extend, open_vocabulary
@@ -266,7 +267,7 @@ class TestRefusals:
     def test_more_tokens_than_the_corpus_has_candidates_for(self, tmp_path):
         base = bases.open_base(tmp_path, "sentencepiece")
         with pytest.raises(
-            ValueError,
+            ChatflowError,
             match=(
                 r"--new-tokens 500 is more than the corpus holds: \d+ candidates occur at least "
                 r"twice; give at most that, or more"
@@ -275,13 +276,13 @@ class TestRefusals:
             extend(base, bases.corpus(TRAINING[:1]), 500)
 
     def test_a_corpus_without_letters(self, tmp_path):
-        with pytest.raises(ValueError, match="the corpus has no letters, .*: check --input"):
+        with pytest.raises(ChatflowError, match="the corpus has no letters, .*: check --input"):
             extend(bases.open_base(tmp_path, "gpt2"), bases.corpus(["12 34", "..."]), 5)
 
     def test_a_tokenizer_without_bytes_that_would_still_lose_text(self, tmp_path):
         base = open_vocabulary("SentencePieceTokenizer", self.model(tmp_path, byte_fallback=False))
         with pytest.raises(
-            ValueError,
+            ChatflowError,
             match=(
                 r"would lose \d+ characters of the corpus .*: give a larger --new-tokens .* or "
                 r".* byte fallback"
@@ -313,7 +314,7 @@ class TestRefusals:
         )
         (tmp_path / "u.model").write_bytes(model.getvalue())
         with pytest.raises(
-            ValueError,
+            ChatflowError,
             match=(
                 "u.model is a SentencePiece model of type unigram, .*: give one trained with "
                 "--model_type=bpe"
@@ -325,7 +326,7 @@ class TestRefusals:
         path = tmp_path / "tokenizer.json"
         samples.metaspace_bpe().save(str(path))
         with pytest.raises(
-            ValueError, match=r"is a BPE of characters, not of bytes: give the tokenizer\.model"
+            ChatflowError, match=r"is a BPE of characters, not of bytes: give the tokenizer\.model"
         ):
             open_vocabulary("HuggingFaceTokenizer", str(path))
 
@@ -334,7 +335,7 @@ class TestRefusals:
             tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")
         )
         backend.save(str(tmp_path / "tokenizer.json"))
-        with pytest.raises(ValueError, match="is of type WordLevel, which has no merges"):
+        with pytest.raises(ChatflowError, match="is of type WordLevel, which has no merges"):
             open_vocabulary("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
 
     def test_a_byte_level_vocabulary_that_lacks_bytes_of_the_text(self, tmp_path):
@@ -348,7 +349,7 @@ class TestRefusals:
         base = open_vocabulary("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
         assert len(extend(base, bases.corpus(TRAINING), 20).new) == 20
         with pytest.raises(
-            ValueError,
+            ChatflowError,
             match=(
                 r"would lose 1 characters of the corpus \('\\x04'\), .*: .* take them out of "
                 r"the text, or start from"
@@ -358,7 +359,7 @@ class TestRefusals:
 
     def test_kinds_that_are_not_extended(self, tmp_path):
         with pytest.raises(
-            ValueError,
+            ChatflowError,
             match=(
                 r"tokenizer_type TikTokenizer cannot be extended: give a SentencePiece BPE "
                 r"model .* or a byte-level tokenizer\.json"

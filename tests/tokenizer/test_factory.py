@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES, Tokenizer, load_tokenizer
 from tests.tokenizer import samples
 
@@ -67,14 +68,14 @@ def test_fingerprints_follow_the_content_and_not_the_path(files, tmp_path):
 )
 def test_an_unknown_type_is_refused_with_the_nearest(written, meant):
     with pytest.raises(
-        ValueError, match=f"tokenizer_type '{written}' is unknown: did you mean {meant}\\?"
+        ChatflowError, match=f"tokenizer_type '{written}' is unknown: did you mean {meant}\\?"
     ):
         load_tokenizer(written)
 
 
 def test_a_type_that_is_nothing_like_any_is_refused_with_all_of_them():
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match="tokenizer_type 'xyz' is unknown: known are SentencePieceTokenizer, .* NullTokenizer",
     ):
         load_tokenizer("xyz")
@@ -89,14 +90,16 @@ def test_a_type_that_is_nothing_like_any_is_refused_with_all_of_them():
     + [("GPT2BPETokenizer", "--vocab-file"), ("NullTokenizer", "--vocab-size")],
 )
 def test_what_a_type_needs_and_did_not_get_is_named(type, flag):
-    with pytest.raises(ValueError, match=f"{type} needs {flag[2:].replace('-', '_')}: give {flag}"):
+    with pytest.raises(
+        ChatflowError, match=f"{type} needs {flag[2:].replace('-', '_')}: give {flag}"
+    ):
         load_tokenizer(type)
 
 
 @pytest.mark.parametrize("type", ["SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer"])
 def test_a_missing_file_is_named(tmp_path, type):
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match=f"{type}: tokenizer_model .*gone cannot be read .No such file or directory.",
     ):
         load_tokenizer(type, tokenizer_model=tmp_path / "gone")

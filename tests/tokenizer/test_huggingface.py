@@ -8,6 +8,7 @@ import tiktoken
 import tokenizers
 from hypothesis import given
 
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from tests.tokenizer import samples
 
@@ -136,31 +137,31 @@ def test_begin_end_and_padding_are_those_that_the_files_beside_it_name(tmp_path)
 def test_an_end_token_that_cannot_be_told_is_refused(tmp_path, special, config, message):
     backend = samples.byte_level_bpe()
     backend.add_special_tokens(special)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ChatflowError) as error:
         load(write_json(tmp_path, backend, tokenizer_config=config))
     assert message in str(error.value)
 
 
 def test_files_of_another_kind_are_refused(files, tmp_path):
-    with pytest.raises(ValueError, match=r"bytes\.model is not a tokenizer\.json"):
+    with pytest.raises(ChatflowError, match=r"bytes\.model is not a tokenizer\.json"):
         load(files / "bytes.model")
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match="cannot be read .No such file or directory.: give the path of a file on this machine",
     ):
         load(tmp_path)
     write_json(tmp_path, samples.byte_level_bpe())
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+    with pytest.raises(ChatflowError, match=r"tokenizer_config\.json is not JSON"):
         load(tmp_path)
-    with pytest.raises(ValueError, match=r"are not the vocab\.json and merges\.txt"):
+    with pytest.raises(ChatflowError, match=r"are not the vocab\.json and merges\.txt"):
         load_tokenizer(
             "GPT2BPETokenizer",
             vocab_file=files / "bytes.model",
             merge_file=files / "gpt2-merges.txt",
         )
     (tmp_path / "vocab.json").write_text(json.dumps(samples.byte_level_bpe().get_vocab()))
-    with pytest.raises(ValueError, match="lacks <|endoftext|>: add it"):
+    with pytest.raises(ChatflowError, match="lacks <|endoftext|>: add it"):
         load_tokenizer(
             "GPT2BPETokenizer",
             vocab_file=tmp_path / "vocab.json",
@@ -175,6 +176,6 @@ def test_a_tokenizer_that_loses_spaces_has_no_table_of_bytes(tmp_path):
     backend.add_special_tokens(["</s>"])
     tokenizer = load(write_json(tmp_path, backend))
     with pytest.raises(
-        ValueError, match="loses spaces, .*: use a byte-level or a SentencePiece-like tokenizer"
+        ChatflowError, match="loses spaces, .*: use a byte-level or a SentencePiece-like tokenizer"
     ):
         tokenizer.token_bytes()

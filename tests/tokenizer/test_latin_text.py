@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer.extend import extend
 from megatron_chatflow.tokenizer.unicode_scripts import ZERO_WIDTH
 from tests.tokenizer import bases
@@ -54,7 +55,7 @@ def extended(folder: Path, kind: str, script: str):
     for count in (70, 40, 20, 10, 5):
         try:
             outcome = extend(base, bases.corpus([LINES[script]] * 50), count)
-        except ValueError as error:
+        except ChatflowError as error:
             assert "more than the corpus holds" in str(error)
         else:
             assert outcome.other_script

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.cli.tokenizer import main
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import ExtensionResult, extend, open_vocabulary, replace
 from megatron_chatflow.tokenizer.pre_tokenizer import cut_scripts, join_marks
@@ -384,7 +385,7 @@ def test_patterns_that_cannot_take_marks_are_refused(step, message, bases_of_all
         json.dumps(content | {"pre_tokenizer": step}), encoding="utf-8"
     )
     base = open_vocabulary("HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ChatflowError, match=message):
         extend(base, bases.corpus([LINES["THAI"]] * 50), NEW)
 
 

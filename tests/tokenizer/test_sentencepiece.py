@@ -4,6 +4,7 @@ import pytest
 import sentencepiece
 from hypothesis import given
 
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from tests.tokenizer import samples
 
@@ -102,7 +103,7 @@ def test_a_symbol_that_ends_documents_stands_for_no_bytes_even_when_it_is_user_d
 
 def test_a_model_without_an_end_token_is_refused(tmp_path):
     path = samples.write_sentencepiece(tmp_path / "endless.model", eos_id=-1)
-    with pytest.raises(ValueError, match="neither <eod> nor an eos token .*: train it with"):
+    with pytest.raises(ChatflowError, match="neither <eod> nor an eos token .*: train it with"):
         load(path)
 
 
@@ -110,7 +111,7 @@ def test_a_model_without_an_end_token_is_refused(tmp_path):
 def test_a_file_that_is_no_model_is_refused(tmp_path, content):
     (tmp_path / "x.model").write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"x\.model is not a SentencePiece model: give the \.model file"
+        ChatflowError, match=r"x\.model is not a SentencePiece model: give the \.model file"
     ):
         load(tmp_path / "x.model")
 

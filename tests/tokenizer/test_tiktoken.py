@@ -6,6 +6,7 @@ import pytest
 import tiktoken
 from hypothesis import given
 
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from tests.tokenizer import samples
 
@@ -95,7 +96,7 @@ def test_vocab_size_cuts_the_vocabulary_and_must_fit_it(files):
     assert max(cut.encode("".join(samples.LINES))) < 1300
     for size in (1255, 1457):
         with pytest.raises(
-            ValueError, match=f"vocab_size {size} does not fit .*: give 1256 to 1456"
+            ChatflowError, match=f"vocab_size {size} does not fit .*: give 1256 to 1456"
         ):
             load(files / "tiktoken.json", vocab_size=size)
 
@@ -115,7 +116,8 @@ def test_vocab_size_cuts_the_vocabulary_and_must_fit_it(files):
 def test_files_of_another_kind_are_refused(tmp_path, content, reason):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(
-        ValueError, match=r"x\.json is not a tiktoken vocabulary in JSON .*: give Megatron's list"
+        ChatflowError,
+        match=r"x\.json is not a tiktoken vocabulary in JSON .*: give Megatron's list",
     ) as error:
         load(tmp_path / "x.json")
     assert reason in str(error.value)
@@ -124,7 +126,7 @@ def test_files_of_another_kind_are_refused(tmp_path, content, reason):
 def test_a_text_that_the_library_cannot_split_is_one_message(files):
     tokenizer = load_tokenizer("TikTokenizer", tokenizer_model=files / "tiktoken.json")
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match="the library cannot split a text of 1,000,001 characters that begins with 'x ",
     ) as error:
         tokenizer.encode("x" + " " * 1_000_000)

@@ -10,6 +10,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import open_vocabulary, replace
 from megatron_chatflow.tokenizer.token_map import token_map
@@ -151,7 +152,7 @@ def test_tokens_that_the_new_language_uses_are_kept(tmp_path):
 def test_more_tokens_than_can_be_replaced_are_refused(tmp_path):
     base = bases.open_base(tmp_path, "gpt2")
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match=(
             r"--new-tokens 5000 is more than can be replaced: 7\d\d tokens are neither control "
             r"tokens nor bytes; give at most"
@@ -165,7 +166,8 @@ def test_a_tokenizer_without_bytes_that_would_lose_text_is_refused(tmp_path):
     path.write_bytes(bases.english_spm(byte_fallback=False))
     base = open_vocabulary("SentencePieceTokenizer", str(path))
     with pytest.raises(
-        ValueError, match=r"would lose \d+ characters of the corpus .*: give a larger --new-tokens"
+        ChatflowError,
+        match=r"would lose \d+ characters of the corpus .*: give a larger --new-tokens",
     ):
         replace(base, bases.corpus(TRAINING), bases.corpus(ENGLISH), 50)
     assert base.fixed[base.split([b"e"])[0]].all()

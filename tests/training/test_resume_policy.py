@@ -184,7 +184,7 @@ class Saved:
         return find_start(config, inputs)
 
     def refused(self, words: str) -> str:
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ChatflowError) as error:
             self.load(words)
         return str(error.value)
 

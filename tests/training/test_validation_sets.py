@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_chatflow.curriculum import BlendPlan, Curriculum, load_curriculum, parse_curriculum
 from megatron_chatflow.data import open_domains
+from megatron_chatflow.errors import ChatflowError
 from tests.audit import Story, make_corpus, source_lines
 from tests.pool import Pool, command
 
@@ -117,7 +118,7 @@ def test_what_is_wrong_is_one_sentence_with_file_key_value_and_cure(
     corpora: Path, name: str
 ) -> None:
     keys, sentence = WRONG[name]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ChatflowError) as caught:
         read(corpora, **keys)
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 

@@ -99,7 +99,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: Any):
     ],
 )
 def test_what_cannot_be_read_is_one_message(text: str, parts: list[str]):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ChatflowError) as error:
         load_yaml(text)
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
     assert all(part in str(error.value) for part in parts), error.value
@@ -117,7 +117,7 @@ def test_deep_settings_and_curricula_are_one_message(tmp_path: Path, text: str):
     path = tmp_path / "file.yaml"
     path.write_text(text)
     for read in (load_values, load_curriculum):
-        with pytest.raises(ValueError, match="levels deep") as error:
+        with pytest.raises(ChatflowError, match="levels deep") as error:
             read(path)
         assert str(error.value).count(str(path)) == 1 and "\n" not in str(error.value)
 
@@ -136,7 +136,7 @@ def test_deep_json_is_one_message_wherever_a_file_is_read(tmp_path: Path):
         lambda: load_tokenizer(**tokenizer),
         lambda: load_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(tmp_path)),
     ):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ChatflowError) as error:
             read()
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
     assert "manifest.json is damaged" in damage_at_first_sight(tmp_path)
@@ -175,7 +175,7 @@ def curriculum(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_name_or_a_path_with_a_control_character_is_refused(change, key: str, character: str):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ChatflowError) as error:
         parse_curriculum(change(f"a{character}b"), source="file", folder="/")
     assert str(error.value).startswith(f"file: {key}: ") and character not in str(error.value)
 

@@ -96,8 +96,14 @@ def read_header(prefix: str | os.PathLike) -> Header:
                 else "make it with tools/preprocess_data.py or correct the path"
             )
             raise DataError(f"corpus {prefix}: {prefix + suffix} does not exist: {cure}")
-    bin_size = os.stat(prefix + ".bin").st_size
-    with open(prefix + ".idx", "rb", buffering=0) as file:
+    try:
+        bin_size, file = os.stat(prefix + ".bin").st_size, open(prefix + ".idx", "rb", buffering=0)
+    except OSError as error:
+        raise DataError(
+            f"corpus {prefix}: {error.filename} cannot be read ({error.strerror}): check its "
+            f"permissions"
+        ) from None
+    with file:
         size = os.fstat(file.fileno()).st_size
         raw = file.read(HEADER.size)
         if len(raw) < HEADER.size or raw[:9] != MAGIC:

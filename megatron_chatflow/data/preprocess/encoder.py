@@ -160,7 +160,7 @@ class Encoder:
                 return None
             for column in columns:
                 "".join(column).encode()
-        except (ValueError, RecursionError, KeyError, TypeError):
+        except (DataError, ValueError, RecursionError, KeyError, TypeError):
             return None
         return [self._parallel.fill_all(columns)] if self._parallel else columns
 

@@ -19,7 +19,7 @@ def all_records(data: bytes, format: str) -> list[Mapping[str, Any]]:
     nothing is wrong or unusual.
 
     Raises:
-        ValueError, RecursionError: a record needs a closer look.
+        DataError, ValueError, RecursionError: a record needs a closer look.
     """
     if format == "parquet":
         return parquet.records(data)

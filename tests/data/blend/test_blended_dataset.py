@@ -22,6 +22,7 @@ from megatron_chatflow.data import (
     open_domains,
     write_manifest,
 )
+from megatron_chatflow.errors import ChatflowError
 
 SEQ = 16
 
@@ -253,7 +254,7 @@ def copied(paths, tmp_path):
 
 def assert_refused(paths, *named, kinds=None, **settings):
     curriculum = make_curriculum(paths, kinds)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ChatflowError) as caught:
         open_blend(curriculum, make_plan(curriculum), **{"seq_length": SEQ, "seed": 5} | settings)
     assert "\n" not in str(caught.value)
     for part in named:
@@ -303,7 +304,7 @@ def test_a_plan_of_other_domains_is_refused(copied):
         (make_curriculum(fewer), plan),
         (make_curriculum(copied), make_plan(make_curriculum(fewer))),
     ):
-        with pytest.raises(ValueError, match="domain zh.*weight 0"):
+        with pytest.raises(ChatflowError, match="domain zh.*weight 0"):
             open_blend(curriculum, plan_, seq_length=SEQ, seed=5)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_chatflow.curriculum import BlendPlan, constant_curriculum
 from megatron_chatflow.data import BlendDataLoader, BlendedDataset, open_blend
+from megatron_chatflow.errors import ChatflowError
 
 SAMPLES = 400
 
@@ -153,7 +154,7 @@ def test_closing_ends_the_thread(blend):
     ],
 )
 def test_a_global_batch_that_cannot_be_divided_is_refused(blend, arguments, gbs, named):
-    with pytest.raises(ValueError, match=named), make_loader(blend, *arguments) as loader:
+    with pytest.raises(ChatflowError, match=named), make_loader(blend, *arguments) as loader:
         loader.iteration(0, gbs)
 
 

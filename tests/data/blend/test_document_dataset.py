@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_chatflow.data.blend.document_dataset import DocumentDataset
 from megatron_chatflow.data.preprocess.read_documents import read_texts
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("ByteLevelTokenizer")
@@ -78,10 +79,10 @@ def test_json_lines_plain_text_and_packed_files_hold_the_same_documents(tmp_path
 def test_a_record_without_text_is_named_with_file_and_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n{"txt": "b"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 3: no key 'text'; mend it"):
+    with pytest.raises(ChatflowError, match=r"a\.jsonl, line 3: no key 'text'; mend it"):
         list(read_texts([str(path)]))
     path.write_text('{"text": "a"}\nb\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not JSON"):
+    with pytest.raises(ChatflowError, match=r"a\.jsonl, line 2: not JSON"):
         list(read_texts([str(path)]))
-    with pytest.raises(ValueError, match=r"^.*nowhere\.txt cannot be read \(No such file"):
+    with pytest.raises(ChatflowError, match=r"^.*nowhere\.txt cannot be read \(No such file"):
         list(read_texts([str(tmp_path / "nowhere.txt")]))

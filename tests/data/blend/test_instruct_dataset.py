@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_chatflow.curriculum.schema import Curriculum, Domain, Stage
 from megatron_chatflow.data import IndexedDataset, InstructDataset, open_domains
 from megatron_chatflow.data.blend.instruct_dataset import Truncation
+from megatron_chatflow.errors import ChatflowError
 
 TURNS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1)), max_size=4)
 CHATS = st.lists(TURNS, min_size=1, max_size=12).filter(lambda chats: any(chats))
@@ -122,7 +123,7 @@ def test_a_domain_without_a_trained_token_is_refused_where_it_has_a_weight(write
         return open_domains(curriculum, seq_length=32, seed=1, split="1,0,0", **more)
 
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match=(
             "domain chat: .*none of its 2 conversations has a token to train on among its first "
             "33 .*raise seq_length"
@@ -158,7 +159,7 @@ def test_the_packing_is_the_same_for_every_seed_and_the_order_is_not(write_numbe
 
 def test_a_corpus_without_modes_is_refused(write_numbered):
     dataset = IndexedDataset(write_numbered([[3]]))
-    with pytest.raises(ValueError, match="sequence modes"):
+    with pytest.raises(ChatflowError, match="sequence modes"):
         InstructDataset("chat", dataset, seq_length=4, seed=1, documents=(0, 1))
 
 
@@ -167,7 +168,7 @@ def test_a_pointer_that_is_wrong_inside_the_index_is_refused(write_numbered):
     with open(prefix + ".idx", "r+b") as file:
         file.seek(34 + 3 * 4 + 8)
         file.write(struct.pack("<q", 4))
-    with pytest.raises(ValueError, match="sequence 1 "):
+    with pytest.raises(ChatflowError, match="sequence 1 "):
         InstructDataset("chat", IndexedDataset(prefix), seq_length=4, seed=1, documents=(0, 3))
 
 

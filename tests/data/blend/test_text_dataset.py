@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_chatflow.data import IndexedDataset, TextDataset
+from megatron_chatflow.errors import ChatflowError
 
 LENGTHS = st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=12)
 SEQ = st.integers(1, 8)
@@ -131,7 +132,7 @@ def test_the_loss_is_masked_where_the_token_ends_a_document(write_corpus):
 
 
 def test_masking_the_end_of_documents_needs_the_token(write_numbered):
-    with pytest.raises(ValueError, match="eod_mask_loss"):
+    with pytest.raises(ChatflowError, match="eod_mask_loss"):
         open_text(write_numbered([[9]]), 4, eod_mask_loss=True)
 
 
@@ -154,7 +155,7 @@ def test_sequences_that_are_not_stored_in_order_are_refused(write_numbered):
     with open(prefix + ".idx", "r+b") as file:
         file.seek(34)
         file.write(struct.pack("<iiqq", 3, 2, 8, 0))
-    with pytest.raises(ValueError, match="verify") as caught:
+    with pytest.raises(ChatflowError, match="verify") as caught:
         open_text(prefix, 4)
     assert prefix in str(caught.value)
 

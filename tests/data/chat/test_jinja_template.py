@@ -17,6 +17,7 @@ from megatron_chatflow.data.chat.templates import (
     MalformedRecord,
     mark_untrained,
 )
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 
 CHATML = (
@@ -179,11 +180,11 @@ def test_a_template_cannot_reach_out_of_its_sandbox(folder):
 
 
 def test_a_tokenizer_without_a_template_or_with_a_broken_one_is_refused(folder):
-    with pytest.raises(ValueError, match="has no chat template; give a HuggingFaceTokenizer"):
+    with pytest.raises(ChatflowError, match="has no chat template; give a HuggingFaceTokenizer"):
         check_tokenizer_template(load(folder, None))
-    with pytest.raises(ValueError, match="has no chat template"):
+    with pytest.raises(ChatflowError, match="has no chat template"):
         check_tokenizer_template(load_tokenizer("ByteLevelTokenizer"))
-    with pytest.raises(ValueError, match="is not Jinja"):
+    with pytest.raises(ChatflowError, match="is not Jinja"):
         check_tokenizer_template(load(folder, "{% for"))
 
 
@@ -363,7 +364,7 @@ def test_a_call_without_text_writes_what_transformers_writes(folder, content):
 
 
 def test_a_template_that_needs_the_date_is_refused_and_one_with_a_default_is_not(folder):
-    with pytest.raises(ValueError, match="fails: it asks for the date .*; write a date into it"):
+    with pytest.raises(ChatflowError, match="fails: it asks for the date .*; write a date into it"):
         check_tokenizer_template(load(folder, "{{ strftime_now('%Y-%m-%d') }}" + CHATML))
     check_tokenizer_template(
         load(folder, "{{ strftime_now('%d') if strftime_now is defined else '26' }}" + CHATML)
@@ -397,8 +398,8 @@ def test_of_named_templates_the_default_is_taken(folder):
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
     assert load(folder, named).chat_template == CHATML
     with pytest.raises(
-        ValueError, match="chat_template of .* has only tool_use: name one of them default"
+        ChatflowError, match="chat_template of .* has only tool_use: name one of them default"
     ):
         load(folder, named[:1])
-    with pytest.raises(ValueError, match="is neither a text nor a list of named templates"):
+    with pytest.raises(ChatflowError, match="is neither a text nor a list of named templates"):
         load(folder, 3)

@@ -9,6 +9,7 @@ from megatron_chatflow.cli.preprocess import main as preprocess
 from megatron_chatflow.data import IndexedDataset
 from megatron_chatflow.data.chat.prompts import chat_prompt, read_prompts, text_prompt
 from megatron_chatflow.data.chat.templates import MalformedRecord
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from tests.sample import QUICKSTART
 
@@ -100,7 +101,7 @@ def test_a_file_holds_a_prompt_a_line_as_json_or_as_text(tmp_path):
         {"prompt": "两"},
     ]
     (tmp_path / "b.jsonl").write_text("one\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: not JSON"):
+    with pytest.raises(ChatflowError, match=r"b\.jsonl, line 1: not JSON"):
         list(read_prompts(str(tmp_path / "b.jsonl")))
 
 

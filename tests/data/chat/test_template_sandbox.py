@@ -15,6 +15,7 @@ from megatron_chatflow.data.chat.template_sandbox import (
     TemplateRefusal,
     TemplateSandbox,
 )
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 
 MEMORY = "asks for more than 512 MB of memory"
@@ -138,12 +139,12 @@ class _Bytes(type(load_tokenizer("ByteLevelTokenizer"))):
 def test_the_check_before_a_run_tries_the_template():
     began = time.monotonic()
     with pytest.raises(
-        ValueError, match=f"the chat template of .* {MEMORY}; fix it or name another template"
+        ChatflowError, match=f"the chat template of .* {MEMORY}; fix it or name another template"
     ):
         check_tokenizer_template(_Bytes())
     failing = _Bytes()
     failing.chat_template = "{{ 1 / 0 }}"
-    with pytest.raises(ValueError, match="fails: ZeroDivisionError: division by zero; fix it"):
+    with pytest.raises(ChatflowError, match="fails: ZeroDivisionError: division by zero; fix it"):
         check_tokenizer_template(failing)
     strict = _Bytes()
     strict.chat_template = "{{ raise_exception('begin with a system prompt') }}"

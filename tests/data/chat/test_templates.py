@@ -9,6 +9,7 @@ from megatron_chatflow.data.chat.templates import (
     ParallelTemplate,
     text_field,
 )
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("ByteLevelTokenizer")
@@ -167,7 +168,7 @@ def test_a_parallel_template_is_filled_with_the_fields_it_names():
 
 @pytest.mark.parametrize("template", ["", "text", "{}", "{en", "en}", "{en!r}", "{en:5}"])
 def test_a_template_without_fields_or_with_more_than_names_is_refused(template):
-    with pytest.raises(ValueError, match=r"fields .*in braces.*, as in '\{en\}\\n\{zh\}'"):
+    with pytest.raises(ChatflowError, match=r"fields .*in braces.*, as in '\{en\}\\n\{zh\}'"):
         ParallelTemplate(template)
 
 

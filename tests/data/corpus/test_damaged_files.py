@@ -18,6 +18,7 @@ from megatron_chatflow.data import (
     open_domains,
     verify,
 )
+from megatron_chatflow.errors import ChatflowError
 
 SEQ_LENGTH = 8
 SUFFIXES = (".bin", ".idx", ".json")
@@ -126,7 +127,7 @@ def outcome(read, *arguments):
     """Returns what was read, or None after one sentence that names the corpus."""
     try:
         return read(*arguments)
-    except ValueError as error:
+    except ChatflowError as error:
         assert "\n" not in str(error) and os.fspath(arguments[0] / "a") in str(error), error
         return None
 

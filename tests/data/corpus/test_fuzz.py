@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from megatron_chatflow.curriculum import BlendPlan, load_curriculum, parse_curriculum
 from megatron_chatflow.data import IndexedDataset, read_manifest
 from megatron_chatflow.data.corpus.indexed_dataset import HEADER
+from megatron_chatflow.errors import ChatflowError
 from tests.data.corpus.test_damaged_files import (
     SUFFIXES,
     faults,
@@ -52,10 +53,10 @@ def check(examples: int, test, **strategies) -> None:
 
 
 def refused(call, *arguments):
-    """Return what a call returns, or None after a ValueError of one line."""
+    """Return what a call returns, or None after a ChatflowError of one line."""
     try:
         return call(*arguments)
-    except ValueError as error:
+    except ChatflowError as error:
         assert str(error) and "\n" not in str(error) and len(str(error)) < 2000, error
         return None
 

@@ -21,6 +21,7 @@ from megatron_chatflow.data import (
     read_manifest,
     write_manifest,
 )
+from megatron_chatflow.errors import ChatflowError
 
 TOKENS = st.lists(st.integers(0, 2**15 - 1), max_size=5)
 DOCUMENTS = st.lists(st.lists(st.tuples(TOKENS, st.integers(0, 1)), max_size=4), max_size=6)
@@ -162,13 +163,13 @@ def test_a_part_of_a_sequence_is_read_alone_and_only_within_it(write_corpus):
 def test_a_document_that_cannot_be_stored_is_refused(tmp_path, dtype, multimodal, arguments, named):
     with (
         IndexedDatasetBuilder(tmp_path / "a", dtype, multimodal) as builder,
-        pytest.raises(ValueError, match=named),
+        pytest.raises(ChatflowError, match=named),
     ):
         builder.add_document(*arguments)
 
 
 def test_a_float_type_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="float32"):
+    with pytest.raises(ChatflowError, match="float32"):
         IndexedDatasetBuilder(tmp_path / "a", np.float32)
 
 
@@ -181,7 +182,7 @@ def test_corpora_that_do_not_match_are_not_merged(tmp_path, write_corpus):
     ):
         with (
             IndexedDatasetBuilder(tmp_path / "a", dtype, multimodal) as builder,
-            pytest.raises(ValueError, match=named),
+            pytest.raises(ChatflowError, match=named),
         ):
             builder.add_index(other)
 
@@ -232,7 +233,7 @@ def corpus(tmp_path, write_corpus):
 
 
 def assert_refused(prefix, *named):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ChatflowError) as caught:
         IndexedDataset(prefix)
     assert "\n" not in str(caught.value)
     for part in (prefix, *named):
@@ -305,7 +306,7 @@ def test_a_map_lives_as_long_as_a_view_of_it(corpus):
 
 
 def test_the_maps_are_read_only(corpus):
-    with pytest.raises(ValueError):
+    with pytest.raises(ChatflowError):
         IndexedDataset(corpus).tokens[0] = 1
 
 
@@ -386,7 +387,7 @@ def test_documents_that_cannot_be_stored_at_once_are_refused(
 ):
     with (
         IndexedDatasetBuilder(tmp_path / "a", np.uint16, multimodal) as builder,
-        pytest.raises(ValueError, match=named),
+        pytest.raises(ChatflowError, match=named),
     ):
         builder.add_documents(*map(np.array, arguments))
 

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_chatflow.data import Manifest, read_manifest, write_manifest
 from megatron_chatflow.data.corpus.manifest import file_crc32
+from megatron_chatflow.errors import ChatflowError
 
 MANIFEST = Manifest(
     tokenizer={
@@ -79,7 +80,7 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one(tmp_path):
 )
 def test_a_manifest_that_says_something_else_is_refused(tmp_path, change, named):
     (tmp_path / "a.json").write_text(json.dumps(dataclasses.asdict(MANIFEST) | change))
-    with pytest.raises(ValueError, match=named) as caught:
+    with pytest.raises(ChatflowError, match=named) as caught:
         read_manifest(tmp_path / "a")
     assert "a.json" in str(caught.value)
 
@@ -87,5 +88,5 @@ def test_a_manifest_that_says_something_else_is_refused(tmp_path, change, named)
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"tokens": 3}', "\ud800"])
 def test_a_damaged_manifest_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match="a.json"):
+    with pytest.raises(ChatflowError, match="a.json"):
         read_manifest(tmp_path / "a")

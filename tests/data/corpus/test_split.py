@@ -9,6 +9,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 
 from megatron_chatflow.data import document_range, parse_split
+from megatron_chatflow.errors import ChatflowError
 
 WEIGHTS = st.lists(
     st.one_of(st.integers(0, 1000), st.floats(0, 1, width=16)), min_size=1, max_size=3
@@ -44,10 +45,10 @@ def test_the_subsets_cover_the_corpus_without_overlap(weights, num_documents):
 
 @pytest.mark.parametrize("split", ["", "a", "1,2,3,4", "0", "0,0,0", "-1,2", "nan", "inf,1", "1;2"])
 def test_what_is_not_a_split_is_refused(split):
-    with pytest.raises(ValueError, match="969,30,1"):
+    with pytest.raises(ChatflowError, match="969,30,1"):
         parse_split(split)
 
 
 def test_an_unknown_subset_is_refused():
-    with pytest.raises(ValueError, match="train, valid, test"):
+    with pytest.raises(ChatflowError, match="train, valid, test"):
         document_range("1", "dev", 10)

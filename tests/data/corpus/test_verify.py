@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.data import IndexedDataset, Manifest, verify, write_manifest
+from megatron_chatflow.errors import ChatflowError
 
 LENGTHS = st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=8)
 
@@ -95,5 +96,5 @@ def test_surplus_tokens_are_found(write_numbered):
 
 
 def test_a_corpus_that_cannot_be_opened_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ChatflowError, match="does not exist"):
         verify(os.path.join(tmp_path, "a"))

@@ -23,6 +23,7 @@ from megatron_chatflow.data.preprocess import parquet
 from megatron_chatflow.data.preprocess.input_files import Chunk, InputSource, open_sources
 from megatron_chatflow.data.preprocess.json_array import is_array
 from megatron_chatflow.data.preprocess.records import all_records, each_record
+from megatron_chatflow.errors import ChatflowError, DataError
 
 COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 ROOT = Path(__file__).resolve().parents[3]
@@ -80,7 +81,7 @@ def test_a_damaged_compressed_file_is_refused(tmp_path, suffix, damage):
     )
     path.write_bytes(damage(compress(NOISE)))
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match=r"a\.jsonl\..* cannot be read to its end .*: the file is damaged or was cut off",
     ):
         list(InputSource(str(path)).chunks(1000))
@@ -146,7 +147,7 @@ def test_patterns_give_their_files_by_name_and_everything_else_keeps_its_place(t
 def test_what_cannot_be_read_is_refused_with_the_cure(tmp_path, name, message):
     for existing in ("a.parquet", "a.jsonl.xz", "a.tar.gz"):
         (tmp_path / existing).write_bytes(NOISE)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ChatflowError, match=message):
         open_sources([str(tmp_path / name)])
 
 
@@ -156,18 +157,20 @@ def test_what_cannot_be_read_is_refused_with_the_cure(tmp_path, name, message):
 def test_a_missing_library_is_one_sentence_with_the_cure(tmp_path, monkeypatch, name, library):
     (tmp_path / name).touch()
     monkeypatch.setitem(__import__("sys").modules, library, None)
-    with pytest.raises(ValueError, match=rf"{name}.*: pip install {library}, or "):
+    with pytest.raises(ChatflowError, match=rf"{name}.*: pip install {library}, or "):
         open_sources([str(tmp_path / name)])
 
 
 def test_parquet_is_not_read_from_the_standard_input():
-    with pytest.raises(ValueError, match="--input - cannot be parquet"):
+    with pytest.raises(ChatflowError, match="--input - cannot be parquet"):
         InputSource("-", "parquet")
 
 
 def test_a_file_named_twice_is_refused(tmp_path):
     (tmp_path / "a.jsonl").touch()
-    with pytest.raises(ValueError, match=r"--input names .*a\.jsonl 2 times: name each file once"):
+    with pytest.raises(
+        ChatflowError, match=r"--input names .*a\.jsonl 2 times: name each file once"
+    ):
         open_sources([str(tmp_path / "a.jsonl"), str(tmp_path / "*.jsonl")])
 
 
@@ -201,7 +204,7 @@ def test_rows_of_a_table_are_records_in_order(tmp_path, size, row_group_size):
 
 def test_a_table_without_the_column_is_refused_with_those_it_has(tmp_path):
     write_table(tmp_path / "a.parquet", [{"body": "a", "title": "b"}])
-    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text': it has body, title"):
+    with pytest.raises(ChatflowError, match=r"a\.parquet has no column 'text': it has body, title"):
         list(InputSource(str(tmp_path / "a.parquet")).chunks(1000, ["text"]))
 
 
@@ -212,7 +215,7 @@ def test_a_damaged_table_is_refused(tmp_path):
     content[4:2000] = bytes(1996)
     path.write_bytes(content)
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match=r"a\.parquet cannot be read to its end .*: the file is damaged or was cut off",
     ):
         list(InputSource(str(path)).chunks(1000))
@@ -266,7 +269,7 @@ def test_reading_all_records_at_once_gives_what_reading_each_gives(lines, format
     slow = [record for _, record in each_record(Chunk(1, 1, data, format, 0, ""))]
     try:
         fast = all_records(data, format)
-    except (ValueError, RecursionError):
+    except (DataError, ValueError, RecursionError):
         return
     assert repr(fast) == repr(slow) or any(
         isinstance(record, MalformedRecord) and "not an object" in str(record) for record in slow
@@ -414,7 +417,7 @@ def test_a_zstandard_window_beyond_the_usual_limit_is_refused_with_what_to_do(tm
         r"a\.jsonl\.zst was packed with a window of 268,435,456 bytes, more than .*: unpack it "
         r".*zstd -dc --long=31"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ChatflowError, match=message):
         list(InputSource(str(tmp_path / "a.jsonl.zst")).chunks(100))
 
 
@@ -452,10 +455,10 @@ def test_pipes_are_refused_where_they_cannot_be_read_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.parquet")
     os.symlink("pipe.parquet", tmp_path / "same")
     with pytest.raises(
-        ValueError, match="is a pipe and cannot be parquet, which is not read from start to end"
+        ChatflowError, match="is a pipe and cannot be parquet, which is not read from start to end"
     ):
         open_sources([str(tmp_path / "pipe.parquet")])
     with pytest.raises(
-        ValueError, match=r"names one pipe twice, as .*pipe\.parquet and .*same: name it once"
+        ChatflowError, match=r"names one pipe twice, as .*pipe\.parquet and .*same: name it once"
     ):
         open_sources([str(tmp_path / "pipe.parquet"), str(tmp_path / "same")], "jsonl")

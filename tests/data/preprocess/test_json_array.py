@@ -20,6 +20,7 @@ from megatron_chatflow.data.preprocess.pipeline import (
     preprocess,
 )
 from megatron_chatflow.data.preprocess.read_documents import read_texts
+from megatron_chatflow.errors import ChatflowError
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.sampled_from('a"\\{}[],:\n é')),
@@ -171,7 +172,7 @@ def test_messages_name_the_record(tmp_path):
                 b'{"text": "d"}]'
             ),
         )
-    with pytest.raises(ValueError, match="a.json: brackets do not match in record 2"):
+    with pytest.raises(ChatflowError, match="a.json: brackets do not match in record 2"):
         preprocessed(
             tmp_path,
             "a.json",
@@ -259,7 +260,7 @@ def test_the_share_is_of_all_records_where_malformed_ones_are_large_and_come_fir
     ("share", "skip"), [(0.1, False), (1.5, True), (-0.1, True), (float("nan"), True)]
 )
 def test_a_share_without_meaning_is_refused(tmp_path, share, skip):
-    with pytest.raises(ValueError, match="--max-malformed"):
+    with pytest.raises(ChatflowError, match="--max-malformed"):
         preprocessed(tmp_path, "a.jsonl", b"{}\n", max_malformed=share, skip_malformed=skip)
 
 

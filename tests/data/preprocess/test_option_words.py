@@ -5,6 +5,7 @@ on.
 import pytest
 
 from megatron_chatflow.data.preprocess.pipeline import PreprocessOptions, preprocess
+from megatron_chatflow.errors import ChatflowError
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_such_a_word_is_refused_and_nothing_is_written(tmp_path, changes, flag):
         "input": tuple(str(tmp_path / path) for path in words.pop("input")),
         "output_prefix": str(tmp_path / words.pop("output_prefix")),
     }
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ChatflowError) as error:
         preprocess(
             PreprocessOptions(tokenizer_type="NullTokenizer", vocab_size=100, **paths, **words)
         )

@@ -21,6 +21,7 @@ from megatron_chatflow.data.preprocess.pipeline import (
     PreprocessOptions,
     preprocess,
 )
+from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.long_text import PIECE
 
@@ -191,7 +192,7 @@ def test_any_text_comes_back_from_the_corpus(run, texts, ascii_only, zipped):
     kept = [text for text in texts if text]
     files = {"a.jsonl": gzip.compress(lines) if zipped else lines}
     if not kept:
-        with pytest.raises(ValueError, match="no document is left"):
+        with pytest.raises(ChatflowError, match="no document is left"):
             run(files)
         return
     (prefix,) = run(files, append_eod=True).corpora
@@ -469,20 +470,20 @@ def test_text_that_holds_a_control_token_of_the_template_is_refused_in_conversat
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(run, options, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ChatflowError) as error:
         run({"a.jsonl": [{"text": "a"}]}, **options)
     assert message in str(error.value)
     assert not run.folder.exists()
 
 
 def test_plain_text_has_no_keys(run):
-    with pytest.raises(ValueError, match=r"a\.txt is plain text without keys: drop --kind"):
+    with pytest.raises(ChatflowError, match=r"a\.txt is plain text without keys: drop --kind"):
         run({"a.txt": b"a\n"}, kind="instruct")
 
 
 def test_an_empty_input_gives_no_corpus(run):
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match=(
             r"no document is left for .*x_text_document \(0 malformed records and 0 empty "
             r"documents were left out\)"
@@ -499,7 +500,7 @@ def test_an_output_prefix_needs_a_name(tmp_path):
         output_prefix=f"{tmp_path}/",
         tokenizer_type="ByteLevelTokenizer",
     )
-    with pytest.raises(ValueError, match="is no prefix of a file name: give one such as out/en"):
+    with pytest.raises(ChatflowError, match="is no prefix of a file name: give one such as out/en"):
         preprocess(settings)
 
 

@@ -17,6 +17,7 @@ import zstandard
 from megatron_chatflow.data.preprocess import pipeline as module
 from megatron_chatflow.data.preprocess.pipeline import InputChanged, PreprocessOptions, preprocess
 from megatron_chatflow.data.preprocess.resume_state import locked_folder
+from megatron_chatflow.errors import ChatflowError
 from tests.data.preprocess.test_input_files import write_table
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -239,7 +240,7 @@ def killed(tmp_path, settings, small_chunks):
 def test_an_unfinished_run_is_named_with_both_cures_and_left_alone(tmp_path, killed):
     before = written(tmp_path / "out")
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match=(
             r"unfinished holds an unfinished run .*: go on .* with --resume, or delete the "
             r"folder to start over"
@@ -279,18 +280,18 @@ def test_other_settings_are_refused_by_name_and_the_unfinished_run_is_left_alone
     tmp_path, killed, changed, named
 ):
     before = written(tmp_path / "out")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ChatflowError) as error:
         preprocess(PreprocessOptions(**killed | changed | {"resume": True}))
     assert named in str(error.value) and "restore it, or delete" in str(error.value)
     assert written(tmp_path / "out") == before
 
 
 def test_a_longer_or_missing_input_is_refused(tmp_path, killed):
-    with pytest.raises(ValueError, match="another --input-format"):
+    with pytest.raises(ChatflowError, match="another --input-format"):
         preprocess(PreprocessOptions(**killed | {"input": killed["input"][1:]}, resume=True))
     with open(tmp_path / "e.jsonl", "ab") as file:
         file.write(b"{}\n")
-    with pytest.raises(ValueError, match="another --input "):
+    with pytest.raises(ChatflowError, match="another --input "):
         preprocess(PreprocessOptions(**killed, resume=True))
 
 
@@ -329,7 +330,8 @@ def test_a_damaged_state_is_refused_with_the_cure(tmp_path, killed):
     for content in (b"", b"{}", b"\xff", state.read_bytes()[:-5]):
         state.write_bytes(content)
         with pytest.raises(
-            ValueError, match=r"state\.json is damaged .*: restore it, or delete .* to start over"
+            ChatflowError,
+            match=r"state\.json is damaged .*: restore it, or delete .* to start over",
         ):
             preprocess(PreprocessOptions(**killed, resume=True))
 
@@ -352,7 +354,7 @@ def test_processes_that_come_and_go_never_have_one_folder_at_once(tmp_path):
         code, end = 1, time.monotonic() + 1.5
         try:
             while time.monotonic() < end:
-                with suppress(ValueError), locked_folder(folder):
+                with suppress(ChatflowError), locked_folder(folder):
                     os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
                     os.listdir(folder)
                     os.unlink(marker)
@@ -374,6 +376,6 @@ def test_resume_without_an_unfinished_run_starts_at_the_beginning_and_says_so(se
 def test_two_runs_into_one_output_are_refused(tmp_path, settings):
     with (
         locked_folder(PreprocessOptions(**settings("out")).unfinished()),
-        pytest.raises(ValueError, match=r"another process \(.*\) is writing into"),
+        pytest.raises(ChatflowError, match=r"another process \(.*\) is writing into"),
     ):
         preprocess(PreprocessOptions(**settings("out")))

@@ -17,6 +17,7 @@ from megatron_chatflow.data.preprocess.sentence_split import (
     choose_splitting,
     splitter,
 )
+from megatron_chatflow.errors import ChatflowError
 
 EOD = 256
 
@@ -178,7 +179,7 @@ def test_lists_under_the_key_are_sentences_already(without_data, run, split):
 
 def test_an_unknown_language_is_refused_with_those_that_are_known(run):
     with pytest.raises(
-        ValueError,
+        ChatflowError,
         match="--lang klingon is unknown to --split-sentences: give one of chinese, czech,",
     ) as error:
         run(["a"], split_sentences=True, lang="klingon")
