@@ -97,7 +97,7 @@ def read_header(prefix: str | os.PathLike) -> Header:
             )
             raise DataError(f"corpus {prefix}: {prefix + suffix} does not exist: {cure}")
     try:
-        bin_size, file = os.stat(prefix + ".bin").st_size, open(prefix + ".idx", "rb", buffering=0)
+        bin_size, file = os.stat(prefix + ".bin").st_size, open(prefix + ".idx", "rb", buffering=0)  # noqa: SIM115 (closed below)
     except OSError as error:
         raise DataError(
             f"corpus {prefix}: {error.filename} cannot be read ({error.strerror}): check its "
