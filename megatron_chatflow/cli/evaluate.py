@@ -196,6 +196,5 @@ def _find_reference(path: str, config: Config, launch: Launch) -> Any:
 
     folder, step = split_reference(path)
     source = find_source(str(folder))
-    reference = settings_alone(source)
-    reference.checkpoint.load, reference.checkpoint.ckpt_step = str(folder), step
+    reference = settings_alone(source).replace(load=str(folder), ckpt_step=step)
     return source.subject(laid_out_as(reference, config), launch.world_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -37,9 +38,8 @@ def main(argv: Sequence[str]) -> int:
                 "generate reads prompts of any length, which sequence_parallel cannot "
                 "split; drop --sequence-parallel"
             )
-        config.precision = (
-            PrecisionSettings()
-        )  # rows of any length: FP8 layers want multiples of 8 tokens
+        # Prompts have any length, and FP8 layers need multiples of 8 tokens.
+        config = dataclasses.replace(config, precision=PrecisionSettings())
         from megatron_chatflow.training.data_setup import open_tokenizer
 
         subject = source.subject(config, launch.world_size, use_ema=args.use_ema)

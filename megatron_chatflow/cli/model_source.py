@@ -33,7 +33,7 @@ class Source:
         """The model under these settings. Raises ConfigError where there are no such weights, or
         the settings do not fit.
         """
-        from megatron_chatflow.config import resolve_reading
+        from megatron_chatflow.config import resolve_model
         from megatron_chatflow.evaluation.eval_model import Subject, find_subject
 
         if self.opened is None:
@@ -52,7 +52,7 @@ class Source:
 
         opened = self.opened
         return Subject(
-            resolve_reading(config, world_size),
+            resolve_model(config, world_size),
             self.folder,
             0,
             False,

@@ -1,19 +1,20 @@
 """Every setting of a run, as dataclasses: YAML and flags in, resolved YAML out."""
 
-from megatron_chatflow.config.loader import load_values, make_parser, nearest, parse, to_yaml
-from megatron_chatflow.config.schema import Config
-from megatron_chatflow.config.validate import (
+from megatron_chatflow.config.derived import (
     Schedule,
     pad_vocab_size,
     padded_vocab_size,
-    resolve,
-    resolve_data,
-    resolve_reading,
     total_samples,
 )
+from megatron_chatflow.config.loader import load_values, make_parser, nearest, parse, to_yaml
+from megatron_chatflow.config.schema import Config, DataConfig, ModelConfig, ResolvedConfig
+from megatron_chatflow.config.validate import resolve, resolve_data, resolve_model
 
 __all__ = [
     "Config",
+    "DataConfig",
+    "ModelConfig",
+    "ResolvedConfig",
     "Schedule",
     "load_values",
     "make_parser",
@@ -23,7 +24,7 @@ __all__ = [
     "parse",
     "resolve",
     "resolve_data",
-    "resolve_reading",
+    "resolve_model",
     "to_yaml",
     "total_samples",
 ]

@@ -10,14 +10,13 @@ import dataclasses
 import functools
 import inspect
 import math
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.config import schema
-from megatron_chatflow.config.schema import Config
+from megatron_chatflow.config.schema import Config, section_of, sections
+from megatron_chatflow.config.schema.section import base_type, choices_of, type_hints
 from megatron_chatflow.config.unsupported_flags import REFUSED
 from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.utils.user_files import check_line, closest, dump_yaml, load_yaml, read_text
@@ -31,48 +30,19 @@ class _Parser(argparse.ArgumentParser):
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a dataclass: {field name: text}."""
-    body = ast.parse(inspect.getsource(schema)).body
-    (definition,) = (
-        node for node in body if isinstance(node, ast.ClassDef) and node.name == cls.__name__
-    )
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
     docs = {}
     for node, follower in zip(definition.body, definition.body[1:], strict=False):
         if (
             isinstance(node, ast.AnnAssign)
             and isinstance(follower, ast.Expr)
             and isinstance(follower.value, ast.Constant)
+            and isinstance(node.target, ast.Name)
+            and isinstance(follower.value.value, str)
         ):
             docs[node.target.id] = " ".join(follower.value.value.split())
     return docs
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def sections() -> Iterator[tuple[str, type]]:
-    """(name, dataclass) of every section, in order."""
-    yield from _hints(Config).items()
-
-
-@functools.cache
-def section_of() -> dict[str, str]:
-    """{field name: the section that holds it}; field names are unique over all sections."""
-    owner: dict[str, str] = {}
-    for name, cls in sections():
-        for f in dataclasses.fields(cls):
-            assert f.name not in owner, f"{f.name} stands in two sections"
-            owner[f.name] = name
-    return owner
-
-
-def _base(hint: Any) -> tuple[Any, bool]:
-    """(the type without None, whether None is allowed)."""
-    if isinstance(hint, types.UnionType):
-        (base,) = (t for t in typing.get_args(hint) if t is not type(None))
-        return base, True
-    return hint, False
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -88,12 +58,14 @@ def convert(name: str, value: Any, cls: type) -> Any:
     """One value from YAML as the field's type. Raises ConfigError that names the setting, the value
     and what is wanted.
     """
-    base, optional = _base(_hints(cls)[name])
+    base, optional = base_type(type_hints(cls)[name])
     if value is None:
         if optional:
             return None
         raise ConfigError(f"{name} has no value; write one or leave the line out")
-    (meta,) = (f.metadata for f in dataclasses.fields(cls) if f.name == name)
+    choices = choices_of(cls, name)
+    if choices:
+        base = str
     wrong = ConfigError(f"{name}: {value!r} is not {_describe(base)}; write {_describe(base)}")
     if base is bool:
         if not isinstance(value, bool):
@@ -112,10 +84,10 @@ def convert(name: str, value: Any, cls: type) -> Any:
         if not isinstance(value, str):
             raise wrong
         check_line(name, value)
-        if "choices" in meta and value not in meta["choices"]:
+        if choices and value not in choices:
             raise ConfigError(
                 f"{name}: {value!r} is not known; write one of "
-                f"{', '.join(meta['choices'])}{nearest(value, meta['choices'])}"
+                f"{', '.join(choices)}{nearest(value, choices)}"
             )
     else:
         (item,) = typing.get_args(base)
@@ -244,7 +216,7 @@ def make_parser(prog: str, description: str, epilog: str = "") -> argparse.Argum
 
 
 def _add_flag(group: Any, f: dataclasses.Field, cls: type) -> None:
-    base, _ = _base(_hints(cls)[f.name])
+    base, _ = base_type(type_hints(cls)[f.name])
     flag = f.metadata.get("flag") or "--" + f.name.replace("_", "-")
     text = field_docs(cls)[f.name].replace("%", "%%")
     default = f.default
@@ -261,8 +233,10 @@ def _add_flag(group: Any, f: dataclasses.Field, cls: type) -> None:
         return
     if default is not None and default != 0:
         text += f" Default: {default}."
-    if "choices" in f.metadata:
-        text += f" One of {', '.join(f.metadata['choices'])}."
+    choices = choices_of(cls, f.name)
+    if choices:
+        base = str
+        text += f" One of {', '.join(choices)}."
     if typing.get_origin(base) is list:
         group.add_argument(flag, dest=f.name, nargs="+", metavar=f.name.upper(), help=text)
     else:
@@ -314,10 +288,7 @@ def parse(
                     raise ConfigError(
                         "--" + str(error).replace(f.name, f.name.replace("_", "-"), 1)
                     ) from None
-    config = Config()
-    for name, value in values.items():
-        setattr(getattr(config, section_of()[name]), name, value)
-    return config, args
+    return Config().replace(**values), args
 
 
 def load_values(path: Path) -> dict[str, Any]:

@@ -8,11 +8,14 @@ docs/training.md prints it (`resume_table`), and a test fails when a setting is 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
-from megatron_chatflow.config.schema import Config
-from megatron_chatflow.config.validate import Schedule, total_samples
+from megatron_chatflow.config.derived import Schedule, total_samples
+from megatron_chatflow.config.schema import Config, DataConfig, OptimizerSettings
+
+_C = TypeVar("_C", bound=Config)
 
 
 class AtResume(Enum):
@@ -127,13 +130,13 @@ def model_settings(config: Config, vocab_size: int | None) -> dict[str, Any]:
     """
     m = config.model
     values = _fields(config, (AtResume.MODEL, AtResume.POSITIONS))
-    values["num_query_groups"] = m.num_query_groups or m.num_attention_heads
+    values["num_query_groups"] = m.key_value_heads
     values["kv_channels"] = m.kv_channels or m.hidden_size // max(1, m.num_attention_heads)
     del values["vocab_size"]
     return values if vocab_size is None else values | {"vocab_size": vocab_size}
 
 
-def training_settings(config: Config, schedule: Schedule) -> dict[str, Any]:
+def training_settings(config: DataConfig, schedule: Schedule) -> dict[str, Any]:
     """{setting: value} of how it is trained: the optimizer, its schedule in samples, and all that
     is reported. `config` is resolved."""
     values = _fields(config, (AtResume.KIND, AtResume.SCHEDULE, AtResume.REPORTED))
@@ -195,17 +198,22 @@ def without_effect(values: dict[str, Any]) -> set[str]:
     return names & set(values)
 
 
-def with_schedule(config: Config, values: dict[str, Any]) -> None:
-    """Put the optimizer's settings of `values` (`training_settings` of another run) into `config`,
-    which is changed in place."""
-    o = config.optimizer
-    for name, value in values.items():
-        if name != WEIGHT_DECAY_LENGTH and AT_RESUME[name] == AtResume.SCHEDULE:
-            setattr(o, name, value)
+def with_schedule(config: _C, values: Mapping[str, Any]) -> _C:
+    """Return `config` with the optimizer settings of another run.
+
+    Args:
+        config: as written or resolved.
+        values: `training_settings` of the other run.
+    """
+    changes = {
+        name: value
+        for name, value in values.items()
+        if name != WEIGHT_DECAY_LENGTH and AT_RESUME[name] == AtResume.SCHEDULE
+    }
     for name, other in COMPARED_AS.items():
         if AT_RESUME[name] == AtResume.SCHEDULE and other in values:
-            default = next(f.default for f in dataclasses.fields(o) if f.name == name)
-            setattr(o, name, default)
+            changes[name] = getattr(OptimizerSettings, name)  # the default
+    return config.replace(**changes)
 
 
 def resume_table() -> str:

@@ -1,437 +1,327 @@
-"""What follows from the settings: defaults that depend on others, lengths in samples, and the
-checks that need no corpus and no process group.
+"""Fill in the defaults that depend on others, and check the settings against each other.
+
+`resolve`, `resolve_model` and `resolve_data` return the settings that training, running a model and
+reading the blend need. Each reports every independent error at once, with `ConfigErrors`. The checks of one section alone are the ``validate`` of its class; those between
+sections are here. They need no corpus and no process group.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
-from megatron_chatflow.config.pipeline_layout import split_layers, virtual_pipeline_size
-from megatron_chatflow.config.schema import Config, OptimizerSettings
-from megatron_chatflow.config.validate_fp8 import check_precision
-from megatron_chatflow.config.validate_recompute import check_recompute
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.config.derived import Schedule, total_samples
+from megatron_chatflow.config.pipeline_layout import (
+    chunk_sizes,
+    split_layers,
+    virtual_pipeline_size,
+)
+from megatron_chatflow.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ResolvedConfig,
+    sections,
+)
+from megatron_chatflow.config.schema.section import convert_to
+from megatron_chatflow.config.validate_fp8 import FP8_CHECKS
+from megatron_chatflow.errors import ErrorCollector
 
-_MOST_SAMPLES = 1 << 53
+_C = TypeVar("_C", bound=Config)
+_DATA_SECTIONS = ("training", "checkpoint", "data", "tokenizer", "validation", "logging")
+_MODEL_SECTIONS = ("model", "parallel", "training", "precision", "data", "tokenizer", "validation")
 
 
-def resolve(config: Config, world_size: int) -> Config:
-    """A copy with every dependent default filled in, checked against `world_size` processes.
+def resolve(config: Config, world_size: int) -> ResolvedConfig:
+    """Fill in every dependent default and check the settings against `world_size` processes.
 
-    Raises ConfigError for a missing setting and for two settings that contradict each other, naming
-    both and the cure.
+    Raises ConfigError for missing settings and for settings that contradict each other: a message
+    per error, with the names and what to do.
     """
-    config = copy.deepcopy(config)
-    dp = _resolve_model_and_layout(config, world_size)
-    check_recompute(config)
-    _check_batches(config, dp)
-    check_precision(config)
-    _check_optimizer(config)
-    return config
+    filled = _fill_in_model(config, world_size)
+    errors = _Errors(config, [name for name, _ in sections()])
+    _check_layout(errors, filled, world_size)
+    _check_batches(errors, filled, data_parallel_size(config, world_size))
+    errors.run("recompute", _recompute, filled, needs=("training", "precision", "pipeline"))
+    for name, check, needs in FP8_CHECKS:
+        errors.run(name, check, filled, needs=needs)
+    errors.run("sgd", _sgd, filled, needs=("optimizer", "parallel"))
+    errors.run("schedule", _schedule, filled, needs=("optimizer", "length"))
+    errors.raise_all()
+    return convert_to(ResolvedConfig, filled, optimizer=config.optimizer.resolve())
 
 
-def resolve_reading(config: Config, world_size: int) -> Config:
-    """What running a model needs without training it (`evaluate`, `generate`): no length, no
-    optimizer, no schedule.
+def resolve_model(config: Config, world_size: int) -> ModelConfig:
+    """Resolve what running a model needs without training it (`evaluate`, `generate`).
+
+    The length of the run, the optimizer and its schedule are neither needed nor checked. Raises
+    ConfigError as `resolve` does.
     """
-    config = copy.deepcopy(config)
-    config.data.seq_length = config.data.seq_length or config.model.max_position_embeddings or 0
+    if not config.data.seq_length:
+        config = config.replace(seq_length=config.model.max_position_embeddings or 0)
+    filled = _fill_in_model(config, world_size)
+    errors = _Errors(config, _MODEL_SECTIONS)
+    _check_layout(errors, filled, world_size)
+    errors.run("interleaved", _not_interleaved, filled, needs=("pipeline",))
+    for name, check, needs in FP8_CHECKS:
+        errors.run(name, check, filled, needs=needs)
+    errors.raise_all()
+    return filled
+
+
+def resolve_data(config: Config) -> DataConfig:
+    """Resolve what reading the blend needs, without a model or a layout. Raises ConfigError."""
+    filled = convert_to(DataConfig, config, training=config.training.resolve(1))
+    errors = _Errors(config, _DATA_SECTIONS)
+    errors.run("length", _length, filled, needs=("training",))
+    errors.run("batches", lambda c: _batches(c, 1), filled, needs=("training",))
+    errors.raise_all()
+    return filled
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Return the number of processes with the same part of the model, at least 1."""
+    p = config.parallel
+    shared = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    return max(1, world_size // max(1, shared))
+
+
+class _Errors(ErrorCollector):
+    """The errors of one configuration.
+
+    A check runs only where the sections and the earlier checks that it needs are without errors, so
+    that no error is a consequence of another one.
+    """
+
+    def __init__(self, config: Config, names: Iterable[str]) -> None:
+        super().__init__()
+        self._valid: set[str] = set()
+        for name in names:
+            self.run(name, lambda c, name=name: getattr(c, name).validate(), config)
+
+    def run(
+        self,
+        name: str,
+        check: Callable[[_C], Iterable[str]],
+        config: _C,
+        needs: Iterable[str] = (),
+    ) -> None:
+        """Run a check that returns its messages or raises ConfigError."""
+        if not self._valid.issuperset(needs):
+            return
+        before = len(self.messages)
+        with self.collect():
+            self.add(*check(config))
+        if len(self.messages) == before:
+            self._valid.add(name)
+
+
+def _fill_in_model(config: Config, world_size: int) -> ModelConfig:
+    return convert_to(
+        ModelConfig,
+        config,
+        model=config.model.resolve(config.data.seq_length),
+        training=config.training.resolve(data_parallel_size(config, world_size)),
+    )
+
+
+def _check_layout(errors: _Errors, config: ModelConfig, world_size: int) -> None:
+    errors.run("positions", _positions, config, needs=("model", "data"))
+    errors.run("tensor", _tensor_parallel, config, needs=("model", "parallel"))
+    errors.run("sequence", _sequence_parallel, config, needs=("parallel", "data"))
+    errors.run("pipeline", _pipeline, config, needs=("model", "parallel"))
+    errors.run("layout", lambda c: _world_size(c, world_size), config, needs=("parallel",))
+
+
+def _check_batches(errors: _Errors, config: ModelConfig, dp: int) -> None:
+    errors.run("length", _length, config, needs=("training",))
+    errors.run("batches", lambda c: _batches(c, dp), config, needs=("training", "layout"))
+    errors.run("interleaved", lambda c: _interleaved(c, dp), config, needs=("batches", "pipeline"))
+
+
+def _positions(config: ModelConfig) -> Iterator[str]:
+    length, positions = config.data.seq_length, config.model.max_position_embeddings
+    if length > positions:
+        yield (
+            f"seq_length {length} is larger than max_position_embeddings {positions}; "
+            "raise --max-position-embeddings or lower --seq-length"
+        )
+
+
+def _tensor_parallel(config: ModelConfig) -> Iterator[str]:
+    m, tp = config.model, config.parallel.tensor_model_parallel_size
+    heads, groups = m.num_attention_heads, m.key_value_heads
+    width = (heads + 2 * groups) * m.kv_channels
+    if heads % tp:
+        yield (
+            f"num_attention_heads {heads} is not a multiple of tensor_model_parallel_size {tp}; "
+            "change one of them"
+        )
+    elif groups % tp and tp % groups:
+        yield (
+            f"num_query_groups {groups} is neither a multiple nor a divisor of "
+            f"tensor_model_parallel_size {tp}; change one of them"
+        )
+    elif width % tp:
+        yield (
+            f"(num_attention_heads + 2 x num_query_groups) x kv_channels is {width}, not a "
+            f"multiple of tensor_model_parallel_size {tp}; change one of them"
+        )
+    if m.ffn_hidden_size % tp:
+        yield (
+            f"ffn_hidden_size {m.ffn_hidden_size} is not a multiple of "
+            f"tensor_model_parallel_size {tp}; change one of them"
+        )
+
+
+def _sequence_parallel(config: ModelConfig) -> Iterator[str]:
+    length, tp = config.data.seq_length, config.parallel.tensor_model_parallel_size
+    if config.parallel.sequence_parallel and length % tp:
+        yield (
+            f"seq_length {length} is not a multiple of tensor_model_parallel_size {tp}, "
+            "which sequence_parallel needs; change one of them"
+        )
+
+
+def _pipeline(config: ModelConfig) -> Iterable[str]:
+    split_layers(config.parallel, config.model.num_layers)
+    return ()
+
+
+def _not_interleaved(config: ModelConfig) -> Iterator[str]:
     if config.parallel.num_layers_per_virtual_pipeline_stage:
-        raise ConfigError(
+        yield (
             "num_layers_per_virtual_pipeline_stage is for training only; drop "
             "--num-layers-per-virtual-pipeline-stage"
         )
-    dp = _resolve_model_and_layout(config, world_size)
-    if virtual_pipeline_size(config.parallel, config.model.num_layers) > 1:
-        raise ConfigError(
-            "pipeline_model_parallel_layout: model chunks that take turns are for training only; "
-            "give one stage for each pipeline rank"
-        )
-    _positive(config.training, "micro_batch_size")
-    config.training.global_batch_size = (
-        config.training.global_batch_size or config.training.micro_batch_size * dp
-    )
-    check_precision(config)
-    return config
-
-
-def _resolve_model_and_layout(config: Config, world_size: int) -> int:
-    """Fills in and checks what the model and its layout are; returns the data-parallel size."""
-    for section, name in (
-        (config.model, "num_layers"),
-        (config.model, "hidden_size"),
-        (config.model, "num_attention_heads"),
-        (config.data, "seq_length"),
-    ):
-        _positive(section, name)
-    for section in (getattr(config, f.name) for f in dataclasses.fields(config)):
-        for f in dataclasses.fields(section):
-            value = getattr(section, f.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
-                raise ConfigError(
-                    f"{f.name} is {value}; give {_flag(f.name)} a number that is not negative"
-                )
-    _resolve_model(config)
-    return _check_layout(config, world_size)
-
-
-def resolve_data(config: Config) -> Config:
-    """What reading the blend needs, without a model or a layout: batches, length and seq_length
-    filled in and checked.
-    """
-    config = copy.deepcopy(config)
-    _positive(config.data, "seq_length")
-    _check_batches(config, 1)
-    return config
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _positive(section: object, name: str) -> None:
-    if getattr(section, name) <= 0:
-        raise ConfigError(
-            f"{name} is {getattr(section, name) or 'missing'}; give {_flag(name)} a positive number"
+    elif virtual_pipeline_size(config.parallel, config.model.num_layers) > 1:
+        yield (
+            "pipeline_model_parallel_layout: an interleaved schedule is for training only; give "
+            "one stage for each pipeline rank"
         )
 
 
-def _resolve_model(config: Config) -> None:
-    m = config.model
-    if m.hidden_size % m.num_attention_heads and not m.kv_channels:
-        raise ConfigError(
-            f"hidden_size {m.hidden_size} is not a multiple of num_attention_heads "
-            f"{m.num_attention_heads}; change one of them or give --kv-channels"
-        )
-    m.kv_channels = m.kv_channels or m.hidden_size // m.num_attention_heads
-    if m.ffn_hidden_size is None:
-        m.ffn_hidden_size = (
-            int(4 * m.hidden_size * 2 / 3) // 64 * 64 if m.swiglu else 4 * m.hidden_size
-        )
-    if m.ffn_hidden_size <= 0:
-        raise ConfigError(
-            f"ffn_hidden_size is {m.ffn_hidden_size} for hidden_size {m.hidden_size}; give "
-            f"--ffn-hidden-size a positive number"
-        )
-    if m.num_query_groups and not m.group_query_attention:
-        raise ConfigError(
-            f"num_query_groups {m.num_query_groups} has no effect without "
-            f"group_query_attention; add "
-            "--group-query-attention or drop --num-query-groups"
-        )
-    if m.group_query_attention and not m.num_query_groups:
-        raise ConfigError("group_query_attention needs num_query_groups; add --num-query-groups N")
-    groups = m.num_query_groups or m.num_attention_heads
-    if m.num_attention_heads % groups:
-        raise ConfigError(
-            f"num_attention_heads {m.num_attention_heads} is not a multiple of "
-            f"num_query_groups {groups}; change one of them"
-        )
-    m.max_position_embeddings = m.max_position_embeddings or config.data.seq_length
-    if config.data.seq_length > m.max_position_embeddings:
-        raise ConfigError(
-            f"seq_length {config.data.seq_length} is larger than max_position_embeddings "
-            f"{m.max_position_embeddings}; "
-            "raise --max-position-embeddings or lower --seq-length"
-        )
-    if m.rotary_seq_len_interpolation_factor == 0:
-        raise ConfigError(
-            "rotary_seq_len_interpolation_factor is 0; give "
-            "--rotary-seq-len-interpolation-factor a positive number or leave it out"
-        )
-    for name in ("attention_dropout", "hidden_dropout"):
-        if not 0 <= getattr(m, name) < 1:
-            raise ConfigError(
-                f"{name} is {getattr(m, name)}; give {_flag(name)} a number from 0 up to, "
-                f"not including, 1"
-            )
-    if m.make_vocab_size_divisible_by < 1:
-        raise ConfigError(
-            "make_vocab_size_divisible_by is 0; give --make-vocab-size-divisible-by a "
-            "positive number"
-        )
-
-
-def _check_layout(config: Config, world_size: int) -> int:
-    m, p = config.model, config.parallel
+def _world_size(config: ModelConfig, world_size: int) -> Iterator[str]:
+    p = config.parallel
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "distributed_timeout_minutes",
-        "init_timeout",
-    ):
-        _positive(p, name)
-    for name, value in (
-        ("num_attention_heads", m.num_attention_heads),
-        ("ffn_hidden_size", m.ffn_hidden_size),
-    ):
-        if value % tp:
-            raise ConfigError(
-                f"{name} {value} is not a multiple of tensor_model_parallel_size {tp}; "
-                f"change one of them"
-            )
-    groups = m.num_query_groups or m.num_attention_heads
-    if groups % tp and tp % groups:
-        raise ConfigError(
-            f"num_query_groups {groups} is neither a multiple nor a divisor of "
-            f"tensor_model_parallel_size {tp}; "
-            "change one of them"
-        )
-    width = (m.num_attention_heads + 2 * groups) * m.kv_channels
-    if width % tp:
-        raise ConfigError(
-            f"(num_attention_heads + 2 x num_query_groups) x kv_channels is {width}, not a "
-            f"multiple of "
-            f"tensor_model_parallel_size {tp}; change one of them"
-        )
-    if p.sequence_parallel and tp == 1:
-        raise ConfigError(
-            "sequence_parallel has no effect with tensor_model_parallel_size 1; drop "
-            "--sequence-parallel or raise --tensor-model-parallel-size"
-        )
-    if p.sequence_parallel and config.data.seq_length % tp:
-        raise ConfigError(
-            f"seq_length {config.data.seq_length} is not a multiple of "
-            f"tensor_model_parallel_size {tp}, "
-            "which sequence_parallel needs; change one of them"
-        )
-    split_layers(p, m.num_layers)
-    if p.overlap_param_gather and not (p.use_distributed_optimizer and p.overlap_grad_reduce):
-        raise ConfigError(
-            "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; "
-            "add --use-distributed-optimizer --overlap-grad-reduce"
-        )
-    if p.ddp_bucket_size is not None:
-        if p.ddp_bucket_size < 1:
-            raise ConfigError(
-                f"ddp_bucket_size: {p.ddp_bucket_size} is not a number of parameters; "
-                "give a positive number"
-            )
-        if not p.overlap_grad_reduce:
-            raise ConfigError(
-                "ddp_bucket_size: there are no buckets without overlap_grad_reduce; "
-                "add --overlap-grad-reduce or drop --ddp-bucket-size"
-            )
     if world_size % (tp * pp):
-        raise ConfigError(
+        yield (
             f"{world_size} process{'es are' if world_size > 1 else ' is'} not a multiple of "
-            f"tensor_model_parallel_size "
-            f"{tp} x pipeline_model_parallel_size {pp}; "
+            f"tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}; "
             f"start {tp * pp} processes (torchrun --nproc-per-node {tp * pp}) or change the two"
         )
-    return world_size // (tp * pp)
 
 
-def _check_batches(config: Config, dp: int) -> None:
-    t, p = config.training, config.parallel
-    _positive(t, "micro_batch_size")
+def _length(config: DataConfig) -> Iterable[str]:
+    errors = config.training.length_errors()
+    if not errors:
+        total_samples(config)
+    return errors
+
+
+def _batches(config: DataConfig, dp: int) -> Iterator[str]:
+    t = config.training
     step = t.micro_batch_size * dp
-    t.global_batch_size = t.global_batch_size or step
     if t.global_batch_size % step:
-        raise ConfigError(
+        yield (
             f"global_batch_size {t.global_batch_size} is not a multiple of micro_batch_size "
-            f"{t.micro_batch_size} "
-            f"x data-parallel size {dp}; change one of them"
+            f"{t.micro_batch_size} x data-parallel size {dp}; change one of them"
         )
-    if t.train_iters is None and t.train_samples is None:
-        raise ConfigError("the run has no length; give --train-iters or --train-samples")
-    if t.train_iters is not None and t.train_samples is not None:
-        raise ConfigError("train_iters and train_samples are both given; drop one of them")
-    if not (t.train_iters or t.train_samples):
-        raise ConfigError(
-            "the run is 0 long; give --train-iters or --train-samples a positive number"
+    if t.rampup_batch_size is None:
+        return
+    if t.train_iters is not None:
+        yield (
+            "rampup_batch_size needs the run's length in samples; give --train-samples "
+            "instead of --train-iters"
         )
-    if t.ema_decay is not None and not 0 < t.ema_decay < 1:
-        raise ConfigError(
-            f"ema_decay is {t.ema_decay}; give --ema-decay a number between 0 and 1, e.g. 0.999"
+    if len(t.rampup_batch_size) != 3:
+        yield (
+            f"rampup_batch_size has {len(t.rampup_batch_size)} numbers; write "
+            "--rampup-batch-size START INCREMENT SAMPLES"
         )
-    sizes = [t.global_batch_size]
-    if t.rampup_batch_size is not None:
-        if t.train_iters is not None:
-            raise ConfigError(
-                "rampup_batch_size needs the run's length in samples; give --train-samples "
-                "instead of --train-iters"
-            )
-        if len(t.rampup_batch_size) != 3:
-            raise ConfigError(
-                f"rampup_batch_size has {len(t.rampup_batch_size)} numbers; write "
-                f"--rampup-batch-size START INCREMENT SAMPLES"
-            )
-        start, increment, samples = t.rampup_batch_size
-        if (
-            start < 1
-            or increment < 1
-            or samples < 1
-            or start >= t.global_batch_size
-            or (t.global_batch_size - start) % increment
-        ):
-            raise ConfigError(
-                f"rampup_batch_size {start} {increment} {samples} does not lead to "
-                f"global_batch_size {t.global_batch_size}; START "
-                "must be smaller and the difference a multiple of INCREMENT"
-            )
-        for name, value in (("START", start), ("INCREMENT", increment)):
-            if value % step:
-                raise ConfigError(
-                    f"rampup_batch_size {name} {value} is not a multiple of "
-                    f"micro_batch_size {t.micro_batch_size} "
-                    f"x data-parallel size {dp}; change one of them"
-                )
-        sizes = [start, t.global_batch_size]
-    if virtual_pipeline_size(p, config.model.num_layers) > 1:
-        for size in sizes:
-            if (size // step) % p.pipeline_model_parallel_size:
-                raise ConfigError(
-                    f"global_batch_size {size} makes {size // step} micro-batches a rank, "
-                    f"not a multiple of pipeline_model_parallel_size "
-                    f"{p.pipeline_model_parallel_size}, which the interleaved schedule "
-                    f"needs; change --global-batch-size or --micro-batch-size"
-                )
-    for name in (
-        "save_interval", "save_retain_interval", "most_recent_k", "eval_interval", "log_interval", "tensorboard_log_interval", "exit_interval",
-        "exit_duration_in_mins", "check_weight_hash_across_dp_replicas_interval",
-    ):  # fmt: skip
-        section = next(
-            s for s in (config.checkpoint, config.validation, config.logging, t) if hasattr(s, name)
+        return
+    start, increment, samples = t.rampup_batch_size
+    if (
+        min(start, increment, samples) < 1
+        or start >= t.global_batch_size
+        or (t.global_batch_size - start) % increment
+    ):
+        yield (
+            f"rampup_batch_size {start} {increment} {samples} does not lead to "
+            f"global_batch_size {t.global_batch_size}; START must be smaller and the difference "
+            "a multiple of INCREMENT"
         )
-        if getattr(section, name) is not None and getattr(section, name) < 1:
-            raise ConfigError(
-                f"{name} is {getattr(section, name)}; give {_flag(name)} a positive number "
-                f"or leave it out"
+    for name, value in (("START", start), ("INCREMENT", increment)):
+        if value % step:
+            yield (
+                f"rampup_batch_size {name} {value} is not a multiple of micro_batch_size "
+                f"{t.micro_batch_size} x data-parallel size {dp}; change one of them"
             )
 
 
-def _check_optimizer(config: Config) -> None:
-    o = config.optimizer
-    if o.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
-        raise ConfigError(
+def _interleaved(config: DataConfig, dp: int) -> Iterator[str]:
+    t, p = config.training, config.parallel
+    if virtual_pipeline_size(p, config.model.num_layers) == 1:
+        return
+    step = t.micro_batch_size * dp
+    for size in (*(t.rampup_batch_size or ())[:1], t.global_batch_size):
+        if (size // step) % p.pipeline_model_parallel_size:
+            yield (
+                f"global_batch_size {size} makes {size // step} micro-batches per rank, "
+                f"not a multiple of pipeline_model_parallel_size {p.pipeline_model_parallel_size}, "
+                "which the interleaved schedule needs; change --global-batch-size or "
+                "--micro-batch-size"
+            )
+
+
+def _recompute(config: ModelConfig) -> Iterator[str]:
+    t, p = config.training, config.precision
+    if "layernorm" in (t.recompute_modules or ()) and (
+        p.fp8_format is not None and p.fp8_recipe == "delayed"
+    ):
+        yield (
+            "recompute_modules layernorm does not go with fp8_recipe delayed, whose products keep "
+            "FP8 copies of the norm; drop layernorm or choose another --fp8-recipe"
+        )
+    count = t.recompute_num_layers
+    if t.recompute_granularity != "full" or count is None:
+        return
+    sizes = chunk_sizes(config.parallel, config.model.num_layers)
+    most = max(sizes)
+    if not 1 <= count <= most:
+        yield (
+            f"recompute_num_layers is {count}, and a model chunk has {most} layers; give a number "
+            f"from 1 to {most}"
+        )
+        return
+    uneven = next((size for size in sorted(sizes) if size % count), None)
+    if t.recompute_method == "uniform" and uneven is not None:
+        yield (
+            f"{uneven} layers of a model chunk are not a multiple of recompute_num_layers "
+            f"{count}, which recompute_method uniform needs; change it or write "
+            "--recompute-method block"
+        )
+
+
+def _sgd(config: ModelConfig) -> Iterator[str]:
+    if config.optimizer.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
+        yield (
             "optimizer sgd does not go with use_distributed_optimizer: megatron-core shards and "
             "saves the state of adam only; drop --use-distributed-optimizer or write "
             "--optimizer adam"
         )
-    if o.lr is None:
-        raise ConfigError("lr is missing; give --lr, e.g. --lr 1e-4")
-    if o.min_lr > o.lr:
-        raise ConfigError(f"min_lr {o.min_lr} is larger than lr {o.lr}; lower --min-lr")
-    if o.lr_warmup_init > o.lr:
-        raise ConfigError(
-            f"lr_warmup_init {o.lr_warmup_init} is larger than lr {o.lr}; lower --lr-warmup-init"
-        )
-    for a, b in (
-        ("lr_decay_iters", "lr_decay_samples"),
-        ("lr_warmup_iters", "lr_warmup_samples"),
-        ("lr_warmup_fraction", "lr_warmup_iters"),
-        # fmt: skip
-        ("lr_warmup_fraction", "lr_warmup_samples"),
-        ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
-    ):
-        if getattr(o, a) and getattr(o, b):
-            raise ConfigError(f"{a} and {b} are both given; drop one of them")
-    if o.weight_decay_incr_style != "constant":
-        if o.start_weight_decay is None or o.end_weight_decay is None:
-            raise ConfigError(
-                f"weight_decay_incr_style {o.weight_decay_incr_style} needs "
-                f"start_weight_decay and end_weight_decay; give both"
-            )
-        if o.start_weight_decay > o.end_weight_decay:
-            raise ConfigError(
-                f"start_weight_decay {o.start_weight_decay} is larger than end_weight_decay "
-                f"{o.end_weight_decay}; swap them"
-            )
-    elif o.start_weight_decay is not None or o.end_weight_decay is not None:
-        raise ConfigError(
-            "start_weight_decay and end_weight_decay have no effect with "
-            "weight_decay_incr_style constant; give --weight-decay instead"
-        )
-    if o.override_opt_param_scheduler and o.use_checkpoint_opt_param_scheduler:
-        raise ConfigError(
-            "override_opt_param_scheduler and use_checkpoint_opt_param_scheduler contradict "
-            "each other; drop one of them"
-        )
+
+
+def _schedule(config: ModelConfig) -> Iterator[str]:
     schedule = Schedule.of(config)
-    if schedule.warmup >= schedule.decay:
-        raise ConfigError(
+    stable = schedule.decay - schedule.warmup
+    if stable <= 0:
+        yield (
             f"the warm-up of {schedule.warmup} samples is not shorter than the decay of "
-            f"{schedule.decay}; "
-            "lower --lr-warmup-iters, -samples or -fraction"
+            f"{schedule.decay}; lower --lr-warmup-iters, -samples or -fraction"
         )
-    if o.lr_decay_style == "WSD":
-        if schedule.wsd is None:
-            raise ConfigError(
-                "lr_decay_style WSD needs the length of its last phase; give "
-                "--lr-wsd-decay-iters or --lr-wsd-decay-samples"
-            )
-        if schedule.wsd > schedule.decay - schedule.warmup:
-            raise ConfigError(
-                f"the last phase of WSD ({schedule.wsd} samples) is longer than what the "
-                f"warm-up leaves "
-                f"({schedule.decay - schedule.warmup}); shorten it"
-            )
-
-
-def total_samples(config: Config) -> int:
-    """Length of the run in samples: whole iterations. Raises ConfigError beyond 2^53 samples."""
-    t = config.training
-    samples = t.train_samples
-    if samples is None:
-        samples = t.train_iters * t.global_batch_size
-    if samples > _MOST_SAMPLES:
-        name = "train_iters" if t.train_samples is None else "train_samples"
-        raise ConfigError(
-            f"{name}: a run of {samples:.4g} samples is longer than 2^53; "
-            f"give --{name.replace('_', '-')} a smaller number"
+    elif config.optimizer.lr_decay_style == "WSD" and (schedule.wsd or 0) > stable:
+        yield (
+            f"the last phase of WSD ({schedule.wsd} samples) is longer than what remains after "
+            f"the warm-up ({stable}); shorten it"
         )
-    return samples
-
-
-def padded_vocab_size(config: Config, vocab_size: int) -> int:
-    """The vocabulary padded to a multiple of make_vocab_size_divisible_by and the tensor-parallel
-    size.
-    """
-    return pad_vocab_size(
-        vocab_size,
-        config.model.make_vocab_size_divisible_by,
-        config.parallel.tensor_model_parallel_size,
-    )
-
-
-def pad_vocab_size(
-    vocab_size: int, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int
-) -> int:
-    """A vocabulary's size padded to a multiple of both numbers."""
-    multiple = math.lcm(make_vocab_size_divisible_by, tensor_model_parallel_size)
-    return -(-vocab_size // multiple) * multiple
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Lengths of the learning-rate schedule in samples, as megatron-core's OptimizerParamScheduler
-    wants them.
-    """
-
-    warmup: int
-    decay: int
-    wsd: int | None
-    total: int
-
-    @classmethod
-    def of(cls, config: Config) -> Schedule:
-        """Megatron's rules: iterations count as iterations x global_batch_size; the decay spans the
-        run unless told otherwise.
-        """
-        o: OptimizerSettings = config.optimizer
-        batch, total = config.training.global_batch_size, total_samples(config)
-        decay = o.lr_decay_samples or (o.lr_decay_iters or 0) * batch or total
-        warmup = o.lr_warmup_samples or o.lr_warmup_iters * batch
-        if o.lr_warmup_fraction is not None:
-            if not 0 <= o.lr_warmup_fraction < 1:
-                raise ConfigError(
-                    f"lr_warmup_fraction is {o.lr_warmup_fraction}; give a number from 0 up "
-                    f"to, not including, 1"
-                )
-            warmup = int(o.lr_warmup_fraction * decay)
-        wsd = o.lr_wsd_decay_samples or (o.lr_wsd_decay_iters or 0) * batch or None
-        return cls(warmup, decay, wsd, total)

@@ -12,7 +12,6 @@ import torch
 
 from megatron_chatflow.checkpoint.selection import ChosenWeights
 from megatron_chatflow.config import Config, load_values
-from megatron_chatflow.config.loader import section_of
 from megatron_chatflow.config.schema import ParallelSettings
 from megatron_chatflow.conversion.checkpoint_weights import SavedWeights, check_files
 from megatron_chatflow.conversion.hf_config import config_json
@@ -89,10 +88,7 @@ def convert(
 
 
 def _read_config(load: Path) -> Config:
-    config = Config()
-    for name, value in load_values(load / "config.yaml").items():
-        setattr(getattr(config, section_of()[name]), name, value)
-    return config
+    return Config().replace(**load_values(load / "config.yaml"))
 
 
 def _vocabulary(config: Config, tokenizer_folder: Path | None) -> tuple[int, Path | None]:

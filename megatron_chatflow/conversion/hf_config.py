@@ -104,7 +104,7 @@ def model_settings(hf: Mapping[str, Any], where: str) -> tuple[ModelSettings, li
             f"max_position_embeddings is {window}, not {longest}"
         )
         longest = window
-    settings = ModelSettings(
+    return ModelSettings(
         num_layers=need("num_hidden_layers"),
         hidden_size=need("hidden_size"),
         num_attention_heads=heads,
@@ -123,10 +123,8 @@ def model_settings(hf: Mapping[str, Any], where: str) -> tuple[ModelSettings, li
         attention_dropout=hf.get("attention_dropout") or 0.0,
         hidden_dropout=0.0,
         init_method_std=hf.get("initializer_range", 0.02),
-    )
-    for name, value in _rope_settings(hf, where).items():
-        setattr(settings, name, value)
-    return settings, notes
+        **_rope_settings(hf, where),
+    ), notes
 
 
 def config_json(

@@ -114,18 +114,15 @@ def open_folder(
     vocabulary = _vocabulary(
         folder, tokenizer_folder, hf, methods or {"input": None, "output": None}, tied, notes
     )
-    config = Config(model=settings)
-    config.tokenizer.tokenizer_type, config.tokenizer.vocab_size = (
-        vocabulary.tokenizer_type,
-        vocabulary.rows,
+    config = Config(model=settings).replace(
+        tokenizer_type=vocabulary.tokenizer_type,
+        vocab_size=vocabulary.rows,
+        tokenizer_model=str(vocabulary.tokenizer_file),
     )
-    config.tokenizer.tokenizer_model = str(vocabulary.tokenizer_file)
     contents = describe(config, vocabulary.rows)
     dtypes = _check_weights(contents, weights, settings, vocabulary.base_rows, folder, notes)
-    config.training.bf16 = dtypes["embedding.word_embeddings.weight"] in (
-        torch.bfloat16,
-        torch.float16,
-    )
+    half = dtypes["embedding.word_embeddings.weight"] in (torch.bfloat16, torch.float16)
+    config = config.replace(bf16=half)
     if vocabulary.told is not None:
         notes.append(report(vocabulary.told, vocabulary.methods))
     return Opened(folder, hf, config, vocabulary, contents, dtypes, tuple(notes), weights)

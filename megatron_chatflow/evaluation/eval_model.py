@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_chatflow.checkpoint.run_directory import iteration_of, read_state
 from megatron_chatflow.checkpoint.selection import ChosenWeights, choose_weights
-from megatron_chatflow.config import Config, resolve_reading
+from megatron_chatflow.config import Config, resolve_model
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def find_subject(
     state = read_state(chosen.newest)
     load = functools.partial(_load, chosen)
     return Subject(
-        resolve_reading(config, world_size),
+        resolve_model(config, world_size),
         chosen.name,
         state["iteration"],
         state["consumed_train_samples"] > 0,
@@ -78,10 +78,15 @@ def laid_out_as(reference: Config, config: Config) -> Config:
     """The reference's settings, read and laid over the processes as `config` says: same windows,
     same layout.
     """
-    result = copy.deepcopy(reference)
-    result.parallel, result.data, result.validation = (
-        copy.deepcopy(getattr(config, name)) for name in ("parallel", "data", "validation")
+    training = dataclasses.replace(
+        reference.training,
+        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=config.training.global_batch_size,
     )
-    result.training.micro_batch_size = config.training.micro_batch_size
-    result.training.global_batch_size = config.training.global_batch_size
-    return result
+    return dataclasses.replace(
+        reference,
+        parallel=config.parallel,
+        data=config.data,
+        validation=config.validation,
+        training=training,
+    )

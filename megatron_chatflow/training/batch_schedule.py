@@ -4,7 +4,6 @@ torch.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -125,6 +124,4 @@ def fix_length(config: Config, iteration: int, consumed: int) -> Config:
         )
     if total == total_samples(config):
         return config
-    config = copy.deepcopy(config)
-    config.training.train_iters, config.training.train_samples = None, total
-    return config
+    return config.replace(train_iters=None, train_samples=total)

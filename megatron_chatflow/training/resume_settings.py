@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.config import Config, Schedule, load_values
-from megatron_chatflow.config.loader import section_of
 from megatron_chatflow.config.resume_policy import (
     AT_RESUME,
     WEIGHT_DECAY_LENGTH,
@@ -85,9 +83,7 @@ def saved_settings(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]
         written = {}
     scheduler, values = state.get("opt_param_scheduler"), {}
     if written:
-        config = Config()
-        for name, value in written.items():
-            setattr(getattr(config, section_of()[name]), name, value)
+        config = Config().replace(**written)
         values = model_settings(config, config.tokenizer.vocab_size)
         if scheduler:
             values |= training_settings(config, Schedule.of(config))
@@ -170,8 +166,7 @@ def resume_settings(
     elif o.use_checkpoint_opt_param_scheduler:
         swapped = [_Difference(d.name, d.saved, d.here) for d in scheduled]
         notes.append(_reported(f"the checkpoint's ({USE_CHECKPOINT})", swapped, "in this command"))
-        config = copy.deepcopy(config)
-        with_schedule(
+        config = with_schedule(
             config,
             {name: value for name, value in saved.items() if kind_of(name) == AtResume.SCHEDULE},
         )

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.config import Config, load_values, make_parser, parse, to_yaml
-from megatron_chatflow.config.loader import _hints, field_docs, section_of, sections
+from megatron_chatflow.config.loader import field_docs
+from megatron_chatflow.config.schema import section_of, sections
+from megatron_chatflow.config.schema.section import choices_of, type_hints
 from megatron_chatflow.config.unsupported_flags import REFUSED
 from megatron_chatflow.errors import ChatflowError
 
@@ -132,9 +134,9 @@ def test_a_refused_flag_is_not_also_a_setting() -> None:
 
 def _value(cls: type, name: str) -> st.SearchStrategy:
     (meta,) = (f.metadata for f in dataclasses.fields(cls) if f.name == name)
-    hint = str(_hints(cls)[name])
-    if "choices" in meta:
-        return st.sampled_from(meta["choices"])
+    hint = str(type_hints(cls)[name])
+    if choices_of(cls, name):
+        return st.sampled_from(choices_of(cls, name))
     if meta.get("path"):
         return st.just("/a/b c/d")
     if "list[int]" in hint:
@@ -158,16 +160,11 @@ def test_the_resolved_file_reads_back_to_the_same_settings(
     config = Config()
     for name, section in section_of().items():
         if data.draw(st.booleans()):
-            setattr(
-                getattr(config, section),
-                name,
-                data.draw(_value(type(getattr(config, section)), name)),
-            )
+            value = data.draw(_value(type(getattr(config, section)), name))
+            config = config.replace(**{name: value})
     path = tmp_path_factory.mktemp("yaml") / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
-    again = Config()
-    for name, value in load_values(path).items():
-        setattr(getattr(again, section_of()[name]), name, value)
+    again = Config().replace(**load_values(path))
     assert again == config
     assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) == {name for name, _ in sections()}
 

@@ -68,14 +68,12 @@ def _by_megatron(num_layers: int, parallel: ParallelSettings) -> list[list[tuple
     from megatron_chatflow.distributed.fake_ranks import rehearse
     from megatron_chatflow.model.gpt import transformer_config
 
-    config = Config(parallel=parallel)
-    m = config.model
-    m.num_layers, m.hidden_size, m.num_attention_heads, m.kv_channels, m.ffn_hidden_size = (
-        num_layers,
-        8,
-        2,
-        4,
-        32,
+    config = Config(parallel=parallel).replace(
+        num_layers=num_layers,
+        hidden_size=8,
+        num_attention_heads=2,
+        kv_channels=4,
+        ffn_hidden_size=32,
     )
     found = []
     for rank in range(parallel.pipeline_model_parallel_size):

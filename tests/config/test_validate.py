@@ -11,9 +11,11 @@ from megatron_chatflow.config import (
     padded_vocab_size,
     parse,
     resolve,
+    resolve_data,
+    resolve_model,
     total_samples,
 )
-from megatron_chatflow.errors import ChatflowError
+from megatron_chatflow.errors import ChatflowError, ConfigErrors
 
 BASE = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 "
@@ -99,7 +101,7 @@ def test_the_padded_vocabulary_is_the_same_for_every_power_of_two_of_tensor_para
         (
             "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
             2,
-            ["2 layers a pipeline stage", "3"],
+            ["2 layers per pipeline stage", "3"],
         ),
         (
             (
@@ -139,15 +141,59 @@ def test_the_padded_vocabulary_is_the_same_for_every_power_of_two_of_tensor_para
         ),
     ],
 )
-def test_contradictions_are_refused_with_both_settings_and_the_cure(
-    words: str, world: int, parts: list[str]
-) -> None:
-    with pytest.raises(ChatflowError) as error:
+def test_errors_name_both_settings_and_what_to_do(words: str, world: int, parts: list[str]) -> None:
+    with pytest.raises(ConfigErrors) as error:
         read(words, world)
-    message = str(error.value)
-    assert "\n" not in message
+    assert all("\n" not in message for message in error.value.messages)
     for part in parts:
-        assert part in message
+        assert part in str(error.value)
+
+
+def messages(words: str, world_size: int = 1) -> list[str]:
+    """Return what each message is about: its text up to the first semicolon."""
+    with pytest.raises(ConfigErrors) as error:
+        read(words, world_size)
+    return [message.split(";")[0] for message in error.value.messages]
+
+
+def test_all_independent_errors_are_reported_together() -> None:
+    assert messages(
+        "--hidden-size 65 --hidden-dropout 1 --global-batch-size 15 --min-lr 1 --log-interval 0 "
+        "--lr-warmup-iters 10 --fp8-margin 1 --save-interval 0"
+    ) == [
+        "hidden_size 65 is not a multiple of num_attention_heads 4",
+        "hidden_dropout is 1.0",
+        "fp8_margin 1 has no effect without fp8_format",
+        "min_lr 1.0 is larger than lr 0.001",
+        "save_interval is 0",
+        "log_interval is 0",
+        "global_batch_size 15 is not a multiple of micro_batch_size 2 x data-parallel size 1",
+    ]
+
+
+def test_errors_that_follow_from_another_error_are_not_reported() -> None:
+    # Neither the widths, nor the layout, nor the batches can be checked.
+    assert messages("--num-attention-heads 0 --tensor-model-parallel-size 0") == [
+        "num_attention_heads is missing",
+        "tensor_model_parallel_size is missing",
+    ]
+    assert messages("--tensor-model-parallel-size 2 --global-batch-size 15") == [
+        "1 process is not a multiple of tensor_model_parallel_size 2 x "
+        "pipeline_model_parallel_size 1"
+    ]
+
+
+def test_only_the_sections_that_are_needed_are_checked() -> None:
+    written = parse(make_parser("chatflow train", ""), BASE.split())[0]
+    wrong = written.replace(lr=None, num_layers=0, pipeline_model_parallel_size=2)
+    assert resolve_data(wrong).training.global_batch_size == 16
+    without_length = written.replace(train_iters=None, lr=None)
+    assert resolve_model(without_length, 1).model.kv_channels == 16
+
+
+def test_resolution_is_idempotent() -> None:
+    config = read("--swiglu --recompute-granularity selective")
+    assert resolve(config, 1) == config
 
 
 def test_the_schedule_counts_samples_as_megatron_does() -> None:
@@ -160,8 +206,6 @@ def test_the_schedule_counts_samples_as_megatron_does() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("train_samples", 10**30), ("train_iters", 10**16)])
 def test_a_run_that_is_too_long_to_count_is_refused(name: str, value: int):
-    config = Config()
-    config.training.global_batch_size = 8
-    setattr(config.training, name, value)
+    config = Config().replace(**{"global_batch_size": 8, name: value})
     with pytest.raises(ChatflowError, match=f"{name}: a run of "):
         total_samples(config)

@@ -65,12 +65,9 @@ def _keys(folder: str) -> tuple[dict[str, tuple], dict[str, tuple]]:
 
     from megatron_chatflow.checkpoint.run_directory import find_checkpoint
     from megatron_chatflow.config import Config, load_values
-    from megatron_chatflow.config.loader import section_of
     from megatron_chatflow.conversion.torch_dist import describe
 
-    config = Config()
-    for name, value in load_values(Path(folder) / "config.yaml").items():
-        setattr(getattr(config, section_of()[name]), name, value)
+    config = Config().replace(**load_values(Path(folder) / "config.yaml"))
     contents = describe(config, 4096)
     saved = FileSystemReader(find_checkpoint(folder, None)).read_metadata().state_dict_metadata
     there = {key: tuple(getattr(entry, "size", ())) for key, entry in saved.items()}

@@ -4,7 +4,6 @@ the backward pass. Runs in the session's pool.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,16 +22,12 @@ def small(world_size: int, model: dict[str, Any], **settings: Any) -> Config:
     """Resolved settings of a small model without dropout; `settings` go to whatever section knows
     them.
     """
-    config = Config()
     values = {
         "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "attention_dropout": 0.0,
         "hidden_dropout": 0.0, "seq_length": 128,
         "micro_batch_size": 2, "train_iters": 10, "lr": 1e-3,
     }  # fmt: skip
-    for name, value in (values | model | settings).items():
-        (section,) = (s for s in vars(config).values() if hasattr(s, name))
-        setattr(section, name, value)
-    return resolve(config, world_size)
+    return resolve(Config().replace(**values | model | settings), world_size)
 
 
 @contextmanager
@@ -72,8 +67,7 @@ def saved_in_a_layer(config: Config) -> float:
     """Bytes a token that autograd keeps for one layer on this rank: half of what two more layers
     add.
     """
-    deeper = copy.deepcopy(config)
-    deeper.model.num_layers += 2
+    deeper = config.replace(num_layers=config.model.num_layers + 2)
     tokens = config.data.seq_length * config.training.micro_batch_size
     with _groups(config):
         return (_saved(deeper) - _saved(config)) / 2 / tokens

@@ -159,10 +159,7 @@ def test_a_step_leaves_the_states_that_the_closed_form_says(
 
 def test_a_checkpoint_on_disk_has_the_size_that_the_closed_form_says(reference: Path) -> None:
     values = load_values(reference / "config.yaml")
-    config = small(1, {})
-    for section in vars(config).values():
-        for name in vars(section):
-            setattr(section, name, values.get(name, getattr(section, name)))
+    config = small(1, {}).replace(**values)
     parameters = stage_memory(config, 4096, layout_of(config, 1), 0).parameters
     on_disk = sum(path.stat().st_size for path in (reference / "iter_0000020").rglob("*"))
     assert on_disk == pytest.approx(checkpoint_bytes(config, parameters), rel=0.05)

@@ -55,10 +55,7 @@ def test_tensor_ranks_share_the_matrices_and_repeat_the_norms() -> None:
     ],
 )
 def test_every_layer_is_in_exactly_one_stage(parallel: dict) -> None:
-    config = llama2_70b()
-    config.model.num_layers = 12
-    for name, value in parallel.items():
-        setattr(config.parallel, name, value)
+    config = llama2_70b().replace(num_layers=12, **parallel)
     held = [
         stage_layers(config, stage) for stage in range(config.parallel.pipeline_model_parallel_size)
     ]

@@ -22,13 +22,7 @@ from tests.curriculum.cases import quick
 
 
 def settings(global_batch_size: int, rampup: list[int] | None = None, **length: int) -> Config:
-    config = Config()
-    config.training.global_batch_size, config.training.rampup_batch_size = global_batch_size, rampup
-    config.training.train_iters, config.training.train_samples = (
-        length.get("train_iters"),
-        length.get("train_samples"),
-    )
-    return config
+    return Config().replace(global_batch_size=global_batch_size, rampup_batch_size=rampup, **length)
 
 
 def walk(legs: list[tuple[Config, int]], total: int) -> list[tuple[int, int]]:

@@ -13,12 +13,8 @@ from tests.sample import metrics, train
 
 
 def config(**optimizer: object) -> Config:
-    made = Config()
-    made.training.global_batch_size, made.training.train_samples = 10, 1000
-    made.optimizer.lr = 3e-4
-    for name, value in optimizer.items():
-        setattr(made.optimizer, name, value)
-    return made
+    values = {"global_batch_size": 10, "train_samples": 1000, "lr": 3e-4}
+    return Config().replace(**values | optimizer)
 
 
 def plan(at: int) -> BlendPlan:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from megatron_chatflow.config import Config, Schedule, make_parser, parse, resolve
-from megatron_chatflow.config.loader import section_of
 from megatron_chatflow.config.resume_policy import (
     AT_RESUME,
     COMPARED_AS,
@@ -20,6 +19,7 @@ from megatron_chatflow.config.resume_policy import (
     resume_table,
     training_settings,
 )
+from megatron_chatflow.config.schema import section_of
 from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.training.data_setup import Inputs, open_inputs
 from megatron_chatflow.training.resume_settings import check_optimizer_group, settings_to_save
