@@ -6,33 +6,42 @@ from collections.abc import Sequence
 
 from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.cli.diagnostics import Row
-from megatron_chatflow.config import make_parser, parse
+from megatron_chatflow.config import CommandParser, make_parser, parse
 from megatron_chatflow.distributed.launch import node_name
 from megatron_chatflow.report import console
 
 EPILOG = """examples:
-  chatflow doctor
-  chatflow doctor --config run.yaml --curriculum curriculum.yaml --save runs/zh     (also: the corpora, and room for two checkpoints)
-  srun chatflow doctor --full --config run.yaml                                     (inside a SLURM job: do all nodes meet, and have they the same?)
+  {call}
+  # with the corpora, and whether two checkpoints fit on the disk
+  {call} --config run.yaml --curriculum curriculum.yaml --save runs/zh
+  # inside a SLURM job: whether all nodes connect and have the same packages and corpora
+  srun {call} --full --config run.yaml
 
-exit codes: 0 training can run, 1 it cannot (the last line says why), 2 the settings cannot be read
+exit codes: 0 training can run, 1 it cannot (the last line says why), 2 the settings cannot be used
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the table; returns 1 where training cannot run."""
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = make_parser(
         "chatflow doctor",
-        "What this machine can run, with the reason for each answer. Nothing is written.",
+        "Show what this machine can run, with the reason for each answer. Nothing is written.",
         EPILOG,
+        command="doctor",
     )
     parser.add_argument(
         "--full",
         action="store_true",
-        help="import torch and megatron-core, and let all processes of the job meet: seconds more",
+        help="also import torch and megatron-core and connect all processes of the job: some "
+        "seconds more",
     )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table; returns 1 where training cannot run."""
     with usage_errors():
-        config, args = parse(parser, argv)
+        config, args = parse(parser(), argv)
         from megatron_chatflow.cli.diagnostics.corpora import (
             checkpoint_size,
             corpora,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_chatflow.cli.common import complain_on, install_engine, usage_errors
@@ -14,32 +14,33 @@ from megatron_chatflow.cli.model_source import (
     parse_with_source,
     settings_alone,
 )
-from megatron_chatflow.config import Config, make_parser
+from megatron_chatflow.config import CommandParser, Config, make_parser
 from megatron_chatflow.distributed.launch import Launch, read_launch
-from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report import console
 from megatron_chatflow.report.evaluation_table import changes, comparison_lines
 
 EPILOG = """examples:
-  chatflow evaluate --load runs/zh
-  chatflow evaluate --load runs/zh --ckpt-step 100 --eval-iters 1000 --json
-  chatflow evaluate --load runs/zh --reference runs/base                 # what was forgotten, what was learnt
-  chatflow evaluate --load runs/zh --text en=en.jsonl --text zh=zh.txt   # raw text: comparable across tokenizers
-  chatflow evaluate --load runs/zh --average-checkpoints 6
-  chatflow evaluate --load runs/zh --use-ema --reference runs/zh         # what the running mean of the weights gains
-  chatflow evaluate --load SmolLM2-135M --text en=en.jsonl --text zh=zh.jsonl --seq-length 1024   # a Hugging Face folder
-  torchrun --nproc-per-node 2 -m megatron_chatflow evaluate --load runs/zh --pipeline-model-parallel-size 2
+  {call} --load runs/zh
+  {call} --load runs/zh --ckpt-step 100 --eval-iters 1000 --json
+  # what was forgotten and what was learned; what the running mean of the weights gains
+  {call} --load runs/zh --reference runs/base
+  {call} --load runs/zh --use-ema --reference runs/zh
+  # raw text: comparable across tokenizers; also for a Hugging Face folder
+  {call} --load runs/zh --text en=en.jsonl --text zh=zh.txt
+  {call} --load SmolLM2-135M --text zh=zh.jsonl --seq-length 1024
+  {call} --load runs/zh --average-checkpoints 6
+  torchrun --nproc-per-node 2 -m megatron_chatflow evaluate --load runs/zh \\
+      --pipeline-model-parallel-size 2
+
+exit codes: 0 evaluated, 2 the settings cannot be used
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print loss, perplexity and bits per byte of each domain's held-out part and of each named
-    validation set, or of raw text.
-    """
-    parser = _parser()
+    """Print loss, perplexity and bits per byte of each validation set, or of raw text."""
     with usage_errors():
-        source, config, args = parse_with_source(parser, argv)
         launch = read_launch()
+        source, config, args = parse_with_source(parser(), argv, launch.world_size)
         from megatron_chatflow.evaluation.eval_data import (
             corpora,
             raw_text,
@@ -47,11 +48,6 @@ def main(argv: Sequence[str]) -> int:
             same_corpora,
         )
 
-        if args.document_start and not args.text:
-            raise ConfigError(
-                "document_start has no effect without raw text; drop --document-start or "
-                "give --text NAME=FILE"
-            )
         subjects = [
             source.subject(config, launch.world_size, args.average_checkpoints, args.use_ema)
         ]
@@ -105,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
             else {}
         )
         if args.json:
-            told, *reference = [
+            measured_model, *reference = [
                 {
                     "checkpoint": subject.name,
                     "iteration": subject.iteration,
@@ -118,7 +114,8 @@ def main(argv: Sequence[str]) -> int:
             ]
             console.say(
                 json.dumps(
-                    told | ({"reference": reference[0], "change": change} if reference else {}),
+                    measured_model
+                    | ({"reference": reference[0], "change": change} if reference else {}),
                     ensure_ascii=False,
                 )
             )
@@ -139,58 +136,61 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = make_parser(
         "chatflow evaluate",
-        "Loss, perplexity and bits per byte of a checkpoint on each domain's validation "
-        "part and on the curriculum's named validation sets, or on "
-        "raw text. Settings come from RUN/config.yaml.",
+        "Measure loss, perplexity and bits per byte of a checkpoint on each domain's validation "
+        "part and on the curriculum's validation sets, or on raw text. Settings come from "
+        "RUN/config.yaml.",
         EPILOG,
+        command="evaluate",
     )
     parser.add_argument(
         "--text",
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="evaluate all documents of this file (JSON lines or parquet with `text`, or .txt "
-        "with a document a line; .gz and .zst unpacked) "
-        "instead of the corpora; may be given several times",
+        help="evaluate the documents of this file instead of the corpora: JSON lines or parquet "
+        "with `text`, or .txt with one document per line; .gz and .zst too. May be repeated.",
     )
     parser.add_argument(
         "--document-start",
         choices=("bos", "eod"),
-        help="token that the documents of --text begin after; by default the end-of-document "
-        "token, of a model that was only converted the begin "
-        "token where there is one",
+        help="token before each document of --text. Default: end of document; begin of sequence, "
+        "where there is one, for a model that was only converted.",
     )
     parser.add_argument(
         "--reference",
         metavar="RUN",
-        help=(
-            "a second run, one of its checkpoints (RUN/iter_0000100) or a Hugging Face folder "
-            "on the same text, and the change in percent"
-        ),
+        help="evaluate a second run, one of its checkpoints (RUN/iter_0000100) or a Hugging Face "
+        "folder on the same text, and print the change in percent",
     )
     parser.add_argument(
         "--average-checkpoints",
         type=int,
         default=1,
         metavar="N",
-        help=(
-            "evaluate the mean of the weights of the last N checkpoints (up to --ckpt-step). "
-            "Default: 1."
-        ),
+        help="evaluate the mean of the weights of the last N checkpoints, up to --ckpt-step. "
+        "Default: 1.",
     )
     add_use_ema(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the table"
     )
+    parser.check = _check
     return parser
 
 
+def _check(args: argparse.Namespace) -> Iterator[str]:
+    if args.document_start and not args.text:
+        yield ("--document-start has no effect without raw text; drop it or give --text NAME=FILE")
+
+
 def _find_reference(path: str, config: Config, launch: Launch) -> Any:
-    """The model at ``RUN``, ``RUN/iter_0000100`` or a Hugging Face folder, over the same processes
-    and windows as `config`.
+    """Return the model at `path`, with the processes and windows of `config`.
+
+    `path` is ``RUN``, ``RUN/iter_0000100`` or a Hugging Face folder.
     """
     from megatron_chatflow.evaluation.eval_model import laid_out_as, split_reference
 

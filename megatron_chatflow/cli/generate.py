@@ -6,40 +6,40 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_chatflow.cli.common import complain_on, install_engine, usage_errors
 from megatron_chatflow.cli.model_source import add_use_ema, parse_with_source
-from megatron_chatflow.config import Config, make_parser, parse
+from megatron_chatflow.config import CommandParser, Config, make_parser
+from megatron_chatflow.config.arguments import (
+    non_negative_float,
+    non_negative_int,
+    number,
+    positive_int,
+)
 from megatron_chatflow.config.schema import PrecisionSettings
 from megatron_chatflow.distributed.launch import read_launch
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report import console
 
 EPILOG = """examples:
-  chatflow generate --load runs/zh --prompt 'The file' --prompt '文件'
-  chatflow generate --load runs/zh --prompt '文件' --max-new-tokens 100 --temperature 0.8 --top-k 50 --top-p 0.95 --seed 7
-  chatflow generate --load runs/zh --chat --prompt 'Translate into Chinese: Good morning.'
-  chatflow generate --load runs/zh --prompt-file prompts.jsonl --micro-batch-size 16 --json > answers.jsonl
-  torchrun --nproc-per-node 2 -m megatron_chatflow generate --load runs/zh --tensor-model-parallel-size 2 --prompt '文件'
+  {call} --load runs/zh --prompt 'The file' --prompt '文件'
+  {call} --load runs/zh --prompt '文件' --temperature 0.8 --top-k 50 --top-p 0.95 --seed 7
+  {call} --load runs/zh --chat --prompt 'Translate into Chinese: Good morning.'
+  {call} --load runs/zh --prompt-file prompts.jsonl --micro-batch-size 16 --json > answers.jsonl
+  torchrun --nproc-per-node 2 -m megatron_chatflow generate --load runs/zh \\
+      --tensor-model-parallel-size 2 --prompt '文件'
+
+exit codes: 0 generated, 2 the settings or the prompts cannot be used
 """
 
 
 def main(argv: Sequence[str]) -> int:
     """Continue each prompt and print it."""
-    parser = _parser()
     with usage_errors():
-        _check(parse(parser, argv)[1])
-        source, config, args = parse_with_source(parser, argv)
         launch = read_launch()
-        if config.parallel.sequence_parallel:
-            raise ConfigError(
-                "generate reads prompts of any length, which sequence_parallel cannot "
-                "split; drop --sequence-parallel"
-            )
-        # Prompts have any length, and FP8 layers need multiples of 8 tokens.
-        config = dataclasses.replace(config, precision=PrecisionSettings())
+        source, config, args = parse_with_source(parser(), argv, launch.world_size, _plain)
         from megatron_chatflow.training.data_setup import open_tokenizer
 
         subject = source.subject(config, launch.world_size, use_ema=args.use_ema)
@@ -89,44 +89,47 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _plain(config: Config) -> Config:
+    """Return the settings without what needs rows of certain lengths: prompts have any length."""
+    return dataclasses.replace(
+        config,
+        parallel=dataclasses.replace(config.parallel, sequence_parallel=False),
+        precision=PrecisionSettings(),
+    )
+
+
 def _shown(args: argparse.Namespace, prompt: Any, more: Any, tokenizer: Any) -> str:
-    """A prompt's line of output: the text with its continuation, of a chat the answer alone."""
+    """Return a prompt's line of output: the text with its continuation, or a chat's answer."""
     new = tokenizer.decode(more.ids)
     if prompt.end_text and more.ended:
         new = new.partition(prompt.end_text)[0]
     if args.json:
-        told = {"text": new, "tokens": len(more.ids), "ended": more.ended}
-        return json.dumps({**prompt.record, "continuation": told}, ensure_ascii=False)
+        found = {"text": new, "tokens": len(more.ids), "ended": more.ended}
+        return json.dumps({**prompt.record, "continuation": found}, ensure_ascii=False)
     return new if args.chat is not None else tokenizer.decode(prompt.ids + more.ids)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for a value that cannot be used."""
+def _check(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a message for each value that cannot be used."""
     if not (args.prompt or args.prompt_file):
-        raise ConfigError("there is no prompt; give --prompt TEXT or --prompt-file FILE")
-    for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if not getattr(args, name) >= least:
-            raise ConfigError(
-                f"{name} is {getattr(args, name)}; give --{name.replace('_', '-')} a number "
-                f"from {least} up"
-            )
-    if not 0 < args.top_p <= 1:
-        raise ConfigError(f"top_p is {args.top_p}; give --top-p a number above 0 and up to 1")
+        yield "--prompt is missing; give --prompt TEXT or --prompt-file FILE"
     if args.temperature == 0 and (args.top_k or args.top_p < 1):
-        raise ConfigError(
-            "top_k and top_p have no effect on greedy generation; add --temperature, e.g. "
+        yield (
+            "--top-k and --top-p have no effect on greedy generation; add --temperature, e.g. "
             "--temperature 1, or drop them"
         )
     if args.chat is not None and args.document_start:
-        raise ConfigError(
-            "document_start has no effect with a chat template, which says how a "
+        yield (
+            "--document-start has no effect with a chat template, which defines how a "
             "conversation begins; drop --document-start or --chat"
         )
 
 
 def _prompts(args: argparse.Namespace, config: Config, tokenizer: Any, longest: int) -> list[Any]:
-    """Every prompt of the command line, then of the file. Raises ConfigError where one cannot be
-    used.
+    """Return the prompts of the command line, then of the file.
+
+    Raises:
+        ConfigError: one of them cannot be used.
     """
     from megatron_chatflow.data.chat.prompts import chat_prompt, read_prompts, text_prompt
     from megatron_chatflow.data.chat.templates import MalformedRecord
@@ -145,11 +148,11 @@ def _prompts(args: argparse.Namespace, config: Config, tokenizer: Any, longest: 
                 else text_prompt(record, tokenizer, start)
             )
         except MalformedRecord as error:
-            raise ConfigError(f"{where}: {error}; mend it or take it out") from None
+            raise ConfigError(f"{where}: {error}; correct it or remove it") from None
         if len(prompt.ids) >= longest:
             raise ConfigError(
                 (
-                    f"{where}: it has {len(prompt.ids)} tokens, and the model is made for "
+                    f"{where}: it has {len(prompt.ids)} tokens, and the model takes "
                     f"{longest} with the answer; shorten it"
                 )
                 + (
@@ -160,20 +163,20 @@ def _prompts(args: argparse.Namespace, config: Config, tokenizer: Any, longest: 
             )
         prompts.append(prompt)
     if not prompts:
-        raise ConfigError(f"prompt_file {args.prompt_file} holds no prompt; write one a line")
+        raise ConfigError(f"prompt_file {args.prompt_file} holds no prompt; write one per line")
     return prompts
 
 
 def _template(name: str, config: Config, tokenizer: Any) -> str:
-    """The chat template of that name; of an empty name, the one that the run's instruction corpora
-    were made with.
-    """
+    """Return the chat template of that name; of an empty name, that of the instruction corpora."""
     from megatron_chatflow.data.chat.templates import CHAT_TEMPLATES, TOKENIZER_TEMPLATE
 
     if not name:
         name = _trained_template(config)
     if name not in CHAT_TEMPLATES:
-        raise ConfigError(f"chat {name!r} is no template; write one of {', '.join(CHAT_TEMPLATES)}")
+        raise ConfigError(
+            f"chat: {name!r} is not a template; write one of {', '.join(CHAT_TEMPLATES)}"
+        )
     if name == TOKENIZER_TEMPLATE:
         from megatron_chatflow.data.chat.jinja_template import check_tokenizer_template
 
@@ -182,7 +185,7 @@ def _template(name: str, config: Config, tokenizer: Any) -> str:
 
 
 def _trained_template(config: Config) -> str:
-    """The chat template that the manifests of the run's instruction corpora name."""
+    """Return the chat template that the manifests of the run's instruction corpora name."""
     from megatron_chatflow.curriculum import load_curriculum
     from megatron_chatflow.data import read_manifest
 
@@ -205,7 +208,7 @@ def _trained_template(config: Config) -> str:
         found = (
             f"are of several templates, {', '.join(names)}"
             if names
-            else "do not tell their template"
+            else "do not name their template"
         )
         raise ConfigError(
             f"chat: the run's instruction corpora {found}; write --chat NAME, e.g. --chat chatflow"
@@ -213,77 +216,72 @@ def _trained_template(config: Config) -> str:
     return names[0]
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = make_parser(
         "chatflow generate",
         "Continue prompts with a checkpoint, greedily or by sampling. Settings come from "
-        "RUN/config.yaml; --micro-batch-size says how many prompts "
-        "go through the model together, --seed decides the sampling.",
+        "RUN/config.yaml.",
         EPILOG,
+        command="generate",
     )
     parser.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="text to continue; may be given several times",
+        "--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated"
     )
     parser.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help=(
-            "JSON lines with `prompt` (with --chat also `messages`, or `instruction` and "
-            "`input`), or a .txt with a prompt a line"
-        ),
+        help="JSON lines with `prompt` (with --chat also `messages`, or `instruction` and "
+        "`input`), or .txt with one prompt per line",
     )
     parser.add_argument(
         "--chat",
         nargs="?",
         const="",
         metavar="TEMPLATE",
-        help="render prompts as conversations (chatflow, alpaca, chatml, or tokenizer for its "
-        "own template; without a name, as the run's instruction "
-        "corpora were made) and print the answers alone",
+        help="render prompts as conversations and print the answers alone: chatflow, alpaca, "
+        "chatml, or tokenizer for the tokenizer's own template; without a name, the template of "
+        "the run's instruction corpora",
     )
     parser.add_argument(
         "--max-new-tokens",
-        type=int,
+        type=positive_int,
         default=64,
         metavar="N",
-        help="tokens to add at most. Default: 64.",
+        help="largest number of tokens to add. Default: 64.",
     )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=non_negative_float,
         default=0.0,
         metavar="X",
-        help="0 takes the likeliest token (greedy); above, sample. Default: 0.",
+        help="0 takes the most likely token (greedy); above 0, sample. Default: 0.",
     )
     parser.add_argument(
         "--top-k",
-        type=int,
+        type=non_negative_int,
         default=0,
         metavar="N",
-        help="sample among the N likeliest tokens only; 0 among all. Default: 0.",
+        help="sample among the N most likely tokens; 0 means all. Default: 0.",
     )
     parser.add_argument(
         "--top-p",
-        type=float,
+        type=number(float, lambda x: 0 < x <= 1, "a number above 0 and up to 1"),
         default=1.0,
         metavar="X",
-        help=(
-            "sample among the fewest likeliest tokens that together have this probability. "
-            "Default: 1, which is all."
-        ),
+        help="sample among the fewest most likely tokens with this total probability. Default: 1.",
     )
     parser.add_argument(
         "--document-start",
         choices=("bos", "eod"),
-        help="set the begin or the end-of-document token before each prompt; by default none",
+        help="put the begin-of-sequence or the end-of-document token before each prompt. "
+        "Default: none.",
     )
     add_use_ema(parser)
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print a JSON object for each prompt: what was asked, and the continuation",
+        help="print one JSON object per prompt: the record, and the continuation",
     )
+    parser.check = _check
     return parser

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from megatron_chatflow.cli.common import run_values, usage_errors
-from megatron_chatflow.config import Config, make_parser, parse, resolve_data
+from megatron_chatflow.config import CommandParser, Config, make_parser, parse, resolve_data
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report import console
 from megatron_chatflow.utils.user_files import read_text
@@ -18,39 +17,61 @@ if TYPE_CHECKING:
     from megatron_chatflow.curriculum import BlendPlan
 
 EPILOG = """examples:
-  chatflow locate --checkpoint runs/zh --iteration 57
-  chatflow locate --checkpoint runs/zh --sample 912
-  chatflow locate --config run.yaml --curriculum curriculum.yaml --iteration 57
+  {call} --checkpoint runs/zh --iteration 57
+  {call} --checkpoint runs/zh --sample 912
+  {call} --config run.yaml --curriculum curriculum.yaml --iteration 57
+
+exit codes: 0 printed, 2 the settings cannot be used, or the run has no such sample
 """
 _EXCERPT = 160
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print domain, ordinal, epoch and documents of every asked sample, with their text."""
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = make_parser(
         "chatflow locate",
         "Show which documents of which domain a sample or an iteration holds, and their text.",
         EPILOG,
+        command="locate",
     )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
+    parser.add_argument(
         "--iteration",
         type=int,
         metavar="N",
-        help="every sample of this iteration (counted from 1); the beginning of each document",
+        help="every sample of this iteration (the first is 1), with the start of each document",
     )
-    which.add_argument(
-        "--sample", type=int, metavar="N", help="this sample (counted from 0); its whole text"
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="this sample (the first is 0), with its full text"
     )
     parser.add_argument(
         "--checkpoint",
         metavar="RUN",
-        help="a run directory: its config.yaml and its plan.json, amendments included",
+        help="a run directory: its config.yaml and plan.json, with amendments",
     )
+    parser.check = lambda args: _check(parser, args)
+    return parser
+
+
+def _check(parser: CommandParser, args: argparse.Namespace) -> Iterator[str]:
+    if {"iteration", "sample"} & parser.wrong:
+        return
+    if args.iteration is None and args.sample is None:
+        yield "--iteration or --sample is missing; give one of them"
+    if args.iteration is not None and args.sample is not None:
+        yield "--iteration and --sample are both given; drop one of them"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print domain, ordinal, epoch and documents of the samples, with their text."""
+    reader = parser()
     with usage_errors():
-        _, args = parse(parser, argv)
-        config, _ = parse(parser, argv, run_values(args.checkpoint) if args.checkpoint else None)
-        config = resolve_data(config)
+        run = getattr(reader.parse_and_collect(argv), "checkpoint", None)
+        config, args = parse(
+            reader,
+            argv,
+            run_values(run) if run else None,
+            resolve=lambda config, _: resolve_data(config),
+        )
         from megatron_chatflow.data import BlendedDataset
         from megatron_chatflow.training.batch_schedule import count_iterations, samples_of_iteration
         from megatron_chatflow.training.data_setup import make_plan, open_inputs
@@ -87,11 +108,10 @@ def main(argv: Sequence[str]) -> int:
         origin = blend.provenance(n)
         name = plan.domain_names[number]
         console.say(f"sample {n}: domain {name}, ordinal {ordinal}, epoch {origin['epoch']}")
+        most = None if args.sample is not None else _EXCERPT
         for document, first, last in origin["documents"]:
-            console.say(
-                f"  document {document}, tokens {first} to {last - 1}: "
-                f"{_text(inputs, name, document, first, last, None if args.sample is not None else _EXCERPT)}"
-            )
+            text = _text(inputs, name, document, first, last, most)
+            console.say(f"  document {document}, tokens {first} to {last - 1}: {text}")
     return 0
 
 
@@ -108,9 +128,7 @@ def _saved_plan(path: Path) -> BlendPlan:
 
 
 def _batches(config: Config, run: str | None) -> tuple[Any, ...]:
-    """The batch sizes of the run: what its latest checkpoint knows, and from there on those of its
-    settings.
-    """
+    """Return the batch sizes of the run: its latest checkpoint's, then those of its settings."""
     from megatron_chatflow.checkpoint.run_directory import find_checkpoint, read_state
     from megatron_chatflow.training.batch_schedule import batch_history
 
@@ -124,9 +142,11 @@ def _batches(config: Config, run: str | None) -> tuple[Any, ...]:
 
 
 def _text(inputs: Any, name: str, document: int, first: int, last: int, most: int | None) -> str:
-    """The text of a document's tokens first .. last - 1; nothing else of the corpus is read."""
+    """Return the text of a document's tokens first .. last - 1; only these are read."""
     if inputs.tokenizer is None:
         return f"(no text: give {inputs.tokenizer_flags})"
+    import numpy as np
+
     dataset = inputs.domains[name].dataset
     (start,) = dataset.document_starts(np.array([document])).tolist()
     text = inputs.tokenizer.decode(dataset.tokens[start + first : start + last].tolist())

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_chatflow.cli.common import install_engine, run_values
-from megatron_chatflow.config import Config, make_parser, parse
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.config import (
+    CommandParser,
+    Config,
+    load_values,
+    make_parser,
+    parse,
+    resolve_model,
+)
+from megatron_chatflow.errors import ConfigError, ErrorCollector
 
 if TYPE_CHECKING:
     from megatron_chatflow.conversion.hf_model import Opened
@@ -30,10 +37,11 @@ class Source:
     def subject(
         self, config: Config, world_size: int, average: int = 1, use_ema: bool = False
     ) -> Subject:
-        """The model under these settings. Raises ConfigError where there are no such weights, or
-        the settings do not fit.
+        """Return the model under these settings.
+
+        Raises:
+            ConfigError: there are no such weights, or the settings do not fit.
         """
-        from megatron_chatflow.config import resolve_model
         from megatron_chatflow.evaluation.eval_model import Subject, find_subject
 
         if self.opened is None:
@@ -61,8 +69,10 @@ class Source:
 
 
 def find_source(folder: str) -> Source:
-    """What a folder holds. Raises ConfigError where it holds neither a run nor a Hugging Face
-    model, or one that cannot be read.
+    """Return what a folder holds.
+
+    Raises:
+        ConfigError: it holds neither a run nor a Hugging Face model, or one that cannot be read.
     """
     if not (Path(folder) / "config.json").is_file() or (Path(folder) / "config.yaml").is_file():
         return Source(folder, run_values(folder, keep_layout=False), None)
@@ -72,36 +82,59 @@ def find_source(folder: str) -> Source:
     opened = open_folder(Path(folder))
     sections = [opened.config.model, opened.config.tokenizer]
     values = {f.name: getattr(section, f.name) for section in sections for f in fields(section)}
-    unpadded = {
-        "make_vocab_size_divisible_by": 1
-    }  # rows beyond the vocabulary would take part in the softmax, where transformers has none
+    # Rows beyond the vocabulary would take part in the softmax, where transformers has none.
+    unpadded = {"make_vocab_size_divisible_by": 1}
     return Source(folder, values | unpadded | {"bf16": opened.config.training.bf16}, opened)
 
 
 def add_use_ema(parser: argparse.ArgumentParser) -> None:
-    """The flag of commands that read weights."""
+    """Add the flag of commands that read weights."""
     parser.add_argument(
         "--use-ema",
         action="store_true",
         help=(
-            "take the running mean of the weights (of a run with --ema-decay) in place of the "
-            "weights"
+            "use the running mean of the weights of a run with --ema-decay instead of the weights"
         ),
     )
 
 
-def parse_with_source(parser: Any, argv: Sequence[str]) -> tuple[Source, Config, Any]:
-    """The folder of --load, and the settings: the folder's, with the flags over them."""
-    config, _ = parse(parser, argv)
-    if not config.checkpoint.load:
-        raise ConfigError(
-            "load is missing; give --load RUN, the folder that was --save of a run, or a "
-            "Hugging Face folder"
-        )
-    source = find_source(config.checkpoint.load)
-    return source, *parse(parser, argv, source.values)
+def parse_with_source(
+    parser: CommandParser,
+    argv: Sequence[str],
+    world_size: int,
+    adjust: Callable[[Config], Config] = lambda config: config,
+) -> tuple[Source, Config, argparse.Namespace]:
+    """Return the folder of --load, the settings and the command's own arguments.
+
+    The settings are the folder's, with the flags over them, changed by `adjust` and checked for
+    `world_size` processes.
+    """
+
+    def check(config: Config, _: argparse.Namespace) -> Config:
+        if not config.checkpoint.load:
+            raise ConfigError(
+                "load is missing; give --load RUN, the folder that was --save of a run, or a "
+                "Hugging Face folder"
+            )
+        config = adjust(config)
+        resolve_model(config, world_size)
+        return config
+
+    folder = _folder(parser.parse_and_collect(argv))
+    source = find_source(folder) if folder else Source("", {}, None)
+    return source, *parse(parser, argv, source.values, resolve=check)
+
+
+def _folder(args: argparse.Namespace) -> str | None:
+    """Return what --load or the --config file names; None where that cannot be read."""
+    if getattr(args, "load", None):
+        return str(Path(args.load).expanduser().resolve())
+    if getattr(args, "config", None):
+        with ErrorCollector().collect():  # reported by `parse`
+            return load_values(Path(args.config)).get("load")
+    return None
 
 
 def settings_alone(source: Source) -> Config:
-    """The settings of a folder, without flags."""
+    """Return the settings of a folder, without flags."""
     return parse(make_parser("", ""), [], source.values)[0]

@@ -1,36 +1,42 @@
-"""``chatflow plan``: the curriculum as a table and as a plot, before anything is trained."""
+"""``chatflow plan``: the curriculum as a table and as a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from megatron_chatflow.cli.common import usage_errors
-from megatron_chatflow.config import make_parser, parse, resolve_data
+from megatron_chatflow.config import CommandParser, make_parser, parse, resolve_data
 from megatron_chatflow.report import console
 
 EPILOG = """examples:
-  chatflow plan --config run.yaml --curriculum curriculum.yaml
-  chatflow plan --curriculum curriculum.yaml --seq-length 2048 --global-batch-size 512 --train-samples 3900000 --plot plan.png
-  chatflow plan --config run.yaml --load runs/zh --curriculum edited.yaml --amend-curriculum     (what resuming so would read)
+  {call} --config run.yaml --curriculum curriculum.yaml
+  {call} --curriculum curriculum.yaml --seq-length 2048 --global-batch-size 512 \\
+      --train-samples 3900000 --plot plan.png
+  # what resuming with an edited curriculum would read
+  {call} --config run.yaml --load runs/zh --curriculum edited.yaml --amend-curriculum
+
+exit codes: 0 printed (with or without warnings), 2 the plan cannot be met or the settings cannot
+be used
 """
+
+
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
+    parser = make_parser(
+        "chatflow plan",
+        "Show the share, samples, tokens and epochs of each domain in each stage, and which "
+        "domains run out.",
+        EPILOG,
+        command="plan",
+    )
+    parser.add_argument("--plot", metavar="PNG", help="also plot the shares over the run")
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the plan; returns 0 also when it has warnings, 2 when it cannot be met."""
-    parser = make_parser(
-        "chatflow plan",
-        (
-            "Show what share, samples, tokens and epochs each domain gets in each stage, and "
-            "what will run out."
-        ),
-        EPILOG,
-    )
-    parser.add_argument(
-        "--plot", metavar="PNG", help="also draw the shares over the run into this file"
-    )
     with usage_errors():
-        config, args = parse(parser, argv)
-        config = resolve_data(config)
+        config, args = parse(parser(), argv, resolve=lambda config, _: resolve_data(config))
         from megatron_chatflow.curriculum import check_exhaustion, forecast, share_curve
         from megatron_chatflow.report.plan_table import plan_table
         from megatron_chatflow.training.data_setup import check_tokens, make_plan, open_inputs

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.config import (
+    CommandParser,
     Config,
     make_parser,
     padded_vocab_size,
@@ -21,8 +22,9 @@ from megatron_chatflow.config import (
     resolve,
     total_samples,
 )
+from megatron_chatflow.config.arguments import positive_float, positive_int
 from megatron_chatflow.config.schema import PrecisionSettings
-from megatron_chatflow.errors import ChatflowError, ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError, messages_of
 from megatron_chatflow.planner.batches import bubble, micro_batches
 from megatron_chatflow.planner.memory import GIB, RESERVE, checkpoint_bytes, cures, stage_memory
 from megatron_chatflow.planner.parameters import Layout, layout_of
@@ -30,8 +32,8 @@ from megatron_chatflow.report import console
 from megatron_chatflow.report.preflight_table import preflight_table
 
 EPILOG = """examples:
-  chatflow preflight --config examples/llama2_70b_preflight.yaml --world-size 512
-  chatflow preflight --config run.yaml --world-size 64 --gpu-memory-gib 141 --json
+  {call} --config examples/llama2_70b_preflight.yaml --world-size 512
+  {call} --config run.yaml --world-size 64 --gpu-memory-gib 141 --json
 
 exit codes: 0 fits, 1 does not fit into the memory of a GPU, 2 refused: the run would not start
 """
@@ -44,22 +46,25 @@ _FP8_DEVICES = {
 }
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the table and the verdict; returns 0 (fits), 1 (does not fit) or 2 (refused)."""
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = make_parser(
         "chatflow preflight",
-        (
-            "Check a cluster configuration without the cluster: settings, every rank's model, "
-            "memory, batches and corpora."
-        ),
+        "Check a cluster configuration without the cluster: settings, every rank's model, memory, "
+        "batches and corpora.",
         EPILOG,
+        command="preflight",
     )
     parser.add_argument(
-        "--world-size", type=int, required=True, metavar="N", help="processes (GPUs) of the job"
+        "--world-size",
+        type=positive_int,
+        required=True,
+        metavar="N",
+        help="processes (GPUs) of the job",
     )
     parser.add_argument(
         "--gpu-memory-gib",
-        type=float,
+        type=positive_float,
         default=80.0,
         metavar="X",
         help="memory of one GPU in GiB. Default: 80.",
@@ -67,20 +72,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the table"
     )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table and the verdict; returns 0 (fits), 1 (does not fit) or 2 (refused)."""
     with usage_errors():
-        config, args = parse(parser, argv)
-        for name in ("world_size", "gpu_memory_gib"):
-            if getattr(args, name) <= 0:
-                raise ConfigError(
-                    f"{name} is {getattr(args, name)}; give --{name.replace('_', '-')} a "
-                    f"positive number"
-                )
+        config, args = parse(parser(), argv)
     result = {"world_size": args.world_size, "gpu_memory_gib": args.gpu_memory_gib, "notes": []}
     try:
         config = resolve(config, args.world_size)
         _check_layers(config)
     except ChatflowError as error:
-        refusals = [str(error)]
+        refusals = list(messages_of(error))
     else:
         refusals = _look(config, args.world_size, result)
     verdict, reasons = ("refused", refusals) if refusals else _fit(config, result)

@@ -6,39 +6,37 @@ import argparse
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.cli.slurm_script import Job, render
-from megatron_chatflow.config import Config, make_parser, parse, resolve
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.config import CommandParser, Config, make_parser, parse, resolve
+from megatron_chatflow.config.arguments import non_negative_int, positive_int
+from megatron_chatflow.errors import ConfigError, ErrorCollector
 from megatron_chatflow.report import console
 from megatron_chatflow.utils.files import unwritable
 
 EPILOG = """examples:
-  chatflow submit --config run.yaml --curriculum curriculum.yaml --save /shared/runs/zh --nodes 16 -- --partition=gpu --time=24:00:00
-  chatflow submit --config run.yaml --save /shared/runs/zh --load /shared/base --finetune --nodes 2 --dry-run
-  chatflow submit --config run.yaml --save /shared/runs/zh --nodes 4 --container chatflow.sqsh --mounts /shared:/shared
+  {call} --config run.yaml --curriculum curriculum.yaml --save /shared/runs/zh --nodes 16 \\
+      -- --partition=gpu --time=24:00:00
+  {call} --config run.yaml --save /shared/runs/zh --load /shared/base --finetune --nodes 2 --dry-run
+  {call} --config run.yaml --save /shared/runs/zh --nodes 4 --container chatflow.sqsh \\
+      --mounts /shared:/shared
 
-The settings are those of `chatflow train` and are checked for this number of processes before anything is written. What follows `--` goes to sbatch.
-The script is written to SAVE/train.sbatch; the log is SAVE/slurm-<job>.log.
+The settings are those of `chatflow train`. Words after `--` go to sbatch. The script is written to
+SAVE/train.sbatch; the log is SAVE/slurm-<job>.log.
 
-exit codes: 0 in the queue (or printed), 1 sbatch did not take the job, 2 the settings cannot be used (nothing was written)
+exit codes: 0 queued or printed, 1 sbatch did not take the job, 2 the settings cannot be used and
+nothing was written
 """
 
 
 def main(argv: Sequence[str]) -> int:
     """Check the settings, write the script, and give it to sbatch."""
     words, sbatch = _split(argv)
-    parser = make_parser(
-        "chatflow submit",
-        "Check a run's settings, write its SLURM script, and put it into the queue.",
-        EPILOG,
-    )
-    _add_flags(parser)
     with usage_errors():
-        config, args = parse(parser, words)
+        config, args = parse(parser(), words, resolve=_checked)
         job = _job(config, args, words, sbatch)
         script = render(job)
     if args.dry_run:
@@ -61,52 +59,68 @@ def main(argv: Sequence[str]) -> int:
         return 1
     number = done.stdout.strip().split(";")[0]
     console.say(
-        f"job {number} is in the queue: {job.nodes * job.ntasks_per_node} processes on "
-        f"{job.nodes} nodes"
+        f"job {number} is queued: {job.nodes * job.ntasks_per_node} processes on {job.nodes} nodes"
     )
     console.say(f"script: {path}\nlog:    {job.save}/slurm-{number}.log")
-    console.say(
-        f"end it: scancel {number}; save, and back into the queue: scancel --signal=USR1 {number}"
-    )
+    console.say(f"end it: scancel {number}; save and requeue: scancel --signal=USR1 {number}")
     return 0
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(words of this command, words for sbatch)."""
+    """Return (words of this command, words for sbatch)."""
     words = list(argv)
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
 
 
+def parser() -> CommandParser:
+    """Return the parser of the command line, without the words for sbatch."""
+    parser = make_parser(
+        "chatflow submit",
+        "Check a run's settings, write its SLURM script, and queue it.",
+        EPILOG,
+        command="submit",
+    )
+    _add_flags(parser)
+    parser.check = _check
+    return parser
+
+
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the job")
+    parser.add_argument(
+        "--nodes", type=positive_int, required=True, metavar="N", help="nodes of the job"
+    )
     parser.add_argument(
         "--ntasks-per-node",
-        type=int,
+        type=positive_int,
         default=8,
         metavar="N",
-        help="processes on a node, one a GPU. Default: 8.",
+        help="processes per node, one per GPU. Default: 8.",
     )
     parser.add_argument(
         "--gpus-per-node",
-        type=int,
+        type=non_negative_int,
         metavar="N",
-        help="GPUs to ask for; as many as processes by default, 0 asks for none",
+        help="GPUs to request per node; the number of processes by default, 0 requests none",
     )
     parser.add_argument(
-        "--cpus-per-task", type=int, default=8, metavar="N", help="cores of a process. Default: 8."
+        "--cpus-per-task",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="cores per process. Default: 8.",
     )
     parser.add_argument(
         "--lead-seconds",
-        type=int,
+        type=positive_int,
         default=300,
         metavar="N",
-        help="seconds before the time limit at which the run saves and leaves. Default: 300.",
+        help="seconds before the time limit at which the run saves and exits. Default: 300.",
     )
     parser.add_argument(
         "--container",
         metavar="IMAGE",
-        help="image for srun --container-image (the pyxis plugin); else `chatflow` from PATH",
+        help="image for srun --container-image (the pyxis plugin); `chatflow` from PATH by default",
     )
     parser.add_argument(
         "--mounts", metavar="FROM:TO", help="what the container sees, for srun --container-mounts"
@@ -116,51 +130,49 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _check(args: argparse.Namespace) -> Iterator[str]:
+    if args.mounts and not args.container:
+        yield (
+            f"--mounts {args.mounts} has no effect without --container; add --container IMAGE or "
+            "drop --mounts"
+        )
+
+
+def _checked(config: Config, args: argparse.Namespace) -> Config:
+    """Return `config`, unchanged, once it is checked for the processes of the job."""
+    errors, where = ErrorCollector(), config.checkpoint
+    if not where.save:
+        errors.add(
+            "save is missing: a job that was ended could not resume; give --save a folder that "
+            "all nodes see"
+        )
+    for name in ("ckpt_step", "no_load_optim", "no_save_optim"):
+        if getattr(where, name) not in (None, False):
+            errors.add(
+                f"{name} would hold for every new start of the job, not only the first; "
+                f"drop --{name.replace('_', '-')}"
+            )
+    if args.nodes is not None:
+        with errors.collect():
+            resolve(config, args.nodes * args.ntasks_per_node)
+    errors.raise_all()
+    if not where.save_interval:
+        console.complain(
+            "note: no --save-interval, so a node failure loses everything since the last signal"
+        )
+    return config
+
+
 def _job(
     config: Config, args: argparse.Namespace, words: Sequence[str], sbatch: Sequence[str]
 ) -> Job:
     gpus = args.ntasks_per_node if args.gpus_per_node is None else args.gpus_per_node
-    for name in ("nodes", "ntasks_per_node", "cpus_per_task", "lead_seconds"):
-        if getattr(args, name) < 1:
-            raise ConfigError(
-                f"{name} is {getattr(args, name)}; give --{name.replace('_', '-')} a "
-                f"positive number"
-            )
-    if gpus < 0:
-        raise ConfigError(
-            f"gpus_per_node is {gpus}; give --gpus-per-node a number that is not negative"
-        )
-    if args.mounts and not args.container:
-        raise ConfigError(
-            f"mounts {args.mounts} has no effect without container; add --container IMAGE "
-            f"or drop --mounts"
-        )
-    kept = config.checkpoint
-    if not kept.save:
-        raise ConfigError(
-            "no save: a job that was ended could not go on; give --save a folder that all nodes see"
-        )
-    for name, given in (
-        ("ckpt_step", kept.ckpt_step is not None),
-        ("no_load_optim", kept.no_load_optim),
-        ("no_save_optim", kept.no_save_optim),
-    ):
-        if given:
-            raise ConfigError(
-                f"{name} would hold for every new start of the job, not only the first; "
-                f"drop --{name.replace('_', '-')}"
-            )
-    if not kept.save_interval:
-        console.complain(
-            "note: no --save-interval, so a node that fails costs everything since the last signal"
-        )
-    resolve(config, args.nodes * args.ntasks_per_node)
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     _add_flags(own)
     _, training = own.parse_known_args(list(words))
     return Job(
         words=training,
-        save=kept.save,
+        save=config.checkpoint.save,
         folder=os.getcwd(),
         nodes=args.nodes,
         ntasks_per_node=args.ntasks_per_node,

@@ -8,34 +8,39 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from megatron_chatflow.cli.common import usage_errors
-from megatron_chatflow.config import make_parser, parse, resolve
+from megatron_chatflow.config import CommandParser, make_parser, parse, resolve
 from megatron_chatflow.distributed.launch import read_launch
 from megatron_chatflow.errors import EXIT_PREEMPTED, is_shared
 from megatron_chatflow.report import console
 
 EPILOG = """examples:
-  chatflow train --config run.yaml --curriculum curriculum.yaml --save runs/zh --load runs/zh
-  torchrun --nproc-per-node 2 -m megatron_chatflow train --config run.yaml --tensor-model-parallel-size 2
-  srun --ntasks-per-node 8 chatflow train --config run.yaml        (inside a SLURM job: one task a GPU)
-  chatflow train --config run.yaml --load runs/zh --save runs/zh --curriculum edited.yaml --amend-curriculum
+  {call} --config run.yaml --curriculum curriculum.yaml --save runs/zh --load runs/zh
+  torchrun --nproc-per-node 2 -m megatron_chatflow train --config run.yaml
+  srun --ntasks-per-node 8 {call} --config run.yaml      # in a SLURM job: one task per GPU
 
-exit codes: 0 finished, 1 failed, 2 the configuration cannot be used, or another run writes into --save (nothing was written), 3 exited before
-the end at SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 or --exit-duration-in-mins: start the same command again to resume
+exit codes: 0 finished, 1 failed, 2 the settings cannot be used and nothing was written, 3 stopped
+early by a signal or --exit-duration-in-mins: run the same command again to resume
 """
+
+
+def parser() -> CommandParser:
+    """Return the parser of the command line."""
+    return make_parser(
+        "chatflow train",
+        "Train a model on a blend that a curriculum moves, or resume training.",
+        EPILOG,
+        command="train",
+    )
 
 
 @console.lossy_output()
 def main(argv: Sequence[str]) -> int:
     """Check everything, then train."""
-    parser = make_parser(
-        "chatflow train",
-        "Train a model on a blend that a curriculum moves, or go on training it.",
-        EPILOG,
-    )
     with usage_errors():
-        config, _ = parse(parser, argv)
         launch = read_launch()
-        config = resolve(config, launch.world_size)
+        config, _ = parse(
+            parser(), argv, resolve=lambda config, _: resolve(config, launch.world_size)
+        )
         from megatron_chatflow.training.data_setup import open_inputs
         from megatron_chatflow.training.setup import (
             assemble,

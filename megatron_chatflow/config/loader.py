@@ -10,21 +10,19 @@ import dataclasses
 import functools
 import inspect
 import math
+import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_chatflow.config.arguments import CommandParser, nearest
+from megatron_chatflow.config.command_settings import common_settings_of, readers_of, settings_of
 from megatron_chatflow.config.schema import Config, section_of, sections
 from megatron_chatflow.config.schema.section import base_type, choices_of, type_hints
 from megatron_chatflow.config.unsupported_flags import REFUSED
-from megatron_chatflow.errors import ChatflowError, ConfigError
-from megatron_chatflow.utils.user_files import check_line, closest, dump_yaml, load_yaml, read_text
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
+from megatron_chatflow.errors import ChatflowError, ConfigError, ErrorCollector
+from megatron_chatflow.utils.user_files import check_line, dump_yaml, load_yaml, read_text
 
 
 @functools.cache
@@ -43,15 +41,6 @@ def field_docs(cls: type) -> dict[str, str]:
         ):
             docs[node.target.id] = " ".join(follower.value.value.split())
     return docs
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """``; did you mean X?`` or nothing. The dashes of flags, which all have in common, do not
-    count.
-    """
-    words = {word.lstrip("-"): word for word in known}
-    near = closest(name.lstrip("-"), words)
-    return f"; did you mean {words[near]}?" if near is not None else ""
 
 
 def convert(name: str, value: Any, cls: type) -> Any:
@@ -113,67 +102,66 @@ def _describe(base: Any) -> str:
     }[base]
 
 
-def _yaml_values(path: Path) -> dict[str, Any]:
-    """{field name: value} of a YAML file with sections; relative paths in it are relative to its
-    folder.
+def _yaml_values(path: Path, errors: ErrorCollector) -> dict[str, Any]:
+    """Return {field name: value} of a YAML file with sections; what is wrong with it goes into
+    `errors`. Relative paths in the file are relative to its folder.
     """
     try:
-        text = read_text(path)
+        document = load_yaml(read_text(path))
     except ChatflowError as error:
-        raise ConfigError(
-            f"--config {path}: cannot be read ({error}); give the path of a YAML file"
-        ) from None
-    try:
-        document = load_yaml(text)
-    except ChatflowError as error:
-        raise ConfigError(f"--config {path}: {error}") from None
+        errors.add(f"--config {path}: {error}; give the path of a YAML file")
+        return {}
     if document is None:
         return {}
     if not isinstance(document, dict):
-        raise ConfigError(
+        errors.add(
             f"--config {path}: holds {type(document).__name__}, not sections; write e.g. "
             f"`model: {{num_layers: 4}}`"
         )
+        return {}
     known, values = dict(sections()), {}
     for section, content in document.items():
         if section not in known:
-            cure = (
-                f"; {section} belongs into the section {section_of()[section]}"
+            guess = (
+                f"; {section} belongs in the section {section_of()[section]}"
                 if section in section_of()
                 else nearest(str(section), known)
             )
-            raise ConfigError(
+            errors.add(
                 f"{path}: unknown section "
-                f"{section!r}{cure or '; the sections are ' + ', '.join(known)}"
+                f"{section!r}{guess or '; the sections are ' + ', '.join(known)}"
             )
-        if content is None:
-            continue
-        if not isinstance(content, dict):
-            raise ConfigError(
+        elif content is not None and not isinstance(content, dict):
+            errors.add(
                 f"{path}: section {section} holds {content!r}, not settings; write "
                 f"`{section}: {{name: value}}`"
             )
-        names = [f.name for f in dataclasses.fields(known[section])]
-        for name, value in content.items():
-            if name not in names:
-                other = section_of().get(name)
-                cure = (
-                    f"; it belongs into the section {other}"
-                    if other
-                    else nearest(str(name), section_of())
-                )
-                flag = REFUSED.get("--" + str(name).replace("_", "-"))
-                raise ConfigError(
-                    f"{path}: unknown setting {name!r} in section {section}"
-                    + (f": {flag}" if flag else cure or "; `chatflow train --help` lists them")
-                )
+        for name, value in (
+            content.items() if isinstance(content, dict) and section in known else ()
+        ):
             try:
-                values[name] = _absolute(
-                    name, convert(name, value, known[section]), known[section], path.parent
-                )
+                values[name] = _yaml_value(str(section), known[section], name, value, path.parent)
             except ChatflowError as error:
-                raise ConfigError(f"{path}: {section}.{error}") from None
+                errors.add(f"{path}: {error}")
     return values
+
+
+def _yaml_value(section: str, cls: type, name: Any, value: Any, folder: Path) -> Any:
+    """Return the value of one key. Raises ConfigError that names the section and the key."""
+    if name not in [f.name for f in dataclasses.fields(cls)]:
+        other = section_of().get(name)
+        guess = (
+            f"; it belongs in the section {other}" if other else nearest(str(name), section_of())
+        )
+        refused = REFUSED.get("--" + str(name).replace("_", "-"))
+        raise ConfigError(
+            f"unknown setting {name!r} in section {section}"
+            + (f": {refused}" if refused else guess or "; `chatflow train --help-all` lists them")
+        )
+    try:
+        return _absolute(name, convert(name, value, cls), cls, folder)
+    except ChatflowError as error:
+        raise ConfigError(f"{section}.{error}") from None
 
 
 def _absolute(name: str, value: Any, cls: type, folder: Path) -> Any:
@@ -195,27 +183,39 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def make_parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser that knows ``--config`` and a flag for every setting; commands add their own
-    arguments to it.
+def make_parser(
+    prog: str, description: str, epilog: str = "", *, command: str | None = None
+) -> CommandParser:
+    """Return a parser with ``--config`` and a flag for every setting that a command reads.
+
+    Args:
+        prog: the command as it was called.
+        description: what the command does.
+        epilog: examples and exit codes; ``{call}`` in it is the command as a shell starts it.
+        command: its key in `command_settings.READS`; None reads every setting.
     """
-    parser = _Parser(
-        prog=prog,
-        usage=f"{prog} [--config YAML] [flags]",
-        description=description,
-        epilog=epilog,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(prog, description, epilog)
+    parser.usage = f"{prog} [--config YAML] [flags]"
+    parser.unsupported = REFUSED
+    parser.add_argument(
+        "--config",
+        metavar="YAML",
+        help=(
+            "file with the settings of a run; flags win over it. The complete file is checked; "
+            "what this command does not read has no effect."
+        ),
     )
-    parser.add_argument("--config", metavar="YAML", help="settings by section; flags win over it")
+    reads, common = settings_of(command), common_settings_of(command)
     for section, cls in sections():
         group = parser.add_argument_group(section, cls.__doc__)
         for f in dataclasses.fields(cls):
-            _add_flag(group, f, cls)
+            _add_flag(group, f, cls, f.name in reads)
+    parser.advanced |= reads - common
+    parser.set_defaults(**{name: None for name in section_of()})
     return parser
 
 
-def _add_flag(group: Any, f: dataclasses.Field, cls: type) -> None:
+def _add_flag(group: Any, f: dataclasses.Field, cls: type, is_read: bool) -> None:
     base, _ = base_type(type_hints(cls)[f.name])
     flag = f.metadata.get("flag") or "--" + f.name.replace("_", "-")
     text = field_docs(cls)[f.name].replace("%", "%%")
@@ -226,6 +226,7 @@ def _add_flag(group: Any, f: dataclasses.Field, cls: type) -> None:
             f" Default: {'on' if default else 'off'}; {off if default else flag} turns it "
             f"{'off' if default else 'on'}."
         )
+        text = text if is_read else argparse.SUPPRESS
         group.add_argument(flag, dest=f.name, action="store_const", const=True, help=text)
         group.add_argument(
             off, dest=f.name, action="store_const", const=False, help=argparse.SUPPRESS
@@ -237,6 +238,7 @@ def _add_flag(group: Any, f: dataclasses.Field, cls: type) -> None:
     if choices:
         base = str
         text += f" One of {', '.join(choices)}."
+    text = text if is_read else argparse.SUPPRESS
     if typing.get_origin(base) is list:
         group.add_argument(flag, dest=f.name, nargs="+", metavar=f.name.upper(), help=text)
     else:
@@ -251,51 +253,80 @@ def _add_flag(group: Any, f: dataclasses.Field, cls: type) -> None:
 
 
 def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str], base: Mapping[str, Any] | None = None
-) -> tuple[Config, argparse.Namespace]:
+    parser: CommandParser,
+    argv: Sequence[str],
+    base: Mapping[str, Any] | None = None,
+    *,
+    resolve: Callable[[Config, argparse.Namespace], Any] | None = None,
+) -> tuple[Any, argparse.Namespace]:
     """Flags and the file named by ``--config``, over `base` ({field: value}, e.g. a checkpoint's
     settings).
 
-    Returns the configuration as written (see `derive.resolve` for what follows from it) and the
-    command's own arguments. Raises ConfigError for an unknown or refused flag, an unknown key, and
-    a value of the wrong kind.
+    Args:
+        parser: made by `make_parser`.
+        argv: the command line, without the command.
+        base: the settings that the file and the flags win over.
+        resolve: fills in and checks the configuration, given the command's own arguments; its
+            errors are reported with those of the command line and of the file.
+
+    Returns:
+        The configuration, as written or as `resolve` returns it, and the command's own arguments.
+
+    Raises:
+        ConfigErrors: everything that is wrong, one message each.
     """
-    args, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        flag = word.split("=")[0]
-        if flag in REFUSED:
-            raise ConfigError(f"{flag}: {REFUSED[flag]}")
-        flags = [option for action in parser._actions for option in action.option_strings]
-        if flag.startswith("-"):
-            raise ConfigError(
-                f"unknown flag "
-                f"{flag}{nearest(flag, flags) or f'; `{parser.prog} --help` lists the flags'}"
+    args = parser.parse_and_collect(argv)
+    errors, values = parser.errors, dict(base or {})
+    if getattr(args, "config", None):
+        values.update(_yaml_values(Path(args.config), errors))
+    for name, value in _flag_values(parser, args).items():
+        values[name] = value
+    config = Config().replace(**values)
+    if resolve is None:
+        errors.raise_all()
+        return config, args
+    found = ErrorCollector()
+    with found.collect():
+        resolved = resolve(config, args)
+    # An error about a setting whose value could not be read says nothing new.
+    errors.add(*(m for m in found.messages if not parser.wrong & set(re.findall(r"\w+", m))))
+    errors.raise_all()
+    return resolved, args
+
+
+def _flag_values(parser: CommandParser, args: argparse.Namespace) -> dict[str, Any]:
+    """Return {field name: value} of the flags that were given, and take them out of `args`."""
+    values = {}
+    shown = {a.dest for a in parser._actions if a.help != argparse.SUPPRESS}
+    for name, section in section_of().items():
+        cls, written = dict(sections())[section], getattr(args, name, None)
+        if hasattr(args, name):
+            delattr(args, name)
+        if written is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name not in shown:
+            parser.errors.add(
+                f"{flag}: {parser.prog} does not read this setting ({', '.join(readers_of(name))} "
+                "do); drop the flag"
             )
-        raise ConfigError(f"unexpected argument {word!r}; `{parser.prog} --help` shows the usage")
-    values = dict(base or {})
-    if args.config:
-        values.update(_yaml_values(Path(args.config)))
-    for _, cls in sections():
-        for f in dataclasses.fields(cls):
-            written = getattr(args, f.name)
-            delattr(args, f.name)
-            if written is not None:
-                try:
-                    values[f.name] = _absolute(
-                        f.name, convert(f.name, written, cls), cls, Path.cwd()
-                    )
-                except ChatflowError as error:
-                    raise ConfigError(
-                        "--" + str(error).replace(f.name, f.name.replace("_", "-"), 1)
-                    ) from None
-    return Config().replace(**values), args
+            continue
+        try:
+            values[name] = _absolute(name, convert(name, written, cls), cls, Path.cwd())
+        except ChatflowError as error:
+            parser.errors.add(str(error).replace(name, flag, 1))
+            parser.wrong.add(name)
+    return values
 
 
 def load_values(path: Path) -> dict[str, Any]:
     """{field name: value} of a resolved ``config.yaml``; raises ConfigError where it cannot be
     read.
     """
-    return _yaml_values(path)
+    errors = ErrorCollector()
+    values = _yaml_values(path, errors)
+    errors.raise_all()
+    return values
 
 
 def to_yaml(config: Config) -> str:

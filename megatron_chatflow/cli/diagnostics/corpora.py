@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 
 from megatron_chatflow.cli.diagnostics import Row
-from megatron_chatflow.config import Config, resolve
+from megatron_chatflow.config import Config, resolve_model
 from megatron_chatflow.config.schema import ParallelSettings
 from megatron_chatflow.curriculum import load_curriculum
 from megatron_chatflow.data import IndexedDataset, read_manifest
@@ -103,7 +103,7 @@ def checkpoint_size(config: Config, prefixes: dict[str, str]) -> int | None:
 
     vocab_size = config.tokenizer.vocab_size or _vocab_size(prefixes)
     try:
-        whole = resolve(dataclasses.replace(config, parallel=ParallelSettings()), 1)
+        whole = resolve_model(dataclasses.replace(config, parallel=ParallelSettings()), 1)
     except ChatflowError:
         return None
     if vocab_size is None:
