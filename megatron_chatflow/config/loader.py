@@ -289,9 +289,15 @@ def parse(
     with found.collect():
         resolved = resolve(config, args)
     # An error about a setting whose value could not be read says nothing new.
-    errors.add(*(m for m in found.messages if not parser.wrong & set(re.findall(r"\w+", m))))
+    errors.add(*(m for m in found.messages if not parser.wrong & _settings_in(m)))
     errors.raise_all()
     return resolved, args
+
+
+def _settings_in(message: str) -> set[str]:
+    """Return the settings that a message names: its first word, flags, and names with a _."""
+    words = re.findall(r"^\w+|\w+_\w+|--[\w-]+", message)
+    return {word.lstrip("-").replace("-", "_") for word in words}
 
 
 def _flag_values(parser: CommandParser, args: argparse.Namespace) -> dict[str, Any]:
