@@ -1,5 +1,6 @@
-"""What share each domain has, when; and which sample of which domain is sample n of the run. numpy
-only. See README.md.
+"""The shares of the domains over a run, and which sample of which domain is sample n.
+
+Imports numpy only. See README.md.
 """
 
 from megatron_chatflow.curriculum.forecast import (
@@ -11,12 +12,13 @@ from megatron_chatflow.curriculum.forecast import (
     forecast,
     share_curve,
 )
+from megatron_chatflow.curriculum.ledger import PLAN_VERSION
 from megatron_chatflow.curriculum.parser import (
     constant_curriculum,
     load_curriculum,
     parse_curriculum,
 )
-from megatron_chatflow.curriculum.plan import PLAN_VERSION, BlendPlan
+from megatron_chatflow.curriculum.plan import BlendPlan
 from megatron_chatflow.curriculum.schema import Curriculum, Domain, Stage
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""The order of the samples in one piece of the plan.
+"""The order of the samples in one interval of the plan.
 
-Whole samples are apportioned to domains, most behind first, at the points of a binary grid.
+Samples are apportioned to domains, those most behind first, at the points of a binary grid.
 
 A domain's error is the number of its samples so far less the integral of its share. The counts at a
 point of the grid are found from those at known points around it: no domain may have less than at
@@ -8,7 +8,7 @@ the point before or more than at the point after, and within these limits the do
 behind get the samples. The points 1, 2, 4, 8, ... come one from another, with nothing known after
 them; the middle of two neighboring points comes from both, down to single samples. So the counts at
 sample n take about 2 log2(n) steps, whatever else is read, they never decrease, and what happens
-later in the piece, or where it ends, decides nothing.
+later in the interval, or where it ends, decides nothing.
 
 With m domains, no domain is ever more than (m - 1) / 2 samples off, whatever the shares, the stages
 and the amendments are, and no other method can promise less. README.md has both proofs.
@@ -37,8 +37,8 @@ class Apportionment:
 
     Args:
         before, after: shares: float64 [K]; each domain has a positive sum of both.
-        pacing: how the shares move, as a function of x, the samples since the knot before.
-        origin: x at the first sample of the piece.
+        pacing: how the shares move, as a function of x, the samples since the stage began.
+        origin: x at the first sample of the interval.
         owed: samples by which each domain is behind at `origin` (negative: ahead), adding up to 0:
             float64 [K].
     """
@@ -46,13 +46,8 @@ class Apportionment:
     def __init__(
         self, before: np.ndarray, after: np.ndarray, pacing: Pacing, origin: float, owed: np.ndarray
     ) -> None:
-        self.before, self.after, self.pacing, self.origin, self.owed = (
-            before,
-            after,
-            pacing,
-            float(origin),
-            owed,
-        )
+        self.before, self.after, self.pacing = before, after, pacing
+        self.origin, self.owed = float(origin), owed
         self.size = len(before)
         self._area = pacing.area(np.asarray(self.origin))
         self._points = [0]  # 0, 1, 2, 4, 8, ... as far as they were needed
@@ -61,9 +56,9 @@ class Apportionment:
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Domain (its number among the K) and ordinal of samples start .. stop - 1: int64 [n] each.
+        """Return domain (its number among the K) and ordinal of samples start .. stop - 1.
 
-        All are counted from the start of the piece.
+        Both are int64 [n]; all are counted from the start of the interval.
         """
         domains, ordinals = [], []
         while start < stop:
@@ -79,13 +74,12 @@ class Apportionment:
         return np.concatenate(domains), np.concatenate(ordinals)
 
     def counts(self, n: int) -> np.ndarray:
-        """How many of the first n samples of the piece each domain gets: int64 [K]."""
-        return self._around(n, max(n & -n, 1))[1][
-            0
-        ]  # its lowest bit: n is a point of the grid of that width
+        """Return how many of the first n samples of the interval each domain gets: int64 [K]."""
+        # n is a point of the grid whose width is its lowest bit.
+        return self._around(n, max(n & -n, 1))[1][0]
 
     def _target(self, n: np.ndarray) -> np.ndarray:
-        """Samples that each domain should have after n of the piece: float64 [len(n), K].
+        """Return the samples that each domain should have after n samples: float64 [len(n), K].
 
         Those that it was owed are included.
         """
@@ -93,7 +87,7 @@ class Apportionment:
         return self.owed + self.before * (n[:, None] - area) + self.after * area
 
     def _block(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Points around sample n, at most BLOCK apart, and the counts there: int64 [2], [2, K]."""
+        """Return points around sample n, at most BLOCK apart, and the counts: int64 [2], [2, K]."""
         number = n // BLOCK
         if number not in self._blocks:
             if number == 0:
@@ -104,7 +98,7 @@ class Apportionment:
         return self._blocks[number]
 
     def _around(self, n: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Points around sample n, `width` apart at most, and the counts there: int64 [2], [2, K].
+        """Return points around sample n, at most `width` apart, and the counts: int64 [2], [2, K].
 
         `width` is a power of two.
         """
@@ -117,6 +111,7 @@ class Apportionment:
             1 << k for k in range((last - first).bit_length() - 2, width.bit_length() - 2, -1)
         )
         middles = [n - n % (2 * half) + half for half in halves]
+        # Targets and nearest integers of all these points at once: [points, K].
         target = self._target(np.array([*new, *middles], np.int64))
         nearest = _nearest(target)
         if self._few:
@@ -128,9 +123,11 @@ class Apportionment:
             )
         else:
             apportion, no_limit = _apportion_one, np.full(self.size, _NO_LIMIT)
+        # Points 1, 2, 4, ... each from the one before, without an upper limit.
         for j, point in enumerate(new):
             self._counts.append(apportion(target[j], nearest[j], self._counts[-1], no_limit, point))
             self._points.append(point)
+        # Middles from the known points on both sides, keeping the half that holds n.
         low, high = self._counts[i : i + 2]
         for j, middle in enumerate(middles, len(new)):
             between = apportion(target[j], nearest[j], low, high, middle)
@@ -153,12 +150,14 @@ def _refine(
     Returns the points that are left and the counts there.
     """
     while True:
+        # Keep the last point at or before `start`, the first at or after `stop`, and those between.
         first = int(np.searchsorted(points, start, side="right")) - 1
         last = max(int(np.searchsorted(points, stop)), first)
         points, counts = points[first : last + 1], counts[first : last + 1]
         gaps = np.diff(points)
         if not len(gaps) or gaps.max() == 1:
             return points, counts
+        # Insert the middle of every widest interval: [intervals] points, [intervals, K] counts.
         split = np.flatnonzero(gaps == gaps.max())
         middle = (points[split] + points[split + 1]) // 2
         between = _apportion(target(middle), counts[split], counts[split + 1], middle)
@@ -169,14 +168,17 @@ def _refine(
 
 
 def _nearest(target: np.ndarray) -> np.ndarray:
-    """Targets rounded to whole samples: int64."""
+    """Return targets rounded to the nearest integer: int64."""
     return np.floor(target + 0.5).astype(np.int64)
 
 
 def _apportion_one(
     target: np.ndarray, nearest: np.ndarray, low: np.ndarray, high: np.ndarray, total: int
 ) -> np.ndarray:
-    """`_apportion` of a single row, quicker: arrays are [K], `nearest` is the rounded target."""
+    """Return `_apportion` of a single row, faster.
+
+    Arrays are [K]; `nearest` is the rounded target.
+    """
     counts = np.minimum(np.maximum(nearest, low), high)
     missing = total - int(np.add.reduce(counts))
     while missing > 0:
@@ -193,7 +195,7 @@ def _apportion_one(
 def _apportion_few(
     target: list[float], nearest: list[int], low: list[int], high: list[int], total: int
 ) -> list[int]:
-    """`_apportion_one` in plain Python, which is quicker for a few domains."""
+    """Return `_apportion_one` in plain Python, which is faster for a few domains."""
     counts = [a if n < a else b if n > b else n for n, a, b in zip(nearest, low, high, strict=True)]
     missing = total - sum(counts)
     while missing > 0:
@@ -215,20 +217,23 @@ def _apportion_few(
 def _apportion(
     target: np.ndarray, low: np.ndarray, high: np.ndarray, total: np.ndarray
 ) -> np.ndarray:
-    """Whole numbers between `low` and `high` that add up to `total`.
+    """Return integers between `low` and `high` that add up to `total`.
 
     They go to the domains that are most behind their target: a domain above its lower limit is at
     most 1 further ahead than any that is below its upper one.
 
     Args:
         target: float64 [B, K].
-        low, high: int64 [B, K]; the sums of `low` are at most `total`, those of `high` at least.
+        low: int64 [B, K]; its sums are at most `total`.
+        high: int64 [B, K]; its sums are at least `total`.
         total: int64 [B].
     """
+    # Start from the rounded targets within the limits; `missing` samples per row are left, [B].
     counts = np.clip(_nearest(target), low, high)
     missing = total - counts.sum(1)
     rows = np.flatnonzero(missing)
     while len(rows):
+        # One sample per row and step: to the domain most behind, or from the one most ahead.
         some = counts[rows]
         error = some - target[rows]
         more = missing[rows] > 0

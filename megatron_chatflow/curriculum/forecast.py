@@ -1,6 +1,4 @@
-"""What a plan will draw from each domain, when a domain runs out, and whether that is what the
-curriculum allows.
-"""
+"""What a plan will draw from each domain, when a domain runs out, and whether that is allowed."""
 
 from __future__ import annotations
 
@@ -17,23 +15,25 @@ from megatron_chatflow.curriculum.schema import MOST_SAMPLES, Curriculum, Domain
 from megatron_chatflow.errors import ConfigError
 
 MANY_EPOCHS = 4
-"""Beyond this many epochs repeated text is worth much less than new text (Muennighoff et al. 2023,
-arXiv 2305.16264).
+"""Beyond this many epochs, repeated text is worth much less than new text.
+
+Muennighoff et al. 2023, arXiv 2305.16264.
 """
 
 
 class DomainForecast(NamedTuple):
-    """One domain over the whole run."""
+    """One domain over the complete run."""
 
     name: str
     samples: int
     tokens: int
     epochs: float
-    """Samples over samples an epoch; inf where the domain has none."""
+    """Samples divided by samples per epoch; inf where the domain has none."""
     max_epochs: float | None
     exhausted_at: int | None
-    """The first sample that it cannot serve (under redistribute: from which its share is the
-    others'); None: it lasts.
+    """The first sample that it cannot serve; None: it lasts.
+
+    Under redistribute: the sample from which its share goes to the others.
     """
 
 
@@ -64,18 +64,20 @@ class RunForecast:
     domains: tuple[DomainForecast, ...]
     stages: tuple[StageForecast, ...]
     end: int
-    """Samples that the run will have: `num_samples`, or fewer where a domain runs out under
-    `on_exhausted: stop`.
+    """Samples that the run will have.
+
+    It is `num_samples`, or fewer where a domain runs out under `on_exhausted: stop`.
     """
     warnings: tuple[str, ...]
 
 
 def capacities(curriculum: Curriculum, epoch_samples: Mapping[str, int]) -> dict[str, int]:
-    """Samples that each domain can give in all, for `BlendPlan(capacities=...)`: `max_epochs` times
-    its epoch, one epoch without `max_epochs`.
+    """Return the samples that each domain can give in all, for `BlendPlan(capacities=...)`.
+
+    That is `max_epochs` times its epoch, or one epoch without `max_epochs`.
 
     Args:
-        curriculum: names and caps.
+        curriculum: names and limits.
         epoch_samples: samples in one epoch of each domain.
     """
     return {
@@ -85,7 +87,7 @@ def capacities(curriculum: Curriculum, epoch_samples: Mapping[str, int]) -> dict
 
 
 def forecast(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> RunForecast:
-    """Computes what each domain will give, in all and in each stage, and when it runs out.
+    """Return what each domain will give, in all and in each stage, and when it runs out.
 
     Args:
         plan: the plan of the run.
@@ -141,18 +143,18 @@ def forecast(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> RunForecast:
 
 
 def check_exhaustion(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> None:
-    """Refuses a plan that asks a domain for more than it may give. What was read before the last
-    amendment is done, and is not held against it.
+    """Refuse a plan that asks a domain for more than it may give.
+
+    What was read before the last amendment is done, and is not counted against it.
 
     Args:
         plan: the plan of the run.
         epoch_samples: samples in one epoch of each domain.
 
     Raises:
-        ValueError: under `repeat` a domain is read more often than its max_epochs; under `error`
-        more often than that, or than once without it;
-            under `redistribute` the plan was made without capacities; or a domain that is drawn
-            from is empty.
+        ConfigError: under `repeat`, a domain is read more often than its max_epochs; under `error`,
+            more often than that, or than once without it; under `redistribute`, the plan was made
+            without capacities; or a domain that is drawn from is empty.
     """
     totals = zip(
         plan.domain_names,
@@ -192,11 +194,11 @@ def check_exhaustion(plan: BlendPlan, epoch_samples: Mapping[str, int]) -> None:
 
 
 def share_curve(plan: BlendPlan, points: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """The scheduled shares over the run, for a plot.
+    """Return the scheduled shares over the run, for a plot.
 
     Args:
         plan: the plan of the run.
-        points: how many samples to look at besides both sides of every stage's beginning.
+        points: how many samples to evaluate, in addition to both sides of every stage's start.
 
     Returns:
         Sample numbers int64 [n], increasing, and shares float64 [n, K].
@@ -222,8 +224,9 @@ def _epochs(times: float, epoch: int) -> int:
 
 
 def _exhausted_at(plan: BlendPlan, domain: int, limit: int | None) -> int | None:
-    """The first sample since the last amendment that asks for more; where the plan itself hands the
-    share on, the sample after the last one given.
+    """Return the first sample since the last amendment that asks for more than the limit.
+
+    Where the plan itself hands the share on, return the sample after the last one given.
     """
     if limit is None:
         return None
@@ -275,9 +278,9 @@ def _warnings(plan: BlendPlan, domains: list[DomainForecast], end: int) -> list[
                 f"epochs, repeated text is worth much less than new"
             )
     found += [
-        f"stage {knot.name} begins at sample {knot.at}, after the run's end"
-        for knot in plan.segments[-1].knots
-        if knot.at >= end
+        f"stage {stage.name} begins at sample {stage.at}, after the run's end"
+        for stage in plan.segments[-1].stages
+        if stage.at >= end
     ]
     return found
 

@@ -1,14 +1,15 @@
-"""The plan's pieces: spans of samples among which the same domains take turns.
+"""The plan's intervals: runs of samples among which the same domains take turns.
 
-A piece ends where a domain joins or leaves, at every knot, at every amendment, and where a domain
-has given its capacity. What each domain is behind or ahead at that moment is carried over, so
-nothing is forgotten; a domain whose share is 0 has no place in the piece and gets nothing.
+An interval ends where a domain joins or leaves, at every stage, at every amendment, and where a
+domain has given its capacity. How far each domain is behind or ahead at that moment is carried
+over, so nothing is lost; a domain whose share is 0 is not a member of the interval and gets no
+samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,22 +17,26 @@ import numpy as np
 from megatron_chatflow.curriculum.apportion import Apportionment
 from megatron_chatflow.curriculum.merge_tree import MergeTree
 from megatron_chatflow.curriculum.ramps import CONSTANT, Pacing, without
-from megatron_chatflow.curriculum.schedule import GRID, PlannedStage, Ramp, grid_shares, spans
+from megatron_chatflow.curriculum.schedule import (
+    GRID,
+    PlannedStage,
+    Ramp,
+    grid_shares,
+    stage_ramps,
+)
 from megatron_chatflow.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A span of the plan that was fixed at one time."""
+    """A part of the plan that was fixed at one time: by the first plan, or by an amendment."""
 
     start: int
     """Its first sample."""
-    knots: tuple[PlannedStage, ...]
+    stages: tuple[PlannedStage, ...]
     """From the one in force at `start` on."""
     capacities: Mapping[str, int] | None = None
-    """Samples that each domain can give in all, where exhausted domains hand their share on; else
-    None.
-    """
+    """Samples that each domain can give in all, under `on_exhausted: redistribute`; else None."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +49,21 @@ class Interval:
     """The sample from which the pacing counts."""
     pacing: Pacing
     before: np.ndarray
-    """Scheduled shares where the pacing is 0: float64."""
+    """Scheduled shares where the pacing is 0: float64 [K]."""
     after: np.ndarray
-    """And where it is 1."""
+    """Scheduled shares where the pacing is 1: float64 [K]."""
     members: np.ndarray
     """Numbers of the domains that take turns, in order of their names: int64 [M]."""
     given: np.ndarray
-    """Samples that each domain gave before this piece: int64."""
+    """Samples that each domain gave before this interval: int64 [K]."""
     integral: np.ndarray
-    """The integral of each domain's share before this piece: float64."""
+    """The integral of each domain's share before this interval: float64 [K]."""
     version: int
     """The plan's version: 1 orders samples by a tree of due times, 2 apportions them."""
 
     @cached_property
     def order(self) -> Apportionment | MergeTree:
-        """The order of the piece's samples."""
+        """The order of the interval's samples."""
         behind = (self.integral - self.given)[self.members]
         kind = MergeTree if self.version == 1 else Apportionment
         return kind(
@@ -70,12 +75,12 @@ class Interval:
         )
 
     def shares(self, n: int) -> np.ndarray:
-        """Scheduled shares at sample n: float64 [K]."""
+        """Return the scheduled shares at sample n: float64 [K]."""
         p = self.pacing.at(np.asarray(float(n - self.origin)))
         return (1 - p) * self.before + p * self.after
 
     def integral_at(self, n: int) -> np.ndarray:
-        """The integral of the shares from 0 to n: float64 [K]."""
+        """Return the integral of the shares from 0 to n: float64 [K]."""
         first, last = self.pacing.area(
             np.array([self.begin - self.origin, n - self.origin], np.float64)
         ).tolist()
@@ -83,20 +88,23 @@ class Interval:
         return self.integral + self.before * (n - self.begin - area) + self.after * area
 
     def counts(self, n: int) -> np.ndarray:
-        """Samples of each domain before sample n: int64 [K]."""
+        """Return the number of samples of each domain before sample n: int64 [K]."""
         counts = self.given.copy()
         counts[self.members] += self.order.counts(n - self.begin)
         return counts
 
     def locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Domain number and ordinal of samples start .. stop - 1: int64 [stop - start] each."""
+        """Return domain number and ordinal of samples start .. stop - 1: int64 [n] each."""
         members, ordinals = self.order.locate(start - self.begin, stop - self.begin)
         domains = self.members[members]
         return domains, ordinals + self.given[domains]
 
     def same_order(self, other: Interval, numbers: np.ndarray) -> bool:
-        """Whether another plan's piece says the same as far as both reach. `numbers`: the other
-        plan's number of each domain of this one, or -1.
+        """Return whether another plan's interval orders samples alike, as far as both reach.
+
+        Args:
+            other: the interval of the other plan.
+            numbers: the other plan's number of each domain of this plan, or -1: int64 [K].
         """
         mine, theirs = self.members, other.members
         return (
@@ -114,17 +122,18 @@ class Interval:
 def build_intervals(
     segment: Segment, names: Sequence[str], stop: int, previous: Interval | None, version: int
 ) -> Iterator[Interval]:
-    """The pieces of a segment up to sample `stop`.
+    """Yield the intervals of a segment up to sample `stop`.
 
     Args:
         segment: what is scheduled.
         names: the plan's domains, in order of their numbers.
         stop: where the segment ends.
-        previous: the last piece before the segment; it ends where the segment starts. None: the
-        segment is the first. version: the plan's.
+        previous: the last interval before the segment, which ends where the segment starts; None
+            for the first segment.
+        version: the plan's version.
 
     Raises:
-        ValueError: every domain that is scheduled has given its capacity before `stop`.
+        ConfigError: every domain that is scheduled has given its capacity before `stop`.
     """
     number = {name: i for i, name in enumerate(names)}
     capacity = (
@@ -132,30 +141,31 @@ def build_intervals(
         if segment.capacities is None
         else np.array([segment.capacities.get(name, 0) for name in names], np.int64)
     )
-    for span in spans(segment.knots, segment.start, stop):
-        begin = span.begin
-        while begin < span.end:
+    for ramp in stage_ramps(segment.stages, segment.start, stop):
+        begin = ramp.begin
+        while begin < ramp.end:
+            # Counts and integrals so far, int64 and float64 [K]; domains that join now have 0.
             given, integral = np.zeros(len(names), np.int64), np.zeros(len(names))
             if previous is not None:
                 known = len(previous.given)
-                given[:known], integral[:known] = (
-                    previous.counts(begin),
-                    previous.integral_at(begin),
-                )
-            before, after, pace = span.before, span.after, span.pacing
+                given[:known] = previous.counts(begin)
+                integral[:known] = previous.integral_at(begin)
+            # Exhausted domains pass their shares on to the others.
+            before, after, pace = ramp.before, ramp.after, ramp.pacing
             if capacity is not None:
                 alive = {
                     name
                     for name in {**before, **after}
                     if given[number[name]] < capacity[number[name]]
                 }
-                before, after, pace = _remaining(span, alive, begin)
-            joins_later = begin == span.origin and not before.keys() >= after.keys()
+                before, after, pace = _remaining(ramp, alive, begin)
+            # At the first sample of a ramp, a domain that it brings in still has the share 0.
+            joins_later = begin == ramp.origin and not before.keys() >= after.keys()
             members = sorted(before if joins_later else {**before, **after})
-            piece = Interval(
+            interval = Interval(
                 begin,
-                begin + 1 if joins_later else span.end,
-                span.origin,
+                begin + 1 if joins_later else ramp.end,
+                ramp.origin,
                 pace,
                 _vector(before, number),
                 _vector(after, number),
@@ -165,52 +175,51 @@ def build_intervals(
                 version,
             )
             if capacity is not None:
-                piece = _until_exhausted(piece, capacity)
-            yield piece
-            previous, begin = piece, piece.end
+                interval = _until_exhausted(interval, capacity)
+            yield interval
+            previous, begin = interval, interval.end
 
 
 def _remaining(
-    span: Ramp, alive: set[str], begin: int
+    ramp: Ramp, alive: set[str], begin: int
 ) -> tuple[Mapping[str, int], Mapping[str, int], Pacing]:
-    """Shares before and after and their pacing when only the domains in `alive` are left, the
-    others' shares going to them in proportion.
+    """Return shares before and after and their pacing when only the domains in `alive` are left.
+
+    The shares of the others go to them in proportion.
     """
     if not alive:
-        names = ", ".join(sorted({**span.before, **span.after}))
+        names = ", ".join(sorted({**ramp.before, **ramp.after}))
         raise ConfigError(
             f"on_exhausted: redistribute: at sample {begin} every domain that is scheduled "
             f"({names}) has given all it has; shorten the run, "
             "raise max_epochs, or write on_exhausted: repeat"
         )
-    if len(alive) == len({**span.before, **span.after}):
-        return span.before, span.after, span.pacing
+    if len(alive) == len({**ramp.before, **ramp.after}):
+        return ramp.before, ramp.after, ramp.pacing
     before, after = (
         {name: share for name, share in shares.items() if name in alive}
-        for shares in (span.before, span.after)
+        for shares in (ramp.before, ramp.after)
     )
     if not before or not after:
         left = grid_shares(before or after)
         return left, left, CONSTANT
-    pace = without(span.pacing, sum(before.values()) / GRID, sum(after.values()) / GRID)
+    pace = without(ramp.pacing, sum(before.values()) / GRID, sum(after.values()) / GRID)
     return grid_shares(before), grid_shares(after), pace
 
 
-def _until_exhausted(piece: Interval, capacity: np.ndarray) -> Interval:
-    """The piece, cut at the first sample before which one of its domains has given its capacity."""
+def _until_exhausted(interval: Interval, capacity: np.ndarray) -> Interval:
+    """Return the interval cut where one of its domains has given its capacity: int64 [K]."""
 
     def exhausted(n: int) -> bool:
-        return bool((piece.counts(n) >= capacity)[piece.members].any())
+        return bool((interval.counts(n) >= capacity)[interval.members].any())
 
-    low, high = piece.begin, piece.end
+    low, high = interval.begin, interval.end
     if not exhausted(high):
-        return piece
+        return interval
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if exhausted(middle) else (middle, high)
-    return Interval(
-        **{**{name: getattr(piece, name) for name in Interval.__dataclass_fields__}, "end": high}
-    )
+    return replace(interval, end=high)
 
 
 def _vector(shares: Mapping[str, int], number: Mapping[str, int]) -> np.ndarray:
@@ -221,5 +230,5 @@ def _vector(shares: Mapping[str, int], number: Mapping[str, int]) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> float:
-    """The mean, added up in the order of the values on every machine."""
+    """Return the mean, added up in the order of the values on every machine."""
     return float(np.cumsum(values)[-1]) / len(values)

@@ -1,5 +1,6 @@
-"""Read and check a curriculum: whatever is wrong is one message with file, key, value and what to
-do. Nothing is guessed.
+"""Read and check a curriculum file.
+
+Every error is one message with file, key, value and what to do. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_chatflow.curriculum.checks import (
+    Fail,
+    check_choice,
+    check_keys,
+    check_number,
+    check_one_line,
+    kind_name,
+    parse_position,
+    suggestion,
+)
 from megatron_chatflow.curriculum.ramps import RAMPS, valid_ramp
 from megatron_chatflow.curriculum.schema import (
     CLOCKS,
@@ -20,8 +31,6 @@ from megatron_chatflow.curriculum.schema import (
 )
 from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.utils.user_files import (
-    closest,
-    control_character,
     load_yaml,
     read_text,
     valid_name,
@@ -32,14 +41,14 @@ _SUFFIXES = ("_text_document", "_document")
 
 
 def load_curriculum(path: str | Path) -> Curriculum:
-    """Reads a curriculum file (docs: the curriculum file). Relative paths of domains are resolved
-    against the file's folder.
+    """Read a curriculum file; docs/curriculum.md describes it.
 
-    Only the text is checked: whether the corpora exist is for those who open them.
+    Relative paths of domains are resolved against the file's folder. Only the text is checked:
+    whether the corpora exist is checked when they are opened.
 
     Raises:
-        ValueError: the file is missing, not YAML, or says something wrong; one message with file,
-        key, value and what to do.
+        ConfigError: the file is missing, not YAML, or says something wrong; one message with file,
+            key, value and what to do.
     """
     try:
         text = read_text(path)
@@ -55,15 +64,15 @@ def load_curriculum(path: str | Path) -> Curriculum:
 
 
 def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curriculum:
-    """Checks a curriculum that is already loaded.
+    """Check a curriculum that is already loaded.
 
     Args:
         mapping: what the YAML file holds (clock, domains, stages, on_exhausted, validation).
         source: what error messages call it, e.g. the file.
-        folder: against which relative paths of domains are resolved.
+        folder: the folder that relative paths of domains are resolved against.
 
     Raises:
-        ValueError: something is wrong; one message with source, key, value and what to do.
+        ConfigError: something is wrong; one message with source, key, value and what to do.
     """
 
     def fail(key: str, problem: str, advice: str) -> NoReturn:
@@ -72,12 +81,12 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
     if not isinstance(mapping, Mapping):
         fail(
             "curriculum",
-            f"a mapping is expected, found {_kind(mapping)}",
+            f"a mapping is expected, found {kind_name(mapping)}",
             "write clock, domains and stages",
         )
-    _known(mapping, ("clock", "domains", "stages", "on_exhausted", "validation"), "", fail)
-    clock = _choice(mapping.get("clock", "samples"), CLOCKS, "clock", fail)
-    on_exhausted = _choice(
+    check_keys(mapping, ("clock", "domains", "stages", "on_exhausted", "validation"), "", fail)
+    clock = check_choice(mapping.get("clock", "samples"), CLOCKS, "clock", fail)
+    on_exhausted = check_choice(
         mapping.get("on_exhausted", "repeat"), ON_EXHAUSTED, "on_exhausted", fail
     )
     entries = mapping.get("domains")
@@ -85,14 +94,16 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
         problem = (
             "no domain is named"
             if not entries
-            else f"a mapping is expected, found {_kind(entries)}"
+            else f"a mapping is expected, found {kind_name(entries)}"
         )
         fail("domains", problem, "write at least one as `name: {path: prefix}`")
     domains = {name: _domain(name, entry, Path(folder), fail) for name, entry in entries.items()}
     written = mapping.get("stages")
     if not isinstance(written, Sequence) or isinstance(written, str) or not written:
         problem = (
-            "no stage is given" if not written else f"a list is expected, found {_kind(written)}"
+            "no stage is given"
+            if not written
+            else f"a list is expected, found {kind_name(written)}"
         )
         fail("stages", problem, "write at least one as `- {name: start, at: 0, weights: {...}}`")
     stages: list[Stage] = []
@@ -112,15 +123,15 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
 
 
 def constant_curriculum(pairs: Iterable[tuple[float, str]]) -> Curriculum:
-    """The curriculum that Megatron's --data-path means: fixed weights over the whole run.
+    """Return the curriculum that Megatron's --data-path means: fixed weights over the run.
 
     Args:
         pairs: (weight, prefix) of each corpus. A domain is called by the last part of its prefix,
-        without `_text_document` or `_document`.
+            without `_text_document` or `_document`.
 
     Raises:
-        ValueError: two corpora would have one name, a weight is negative or not a number, or none
-        is positive.
+        ConfigError: two corpora would have one name, a weight is negative or not a number, or none
+            is positive.
     """
     source, domains, weights = "--data-path", {}, {}
     for weight, prefix in pairs:
@@ -141,7 +152,7 @@ def constant_curriculum(pairs: Iterable[tuple[float, str]]) -> Curriculum:
     return parse_curriculum({"domains": domains, "stages": stages}, source=source, folder=Path())
 
 
-def _domain(name: Any, entry: Any, folder: Path, fail: Any) -> Domain:
+def _domain(name: Any, entry: Any, folder: Path, fail: Fail) -> Domain:
     key = _entry_key(
         "domains",
         "a domain",
@@ -153,7 +164,7 @@ def _domain(name: Any, entry: Any, folder: Path, fail: Any) -> Domain:
     path = _prefix(entry.get("path"), f"{key}.path", folder, fail)
     cap = entry.get("max_epochs")
     if cap is not None:
-        cap = _number(cap, f"{key}.max_epochs", fail)
+        cap = check_number(cap, f"{key}.max_epochs", fail)
         if cap <= 0:
             fail(
                 f"{key}.max_epochs",
@@ -161,17 +172,19 @@ def _domain(name: Any, entry: Any, folder: Path, fail: Any) -> Domain:
                 "write how often the domain may be read at most, or leave it out",
             )
     valid = _prefix(entry["valid"], f"{key}.valid", folder, fail) if "valid" in entry else None
-    kind = _choice(entry.get("kind", "text"), KINDS, f"{key}.kind", fail)
+    kind = check_choice(entry.get("kind", "text"), KINDS, f"{key}.kind", fail)
     return Domain(
         name, path, kind, cap, valid, _train_on_prompt(entry, kind, f"{key}.train_on_prompt", fail)
     )
 
 
-def _train_on_prompt(entry: Mapping[str, Any], kind: str, key: str, fail: Any) -> bool:
+def _train_on_prompt(entry: Mapping[str, Any], kind: str, key: str, fail: Fail) -> bool:
     value = entry.get("train_on_prompt", False)
     if not isinstance(value, bool):
         fail(
-            key, f"a truth value is expected, found {_kind(value)} {value!r}", "write true or false"
+            key,
+            f"a truth value is expected, found {kind_name(value)} {value!r}",
+            "write true or false",
         )
     if "train_on_prompt" in entry and kind != "instruct":
         fail(
@@ -183,13 +196,13 @@ def _train_on_prompt(entry: Mapping[str, Any], kind: str, key: str, fail: Any) -
 
 
 def _validation(
-    entries: Any, domains: Mapping[str, Domain], folder: Path, fail: Any
+    entries: Any, domains: Mapping[str, Domain], folder: Path, fail: Fail
 ) -> dict[str, Domain]:
-    """The named validation sets; also checks that no held-out corpus is one that is trained on."""
+    """Return the named validation sets; check that no held-out corpus is also trained on."""
     if not isinstance(entries, Mapping):
         fail(
             "validation",
-            f"a mapping is expected, found {_kind(entries)}",
+            f"a mapping is expected, found {kind_name(entries)}",
             "write `name: {path: prefix}`, or leave it out",
         )
     sets = {}
@@ -200,7 +213,7 @@ def _validation(
             fail(key, "a domain has the same name, and both are reported under it", advice)
         path = _prefix(entry.get("path"), f"{key}.path", folder, fail)
         sets[name] = Domain(
-            name, path, _choice(entry.get("kind", "text"), KINDS, f"{key}.kind", fail)
+            name, path, check_choice(entry.get("kind", "text"), KINDS, f"{key}.kind", fail)
         )
     trained = {domain.path: name for name, domain in domains.items()}
     held_out = [(f"domains.{name}.valid", domain.valid) for name, domain in domains.items()]
@@ -218,31 +231,33 @@ def _validation(
 
 
 def _entry_key(
-    section: str, what: str, name: Any, entry: Any, keys: Sequence[str], fail: Any
+    section: str, what: str, name: Any, entry: Any, keys: Sequence[str], fail: Fail
 ) -> str:
-    """The key of a named corpus, when its name and its keys are valid."""
+    """Return the key of a named corpus, after checking its name and its keys."""
     if not isinstance(name, str):
-        fail(section, f"the name {name!r} is {_kind(name)}, not text", "put it in quotes")
+        fail(section, f"the name {name!r} is {kind_name(name)}, not text", "put it in quotes")
     if not valid_name(name):
         fail(
             section,
-            f"{name!r} is no name for {what}",
+            f"{name!r} is not a valid name for {what}",
             "use letters, digits, - _ and . (it becomes part of metric names)",
         )
     key = f"{section}.{name}"
     if not isinstance(entry, Mapping):
-        fail(key, f"a mapping is expected, found {_kind(entry)}", "write `{path: prefix}`")
-    _known(entry, keys, f"{key}.", fail)
+        fail(key, f"a mapping is expected, found {kind_name(entry)}", "write `{path: prefix}`")
+    check_keys(entry, keys, f"{key}.", fail)
     return key
 
 
-def _prefix(path: Any, key: str, folder: Path, fail: Any) -> str:
-    """The absolute prefix of a corpus."""
+def _prefix(path: Any, key: str, folder: Path, fail: Fail) -> str:
+    """Return the absolute prefix of a corpus."""
     if isinstance(path, str):
-        _one_line(path, key, fail)
+        check_one_line(path, key, fail)
     if not isinstance(path, str) or not path:
         problem = (
-            "no path is given" if path in (None, "") else f"text is expected, found {_kind(path)}"
+            "no path is given"
+            if path in (None, "")
+            else f"text is expected, found {kind_name(path)}"
         )
         fail(key, problem, "write the prefix of its .bin and .idx")
     for suffix in (".bin", ".idx"):
@@ -251,22 +266,22 @@ def _prefix(path: Any, key: str, folder: Path, fail: Any) -> str:
     return os.path.abspath(folder / path)
 
 
-def _stage(entry: Any, key: str, domains: Mapping[str, Domain], fail: Any) -> Stage:
+def _stage(entry: Any, key: str, domains: Mapping[str, Domain], fail: Fail) -> Stage:
     if not isinstance(entry, Mapping):
         fail(
             key,
-            f"a mapping is expected, found {_kind(entry)}",
+            f"a mapping is expected, found {kind_name(entry)}",
             "write `{name: ..., at: ..., weights: {...}}`",
         )
-    _known(entry, ("name", "at", "weights", "ramp"), f"{key}.", fail)
+    check_keys(entry, ("name", "at", "weights", "ramp"), f"{key}.", fail)
     name = entry.get("name")
     if not isinstance(name, str) or not name.strip():
         fail(
             f"{key}.name",
-            "no name is given" if name in (None, "") else f"{name!r} is no name",
+            "no name is given" if name in (None, "") else f"{name!r} is not a valid name",
             "give the stage a name (text)",
         )
-    _one_line(name, f"{key}.name", fail)
+    check_one_line(name, f"{key}.name", fail)
     key = f"{key} ({name})"
     if "at" not in entry:
         fail(
@@ -274,10 +289,10 @@ def _stage(entry: Any, key: str, domains: Mapping[str, Domain], fail: Any) -> St
             "it is missing",
             "write where the stage begins, in the clock's unit or as a percentage",
         )
-    at, relative = _position(entry["at"], f"{key}.at", fail)
+    at, relative = parse_position(entry["at"], f"{key}.at", fail)
     ramp = entry.get("ramp", "linear")
     if not isinstance(ramp, str) or not valid_ramp(ramp):
-        nearest = _nearest(ramp, ("step", "linear", "cosine", "root2", "geometric"))
+        nearest = suggestion(ramp, ("step", "linear", "cosine", "root2", "geometric"))
         fail(
             f"{key}.ramp",
             f"{ramp!r} is unknown{nearest}",
@@ -286,7 +301,9 @@ def _stage(entry: Any, key: str, domains: Mapping[str, Domain], fail: Any) -> St
     weights = entry.get("weights")
     if not isinstance(weights, Mapping):
         problem = (
-            "it is missing" if weights is None else f"a mapping is expected, found {_kind(weights)}"
+            "it is missing"
+            if weights is None
+            else f"a mapping is expected, found {kind_name(weights)}"
         )
         fail(f"{key}.weights", problem, "write `{domain: weight, ...}`")
     checked = {}
@@ -294,10 +311,10 @@ def _stage(entry: Any, key: str, domains: Mapping[str, Domain], fail: Any) -> St
         if domain not in domains:
             fail(
                 f"{key}.weights",
-                f"domain {domain!r} is unknown{_nearest(domain, domains)}",
+                f"domain {domain!r} is unknown{suggestion(domain, domains)}",
                 "name it under domains, or correct the name",
             )
-        checked[domain] = _number(weight, f"{key}.weights.{domain}", fail)
+        checked[domain] = check_number(weight, f"{key}.weights.{domain}", fail)
         if checked[domain] < 0:
             fail(f"{key}.weights.{domain}", f"{weight} is negative", "write 0 or a positive number")
     if not any(weight > 0 for weight in checked.values()):
@@ -308,15 +325,16 @@ def _stage(entry: Any, key: str, domains: Mapping[str, Domain], fail: Any) -> St
 
 
 class _Order:
-    """Checks what can be said without the length of the run: a number and a percentage are compared
-    when the plan is made.
+    """Checks the order of stages as far as it does not depend on the length of the run.
+
+    A number and a percentage are compared only when the plan is made.
     """
 
     def __init__(self) -> None:
         self._names: set[str] = set()
         self._latest: dict[bool, Stage] = {}
 
-    def check(self, stage: Stage, key: str, fail: Any) -> None:
+    def check(self, stage: Stage, key: str, fail: Fail) -> None:
         """Check a stage against those before it."""
         at = f"{key} ({stage.name}).at"
         if stage.name in self._names:
@@ -344,83 +362,6 @@ class _Order:
             fail(at, problem, "list the stages in the order in which they begin")
         self._names.add(stage.name)
         self._latest[stage.relative] = stage
-
-
-def _position(value: Any, key: str, fail: Any) -> tuple[int | float, bool]:
-    relative = isinstance(value, str) and value.rstrip().endswith("%")
-    if relative:
-        try:
-            value = float(value.rstrip()[:-1])
-        except ValueError:
-            fail(key, f"{value!r} is no percentage", "write one such as 40%")
-        value = int(value) if value.is_integer() else value
-    number = _number(value, key, fail)
-    if number < 0:
-        fail(key, f"{number}{'%' * relative} is negative", "write 0 or more")
-    if relative and number > 100:
-        fail(key, f"{number}% is beyond the end of the run", "write at most 100%")
-    return number, relative
-
-
-def _number(value: Any, key: str, fail: Any) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        fail(
-            key,
-            f"a number is expected, found {_kind(value)} {value!r}",
-            "write a number, without quotes",
-        )
-    if not abs(value) <= 1e300:
-        fail(
-            key,
-            f"{value:.3} is not a number to reckon with"
-            if isinstance(value, float)
-            else "the number is too large",
-            "write a finite one",
-        )
-    return value
-
-
-def _one_line(text: str, key: str, fail: Any) -> None:
-    if control_character(text) is not None:
-        fail(key, f"{text!r} holds a control character", "write it without")
-
-
-def _choice(value: Any, choices: Sequence[str], key: str, fail: Any) -> str:
-    if not isinstance(value, str) or value not in choices:
-        fail(
-            key,
-            f"{value!r} is unknown{_nearest(value, choices)}",
-            f"choose one of {', '.join(choices)}",
-        )
-    return value
-
-
-def _known(mapping: Mapping, names: Sequence[str], prefix: str, fail: Any) -> None:
-    for name in mapping:
-        if name not in names:
-            fail(
-                f"{prefix}{name}",
-                f"unknown key{_nearest(name, names)}",
-                f"the keys here are {', '.join(names)}",
-            )
-
-
-def _nearest(value: Any, names: Iterable[str]) -> str:
-    near = closest(str(value), names, cutoff=0.5)
-    return f", did you mean {near!r}?" if near else ""
-
-
-def _kind(value: Any) -> str:
-    names = {
-        bool: "a truth value",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "a mapping",
-        type(None): "nothing",
-    }
-    return names.get(type(value), type(value).__name__)
 
 
 def _shown(stage: Stage) -> str:

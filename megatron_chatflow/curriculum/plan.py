@@ -4,61 +4,57 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import itertools
 import json
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from megatron_chatflow.curriculum.intervals import Interval, Segment, build_intervals
-from megatron_chatflow.curriculum.ramps import valid_ramp
-from megatron_chatflow.curriculum.schedule import PlannedStage, grid_shares, resolve_stages
-from megatron_chatflow.curriculum.schema import (
-    KINDS,
-    MOST_SAMPLES,
-    ON_EXHAUSTED,
-    Curriculum,
-    Domain,
-    Stage,
+from megatron_chatflow.curriculum.ledger import PLAN_VERSION, Ledger, read_ledger
+from megatron_chatflow.curriculum.schedule import (
+    PlannedStage,
+    RunSizes,
+    grid_shares,
+    resolve_stages,
+    stages_from,
+    stages_until,
 )
-from megatron_chatflow.errors import ChatflowError, ConfigError
-from megatron_chatflow.utils.user_files import load_json, valid_name, visible
+from megatron_chatflow.curriculum.schema import MOST_SAMPLES, Curriculum, Domain, Stage
+from megatron_chatflow.errors import ConfigError
 
-PLAN_VERSION = 2
-"""Raised by every change that moves the order of samples. Ledgers of `READ_VERSIONS` keep the order
-that they began with, amendments included.
-"""
-READ_VERSIONS = (1, 2)
-_FORMAT = "megatron_chatflow plan"
 _CHUNK = 1 << 16
 
 
 class BlendPlan:
-    """Which sample of which domain is sample n of the run, for every n, without a table and without
-    state.
+    """Which sample of which domain is sample n of the run, for every n, without table or state.
 
     The plan is a list of segments: the curriculum it was made from and the amendments, none of
-    which moves the past. See README.md beside this file.
+    which moves the past. See README.md in this folder.
 
     Args:
-        curriculum: what share each domain has, when.
-        num_samples: length of the run. With knots in absolute units it decides nothing before the
-        end. global_batch_size: samples an iteration; read by `clock: iterations` alone. seq_length:
-        tokens a sample; read by `clock: tokens` alone. capacities: samples that each domain can
-        give in all; read by `on_exhausted: redistribute` alone. None: nothing runs out.
+        curriculum: the shares of the domains over the run.
+        num_samples: length of the run. With stages in absolute units it decides nothing before
+            the end.
+        global_batch_size: samples per iteration; read by `clock: iterations` only.
+        seq_length: tokens per sample; read by `clock: tokens` only.
+        capacities: samples that each domain can give in all; read by `on_exhausted: redistribute`
+            only. None: nothing runs out.
 
     Attributes:
         num_samples, global_batch_size, seq_length: as given.
         domain_names: the names that the numbers in `locate` stand for: sorted; domains that join
-        later follow. domains: name -> `Domain`, in that order. on_exhausted: as the latest
-        curriculum says. segments: tuple of `Segment`. version: of the order: `PLAN_VERSION` for a
-        new plan, that of the ledger for one that was read.
+            later follow.
+        domains: name -> `Domain`, in that order.
+        on_exhausted: as in the latest curriculum.
+        segments: tuple of `Segment`.
+        version: of the order: `PLAN_VERSION` for a new plan, that of the ledger for one that was
+            read.
 
     Raises:
-        ValueError: a size is not positive, stages fall on one sample, or every domain runs out
-        (`redistribute`).
+        ConfigError: a size is not positive, two stages begin at one sample, or every domain runs
+            out (`redistribute`).
     """
 
     def __init__(
@@ -70,7 +66,7 @@ class BlendPlan:
         seq_length: int,
         capacities: Mapping[str, int] | None = None,
     ) -> None:
-        sizes = _sizes(num_samples, global_batch_size, seq_length)
+        sizes = RunSizes.checked(num_samples, global_batch_size, seq_length)
         self._set(
             {}, curriculum, sizes, (_segment(curriculum, 0, sizes, capacities),), (), PLAN_VERSION
         )
@@ -79,14 +75,12 @@ class BlendPlan:
         self,
         domains: Mapping[str, Domain],
         curriculum: Curriculum,
-        sizes: tuple[int, int, int],
+        sizes: RunSizes,
         segments: tuple[Segment, ...],
         past: Sequence[Interval],
         version: int,
     ) -> BlendPlan:
-        """Fills the plan in: `past` are the pieces before the last segments that are known
-        already.
-        """
+        """Set all attributes; `past` are the known intervals, up to the start of a segment."""
         self.version = version
         self.num_samples, self.global_batch_size, self.seq_length = sizes
         self.domains = {
@@ -96,19 +90,19 @@ class BlendPlan:
         self.domain_names = tuple(self.domains)
         self.on_exhausted = curriculum.on_exhausted
         self.segments = segments
-        self._pieces = list(past)
+        self._intervals = list(past)
         for i, segment in enumerate(segments):
             if past and segment.start < past[-1].end:
                 continue
             stop = segments[i + 1].start if i + 1 < len(segments) else self.num_samples
-            self._pieces += build_intervals(
+            self._intervals += build_intervals(
                 segment,
                 self.domain_names,
                 stop,
-                self._pieces[-1] if self._pieces else None,
+                self._intervals[-1] if self._intervals else None,
                 version,
             )
-        self._begins = [piece.begin for piece in self._pieces]
+        self._begins = [interval.begin for interval in self._intervals]
         return self
 
     def __repr__(self) -> str:
@@ -118,27 +112,27 @@ class BlendPlan:
     @property
     def curriculum(self) -> Curriculum:
         """The curriculum in force at the end of the run, with its stages in samples."""
-        return _curriculum(self.domains, self.segments[-1].knots, self.on_exhausted)
+        return _curriculum(self.domains, self.segments[-1].stages, self.on_exhausted)
 
     @property
     def stages(self) -> list[tuple[str, int]]:
         """(name, first sample) of every stage of the run, across all segments."""
-        stages: list[tuple[str, int]] = []
+        found: list[tuple[str, int]] = []
         for i, segment in enumerate(self.segments):
             stop = self.segments[i + 1].start if i + 1 < len(self.segments) else self.num_samples
-            for knot in segment.knots:
-                if knot.at < stop and not (stages and stages[-1][0] == knot.name):
-                    stages.append((knot.name, max(knot.at, segment.start)))
-        return stages
+            for stage in segment.stages:
+                if stage.at < stop and not (found and found[-1][0] == stage.name):
+                    found.append((stage.name, max(stage.at, segment.start)))
+        return found
 
     def stage_at(self, n: int) -> str:
-        """The name of the stage that sample n is in."""
+        """Return the name of the stage that sample n is in."""
         self._check(n)
         segment = self.segments[bisect.bisect_right([s.start for s in self.segments], n) - 1]
-        return next(knot.name for knot in reversed(segment.knots) if knot.at <= n)
+        return next(stage.name for stage in reversed(segment.stages) if stage.at <= n)
 
     def locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples start .. stop - 1.
+        """Return domain and ordinal of samples start .. stop - 1.
 
         Returns:
             Domain (number in `domain_names`) and ordinal (position within the domain: 0, 1, 2, ...)
@@ -154,28 +148,36 @@ class BlendPlan:
             )
         first = bisect.bisect_right(self._begins, start) - 1
         parts = [(np.zeros(0, np.int64),) * 2]
-        for piece in self._pieces[first : bisect.bisect_left(self._begins, stop)]:
-            parts.append(piece.locate(max(start, piece.begin), min(stop, piece.end)))
+        for interval in self._intervals[first : bisect.bisect_left(self._begins, stop)]:
+            parts.append(interval.locate(max(start, interval.begin), min(stop, interval.end)))
         domains, ordinals = zip(*parts, strict=True)
         return np.concatenate(domains), np.concatenate(ordinals)
 
     def counts(self, n: int) -> np.ndarray:
-        """How many of the first n samples each domain gets: int64 [K], adding up to n. Raises
-        IndexError beyond the run.
+        """Return how many of the first n samples each domain gets: int64 [K], adding up to n.
+
+        Raises:
+            IndexError: n is beyond the run.
         """
-        return self._padded(self._piece(n).counts(n))
+        return self._padded(self._interval(n).counts(n))
 
     def shares(self, n: int) -> np.ndarray:
-        """The scheduled share of each domain at sample n: float64 [K], adding up to 1. Raises
-        IndexError beyond the run.
+        """Return the scheduled share of each domain at sample n: float64 [K], adding up to 1.
+
+        Raises:
+            IndexError: n is beyond the run.
         """
-        return self._padded(self._piece(n).shares(n))
+        return self._padded(self._interval(n).shares(n))
 
     def integral(self, n: int) -> np.ndarray:
-        """The integral of the scheduled shares from 0 to n, which `counts(n)` follows: float64 [K],
-        in samples. Raises IndexError beyond the run.
+        """Return the integral of the scheduled shares from 0 to n, in samples: float64 [K].
+
+        `counts(n)` follows it.
+
+        Raises:
+            IndexError: n is beyond the run.
         """
-        return self._padded(self._piece(n).integral_at(n))
+        return self._padded(self._interval(n).integral_at(n))
 
     def amend(
         self,
@@ -186,22 +188,24 @@ class BlendPlan:
         global_batch_size: int | None = None,
         capacities: Mapping[str, int] | None = None,
     ) -> BlendPlan:
-        """The plan with the same past and another future.
+        """Return the plan with the same past and another future.
 
         Args:
             at: the first sample that may change, 0 .. num_samples of this plan. Amendments that
-            were to begin there or later are dropped. curriculum: what holds from there on. Its
-            knots are absolute (percentages are of the run's whole length); what it says before `at`
-                is not read. It may name new domains, and leave out old ones.
-            num_samples, global_batch_size: when they change as well; `at` or more, positive.
+                were to begin there or later are dropped.
+            curriculum: what holds from there on. Its stages are absolute (percentages are of the
+                run's full length); what it says before `at` is not read. It may name new domains,
+                and leave out old ones.
+            num_samples: the new length of the run, at least `at`; None: unchanged.
+            global_batch_size: the new batch size; None: unchanged.
             capacities: as for a new plan, counted from the start of the run; None: those of this
-            plan.
+                plan.
 
         Raises:
-            ValueError: `at` is not within the run, the run would end before it, or as for a new
-            plan.
+            ConfigError: `at` is not within the run, the run would end before it, or as for a new
+                plan.
         """
-        sizes = _sizes(
+        sizes = RunSizes.checked(
             self.num_samples if num_samples is None else num_samples,
             self.global_batch_size if global_batch_size is None else global_batch_size,
             self.seq_length,
@@ -212,47 +216,47 @@ class BlendPlan:
         )
 
     def amend_with(self, *, at: int, plan: BlendPlan) -> BlendPlan:
-        """`amend`, with curriculum, sizes and capacities of another plan: its last segment, from
-        sample `at` on.
+        """Return this plan, continued from sample `at` on by the last segment of another one.
+
+        Curriculum, sizes and capacities are those of the other plan.
 
         Raises:
-            ValueError: the plans differ in seq_length, or as `amend`.
+            ConfigError: the plans differ in seq_length, or as `amend`.
         """
         if plan.seq_length != self.seq_length:
             raise ConfigError(
                 f"seq_length: {plan.seq_length}, and it was {self.seq_length}: samples "
                 f"would be other tokens; keep {self.seq_length}"
             )
-        sizes, segment = (
-            (plan.num_samples, plan.global_batch_size, plan.seq_length),
-            plan.segments[-1],
-        )
+        sizes = RunSizes(plan.num_samples, plan.global_batch_size, plan.seq_length)
+        segment = plan.segments[-1]
         return self._amended(
             at,
             plan.curriculum,
             sizes,
-            lambda start: replace(segment, start=start, knots=_in_force(segment.knots, start)),
+            lambda start: replace(segment, start=start, stages=stages_from(segment.stages, start)),
         )
 
     def follow(self, plan: BlendPlan) -> BlendPlan:
-        """This plan, its last segment replaced by what another plan says from there on: what a file
-        stands for in a run that was amended.
+        """Return this plan with its last segment replaced by what another plan says from there on.
+
+        It is what a curriculum file means in a run that was amended.
         """
         return self.amend_with(at=self.segments[-1].start, plan=plan)
 
     def first_difference(self, other: BlendPlan, stop: int) -> int | None:
-        """The first sample before `stop` for which two plans say another domain (by name) or
-        ordinal; None: they agree. A run's end is a difference.
+        """Return the first sample before `stop` for which two plans differ, or None.
 
-        Pieces that are defined alike are not looked at one by one, so this is quick whatever `stop`
-        is; the rest is searched in order.
+        They differ where the domain (by name) or the ordinal does, and where one of them ends.
+        Intervals that are defined alike are skipped, so this is quick for any `stop`; the rest is
+        searched in order.
         """
         stop, end = operator.index(stop), min(stop, self.num_samples, other.num_samples)
         found = {name: i for i, name in enumerate(other.domain_names)}
         numbers = np.array([found.get(name, -1) for name in self.domain_names], np.int64)
         n = 0
         while n < end:
-            mine, theirs = self._piece(n), other._piece(n)
+            mine, theirs = self._interval(n), other._interval(n)
             until = min(mine.end, theirs.end, end)
             if mine.same_order(theirs, numbers):
                 n = until
@@ -266,93 +270,30 @@ class BlendPlan:
         return end if end < stop and self.num_samples != other.num_samples else None
 
     def to_json(self) -> str:
-        """The ledger: everything the plan is, in a size that does not depend on the length of the
-        run. `from_json` reads it back.
-        """
-        ledger = {
-            "format": _FORMAT,
-            "version": self.version,
-            "num_samples": self.num_samples,
-            "global_batch_size": self.global_batch_size,
-            "seq_length": self.seq_length,
-            "on_exhausted": self.on_exhausted,
-            "domains": {
-                name: {k: v for k, v in asdict(domain).items() if k != "name"}
-                for name, domain in self.domains.items()
-            },
-            "segments": [
-                {
-                    "start": segment.start,
-                    "stages": [
-                        {"name": k.name, "at": k.at, "ramp": k.ramp, "weights": dict(k.weights)}
-                        for k in segment.knots
-                    ],
-                    **(
-                        {}
-                        if segment.capacities is None
-                        else {"capacities": dict(segment.capacities)}
-                    ),
-                }
-                for segment in self.segments
-            ],
-        }
-        return json.dumps(ledger, ensure_ascii=False)
+        """Return the ledger: all that defines the plan, which `from_json` reads back."""
+        sizes = RunSizes(self.num_samples, self.global_batch_size, self.seq_length)
+        return Ledger(self.version, sizes, self.on_exhausted, self.domains, self.segments).to_json()
 
     @classmethod
     def from_json(cls, text: str) -> BlendPlan:
-        """The plan that `to_json` wrote.
+        """Return the plan that `to_json` wrote.
 
         Raises:
-            ValueError: the text is no plan, is damaged, or is of another version, which would order
-            the samples differently.
+            ConfigError: the text is not a plan, is damaged, or is of another version, which would
+                order the samples differently.
         """
-        try:
-            ledger = load_json(text)
-        except ChatflowError:
-            raise ConfigError(
-                "the plan is not valid JSON; restore plan.json from the checkpoint"
-            ) from None
-        if not isinstance(ledger, dict) or ledger.get("format") != _FORMAT:
-            raise ConfigError(
-                f"format: {_FORMAT!r} is expected in a plan; give the plan.json of a run"
-            )
-        if ledger.get("version") not in READ_VERSIONS:
-            raise ConfigError(
-                f"version: the plan is of version {ledger.get('version')!r} and this "
-                f"program orders samples by versions "
-                f"{' and '.join(map(str, READ_VERSIONS))}; continue with the release that "
-                f"wrote it, or start a new run"
-            )
-        try:
-            sizes = _sizes(ledger["num_samples"], ledger["global_batch_size"], ledger["seq_length"])
-            domains = {name: Domain(name, **entry) for name, entry in ledger["domains"].items()}
-            segments = tuple(
-                Segment(
-                    s["start"],
-                    tuple(PlannedStage(**knot) for knot in s["stages"]),
-                    s.get("capacities"),
-                )
-                for s in ledger["segments"]
-            )
-            _check_domains(domains.values())
-            _check_segments(segments, sizes[0], domains, ledger["on_exhausted"])
-            curriculum = _curriculum(domains, segments[-1].knots, ledger["on_exhausted"])
-            return cls.__new__(cls)._set(
-                domains, curriculum, sizes, segments, (), ledger["version"]
-            )
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            problem = (
-                f"the plan is damaged ({type(error).__name__}: {error}); restore plan.json from "
-                f"the checkpoint"
-            )
-            raise ConfigError(visible(problem)) from None
+        ledger = read_ledger(text)
+        curriculum = _curriculum(ledger.domains, ledger.segments[-1].stages, ledger.on_exhausted)
+        return cls.__new__(cls)._set(
+            ledger.domains, curriculum, ledger.sizes, ledger.segments, (), ledger.version
+        )
 
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the order of the samples, as hex. Two plans of one fingerprint
-        are the same function.
+        """Return the SHA-256 (hex) of what decides the order of the samples.
 
-        Paths, the order in which files list domains, names of stages, the scale of the weights and
-        `global_batch_size` play no part in it.
+        Two plans with the same fingerprint are the same function. Paths, the order in which files
+        list domains, names of stages, the scale of the weights and `global_batch_size` are not
+        part of it.
         """
         content = [
             self.version,
@@ -360,14 +301,14 @@ class BlendPlan:
             self.seq_length,
             [
                 [
-                    s.start,
+                    segment.start,
                     [
-                        [k.at, grid_shares(k.weights), k.ramp if i else ""]
-                        for i, k in enumerate(s.knots)
+                        [stage.at, grid_shares(stage.weights), stage.ramp if i else ""]
+                        for i, stage in enumerate(segment.stages)
                     ],
-                    s.capacities and dict(s.capacities),
+                    segment.capacities and dict(segment.capacities),
                 ]
-                for s in self.segments
+                for segment in self.segments
             ],
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -376,7 +317,7 @@ class BlendPlan:
         self,
         at: int,
         curriculum: Curriculum,
-        sizes: tuple[int, int, int],
+        sizes: RunSizes,
         segment: Callable[[int], Segment],
     ) -> BlendPlan:
         at = operator.index(at)
@@ -385,19 +326,19 @@ class BlendPlan:
                 f"at: sample {at} is not within the plan's {self.num_samples}; amend at a "
                 f"sample of the run"
             )
-        if sizes[0] < at or sizes[0] < 1:
+        if sizes.num_samples < at or sizes.num_samples < 1:
             raise ConfigError(
-                f"num_samples: {sizes[0]} is before sample {at}, from which the plan is "
+                f"num_samples: {sizes.num_samples} is before sample {at}, from which the plan is "
                 f"amended; give at least {max(at, 1)}"
             )
         past = [
-            piece if piece.end <= at else replace(piece, end=at)
-            for piece in self._pieces
-            if piece.begin < at
+            interval if interval.end <= at else replace(interval, end=at)
+            for interval in self._intervals
+            if interval.begin < at
         ]
         kept = [s for s in self.segments if s.start < at]
         if kept:
-            kept[-1] = replace(kept[-1], knots=_until(kept[-1].knots, at))
+            kept[-1] = replace(kept[-1], stages=stages_until(kept[-1].stages, at))
         return BlendPlan.__new__(BlendPlan)._set(
             self.domains, curriculum, sizes, (*kept, segment(at)), past, self.version
         )
@@ -406,9 +347,9 @@ class BlendPlan:
         if not 0 <= operator.index(n) <= self.num_samples:
             raise IndexError(f"sample {n} is not within the run's {self.num_samples}")
 
-    def _piece(self, n: int) -> Interval:
+    def _interval(self, n: int) -> Interval:
         self._check(n)
-        return self._pieces[bisect.bisect_right(self._begins, n) - 1]
+        return self._intervals[bisect.bisect_right(self._begins, n) - 1]
 
     def _padded(self, values: np.ndarray) -> np.ndarray:
         return np.concatenate(
@@ -416,31 +357,12 @@ class BlendPlan:
         )
 
 
-def _sizes(num_samples: int, global_batch_size: int, seq_length: int) -> tuple[int, int, int]:
-    sizes = {
-        "num_samples": num_samples,
-        "global_batch_size": global_batch_size,
-        "seq_length": seq_length,
-    }
-    for key, value in sizes.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-            raise ConfigError(f"{key}: {value!r} is not a positive whole number; give at least 1")
-        if value > MOST_SAMPLES:
-            raise ConfigError(f"{key}: {value} is more than 2^53; give a smaller number")
-    return tuple(operator.index(value) for value in sizes.values())
-
-
 def _segment(
-    curriculum: Curriculum,
-    start: int,
-    sizes: tuple[int, int, int],
-    capacities: Mapping[str, int] | None,
+    curriculum: Curriculum, start: int, sizes: RunSizes, capacities: Mapping[str, int] | None
 ) -> Segment:
-    knots = resolve_stages(
-        curriculum, num_samples=sizes[0], global_batch_size=sizes[1], seq_length=sizes[2]
-    )
+    stages = stages_from(resolve_stages(curriculum, sizes), start)
     if curriculum.on_exhausted != "redistribute" or capacities is None:
-        return Segment(start, _in_force(knots, start))
+        return Segment(start, stages)
     for name in curriculum.domains:
         if name not in capacities:
             raise ConfigError(
@@ -454,7 +376,7 @@ def _segment(
             )
     return Segment(
         start,
-        _in_force(knots, start),
+        stages,
         {
             name: min(operator.index(capacities[name]), MOST_SAMPLES)
             for name in sorted(curriculum.domains)
@@ -462,78 +384,8 @@ def _segment(
     )
 
 
-def _in_force(knots: tuple[PlannedStage, ...], start: int) -> tuple[PlannedStage, ...]:
-    """The knots from the one in force at sample `start` on."""
-    return knots[max(i for i, knot in enumerate(knots) if knot.at <= start) :]
-
-
-def _until(knots: tuple[PlannedStage, ...], stop: int) -> tuple[PlannedStage, ...]:
-    """The knots that decide anything before sample `stop`: those before it, and the one after that
-    they move to.
-    """
-    return knots[: 1 + next((i for i, knot in enumerate(knots) if knot.at >= stop), len(knots))]
-
-
-def _check_domains(domains: Iterable[Domain]) -> None:
-    """Raises KeyError where a ledger says what no plan writes."""
-    for domain in domains:
-        sound = (
-            valid_name(domain.name)
-            and isinstance(domain.path, str)
-            and domain.kind in KINDS
-            and isinstance(domain.valid, str | None)
-            and isinstance(domain.train_on_prompt, bool)
-            and (
-                domain.max_epochs is None
-                or (type(domain.max_epochs) in (int, float) and 0 < domain.max_epochs <= 1e300)
-            )
-        )
-        if not sound:
-            raise KeyError(domain.name)
-
-
-def _check_segments(
-    segments: Sequence[Segment], num_samples: int, domains: Mapping[str, Domain], on_exhausted: str
-) -> None:
-    """Raises KeyError where a ledger says what no plan writes."""
-    starts = [segment.start for segment in segments]
-    knots = [knot for segment in segments for knot in segment.knots]
-    sound = (
-        on_exhausted in ON_EXHAUSTED
-        and starts[0] == 0
-        and all(a < b for a, b in itertools.pairwise(starts))
-        and starts[-1] <= num_samples
-        and all(segment.knots[0].at <= segment.start for segment in segments)
-        and all(a.at < b.at for segment in segments for a, b in itertools.pairwise(segment.knots))
-        and all(type(place) is int for place in (*starts, *(knot.at for knot in knots)))
-        and all(
-            valid_ramp(knot.ramp) and knot.weights and domains.keys() >= knot.weights.keys()
-            for knot in knots
-        )
-        and all(
-            type(weight) in (int, float) and 0 < weight <= 1e300
-            for knot in knots
-            for weight in knot.weights.values()
-        )
-        and all(isinstance(knot.name, str) for knot in knots)
-        and all(
-            segment.capacities is None
-            or (
-                domains.keys() >= segment.capacities.keys()
-                and all(
-                    type(value) is int and 0 <= value <= MOST_SAMPLES
-                    for value in segment.capacities.values()
-                )
-            )
-            for segment in segments
-        )
-    )
-    if not sound:
-        raise KeyError("segments")
-
-
 def _curriculum(
-    domains: Mapping[str, Domain], knots: Sequence[PlannedStage], on_exhausted: str
+    domains: Mapping[str, Domain], stages: Sequence[PlannedStage], on_exhausted: str
 ) -> Curriculum:
-    stages = tuple(Stage(knot.name, knot.at, knot.weights, knot.ramp) for knot in knots)
-    return Curriculum("samples", domains, stages, on_exhausted, "plan")
+    plain = tuple(Stage(stage.name, stage.at, stage.weights, stage.ramp) for stage in stages)
+    return Curriculum("samples", domains, plain, on_exhausted, "plan")

@@ -1,9 +1,9 @@
-"""Ramps as pacing functions, compiled to knots with basic arithmetic alone, so that every machine
-computes the same bits.
+"""Ramps as pacing functions, compiled to knots with basic arithmetic only.
 
-A ramp is a function p(s) from 0 to 1 over s = (sample - knot before) / (distance of the knots); the
-shares are (1 - p) before + p after. Its compiled form, `Pacing`, is linear between knots: its
-integral and the inverse of its integral are known in closed form.
+So every machine computes the same bits. A ramp is a function p(s) from 0 to 1 over s = (sample -
+start of the stage before) / (distance of the two stages); the shares are (1 - p) before + p after.
+Its compiled form, `Pacing`, is linear between knots, so its integral and the inverse of its
+integral are known in closed form.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ class Pacing:
     """How far the shares have moved: linear between knots.
 
     Attributes:
-        knots: positions in samples from the knot before, increasing, the first 0: float64 [M + 1].
-        A single one: the pacing never leaves `values[0]`. values: the pacing at the knots, from 0
-        to 1: float64 [M + 1]. integral: of the pacing from 0 to each knot: float64 [M + 1].
+        knots: positions in samples from the start of the stage before, increasing, the first is 0:
+            float64 [M + 1]. With a single knot, the pacing is always `values[0]`.
+        values: the pacing at the knots, from 0 to 1: float64 [M + 1].
+        integral: of the pacing from 0 to each knot: float64 [M + 1].
     """
 
     knots: np.ndarray
@@ -38,7 +39,7 @@ class Pacing:
 
     @staticmethod
     def through(knots: np.ndarray, values: np.ndarray) -> Pacing:
-        """The pacing with these knots; values are rounded to multiples of 2^-40."""
+        """Return the pacing with these knots; values are rounded to multiples of 2^-40."""
         values = np.rint(values * _GRID) / _GRID
         return Pacing(
             knots,
@@ -47,15 +48,16 @@ class Pacing:
         )
 
     def at(self, x: np.ndarray) -> np.ndarray:
-        """The pacing at x samples after the knot before; 0 <= x."""
+        """Return the pacing at x samples after the start of the stage before; 0 <= x."""
         if len(self.knots) == 1:
             return np.full(np.shape(x), self.values[0])
         cell, u, slope = self._cell(np.minimum(x, self.knots[-1]))
         return self.values[cell] + slope * u
 
     def area(self, x: np.ndarray) -> np.ndarray:
-        """The integral of the pacing from 0 to x; outside of the knots it goes on with slope 1/2
-        (see `MergeTree`).
+        """Return the integral of the pacing from 0 to x.
+
+        Outside of the knots it continues with slope 1/2 (see `MergeTree`).
         """
         if len(self.knots) == 1:
             return x / 2
@@ -80,8 +82,9 @@ CONSTANT = Pacing.through(np.zeros(1), np.zeros(1))
 
 
 def valid_ramp(ramp: str) -> bool:
-    """Whether this is the name of a ramp: one of step, linear, cosine, geometric, or root<p> with a
-    number p > 0.
+    """Return whether this is the name of a ramp.
+
+    Names are step, linear, cosine, geometric, and root<p> with a number p > 0.
     """
     match = _ROOT.fullmatch(ramp)
     return ramp in RAMPS[:3] + RAMPS[4:] or (match is not None and 2.0**-6 <= float(match[1]) <= 64)
@@ -89,13 +92,13 @@ def valid_ramp(ramp: str) -> bool:
 
 @lru_cache(maxsize=64)
 def pacing(ramp: str, width: int) -> Pacing:
-    """The pacing of a ramp over `width` samples.
+    """Return the pacing of a ramp over `width` samples.
 
-    With s from 0 to 1: linear s; cosine (1 - cos(pi s)) / 2; root<p> s^(1/p), the competence
-    function of Platanios et al. 2019 (arXiv 1903.09848) with start value 0; geometric (c^(1-s) - c)
-    / (1 - c) with c = 1/128, the geometric pacing 2^((1-s) log2 c) less its start value, so that it
-    starts at 0; step: 0 up to the knot. The compiled integral is off by less than 1e-7 of the
-    width.
+    With s from 0 to 1: linear is s; cosine is (1 - cos(pi s)) / 2; root<p> is s^(1/p), the
+    competence function of Platanios et al. 2019 (arXiv 1903.09848) with start value 0; geometric is
+    (c^(1-s) - c) / (1 - c) with c = 1/128, the geometric pacing 2^((1-s) log2 c) less its start
+    value, so that it starts at 0; step is 0 up to the next stage. The compiled integral is off by
+    less than 1e-7 of the width.
     """
     if ramp == "step":
         return CONSTANT
@@ -118,15 +121,15 @@ def pacing(ramp: str, width: int) -> Pacing:
 
 
 def without(before: Pacing, left_before: float, left_after: float) -> Pacing:
-    """The pacing of the shares that remain when some domains are gone and the others grow in
-    proportion.
+    """Return the pacing of the shares that remain when some domains are gone.
 
-    (1 - p) a + p b, divided by its sum, is again a mixture of a / sum(a) and b / sum(b), by q = p
-    sum(b) / ((1 - p) sum(a) + p sum(b)).
+    The other shares grow in proportion: (1 - p) a + p b, divided by its sum, is again a mixture of
+    a / sum(a) and b / sum(b), by q = p sum(b) / ((1 - p) sum(a) + p sum(b)).
 
     Args:
         before: the pacing p.
-        left_before: sum(a), left_after: sum(b), both positive.
+        left_before: sum(a), positive.
+        left_after: sum(b), positive.
     """
     if len(before.knots) == 1 or left_before == left_after:
         return before
@@ -138,7 +141,7 @@ def without(before: Pacing, left_before: float, left_after: float) -> Pacing:
 
 
 def _sine(x: np.ndarray) -> np.ndarray:
-    """sin(x) for 0 <= x <= pi/2 by its Taylor series."""
+    """Return sin(x) for 0 <= x <= pi/2 by its Taylor series."""
     total, term = np.zeros_like(x), x
     for k in range(1, 27, 2):
         total = total + term
@@ -147,8 +150,9 @@ def _sine(x: np.ndarray) -> np.ndarray:
 
 
 def _power(x: np.ndarray, exponent: np.ndarray | float) -> np.ndarray:
-    """x^exponent for x >= 0 and 0 <= exponent, to 40 binary places of the exponent, by products and
-    square roots.
+    """Return x^exponent for x >= 0 and exponent >= 0, by products and square roots.
+
+    The exponent is taken to 40 binary places.
     """
     exponent = np.broadcast_to(np.asarray(exponent, float), x.shape)
     whole = np.floor(exponent)

@@ -1,4 +1,4 @@
-"""What a curriculum file says, as plain frozen values, and where its stages lie in a given run."""
+"""The content of a curriculum file, as plain frozen values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CLOCKS = ("samples", "iterations", "tokens")
 KINDS = ("text", "instruct")
 ON_EXHAUSTED = ("repeat", "redistribute", "stop", "error")
 MOST_SAMPLES = 1 << 53
-"""Of a run: above it float64 skips whole numbers."""
+"""Of a run: above it, float64 skips integers."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,19 @@ class Domain:
     kind: str = "text"
     """text | instruct."""
     max_epochs: float | None = None
-    """How often it may be read at most; None: no cap."""
+    """How often it may be read at most; None: no limit."""
     valid: str | None = None
-    """Prefix of its own validation corpus; the corpus at `path` is then trained on whole. None: the
-    split cuts `path`.
+    """Prefix of its own validation corpus; then all of `path` is trained on.
+
+    None: the split cuts `path`.
     """
     train_on_prompt: bool = False
-    """Whether the prompts of conversations are trained on like their answers (kind instruct
-    only).
-    """
+    """Whether prompts of conversations are trained on like the answers (kind instruct only)."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A knot of the curriculum: the weights from here on, unless the next stage's ramp moves
-    them.
-    """
+    """The weights from one point of the run on, unless the ramp of the next stage moves them."""
 
     name: str
     at: int | float
@@ -51,7 +48,7 @@ class Stage:
     relative: bool = False
 
     def sample(self, per_unit: Fraction, num_samples: int) -> int:
-        """The sample at which the stage begins, rounded to the nearest (halves up)."""
+        """Return the sample at which the stage begins, rounded to the nearest (halves up)."""
         exact = Fraction(str(self.at))
         return int(
             exact * num_samples / 100 + Fraction(1, 2)
@@ -62,7 +59,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What share each domain has, when: the content of a curriculum file, checked."""
+    """The content of a curriculum file, checked: the shares of the domains over the run."""
 
     clock: str
     """samples | iterations | tokens: the unit of `Stage.at`."""
@@ -70,15 +67,16 @@ class Curriculum:
     """In the file's order, which decides nothing."""
     stages: tuple[Stage, ...]
     on_exhausted: str = "repeat"
-    """repeat | redistribute | stop | error: what happens when a domain runs out."""
+    """What happens when a domain runs out: repeat | redistribute | stop | error."""
     source: str = "curriculum"
     """What error messages call it: the file it came from."""
     validation: Mapping[str, Domain] = field(default_factory=dict)
-    """Named validation sets, read whole and never trained on."""
+    """Named validation sets, read in full and never trained on."""
 
     def to_mapping(self) -> dict[str, Any]:
-        """The curriculum as plain types, as a YAML file would hold it; `parse_curriculum` reads it
-        back.
+        """Return the curriculum as plain types, as in a YAML file.
+
+        `parse_curriculum` reads it back.
         """
         domains = {}
         for name, domain in self.domains.items():

@@ -172,7 +172,7 @@ WRONG = {
     ),
     "weight nan": (
         change("en: 0.7", "en: .nan"),
-        "stages[1] (english).weights.en: nan is not a number to reckon with; write a finite one",
+        "stages[1] (english).weights.en: nan is not a finite number; write a finite one",
     ),
     "weight inf": (change("en: 0.7", "en: .inf"), "stages[1] (english).weights.en: inf is not"),
     "weight beyond floats": (
@@ -217,11 +217,11 @@ WRONG = {
     ),
     "no percentage": (
         change("at: 40%", "at: half%"),
-        "stages[2] (bilingual).at: 'half%' is no percentage; write one such as 40%",
+        "stages[2] (bilingual).at: 'half%' is not a percentage; write one such as 40%",
     ),
     "nan percentage": (
         change("at: 40%", "at: nan%"),
-        "stages[2] (bilingual).at: nan is not a number to reckon with",
+        "stages[2] (bilingual).at: nan is not a finite number",
     ),
     "no at": (
         change("at: 40%, ", ""),
@@ -289,7 +289,7 @@ WRONG = {
     ),
     "domain name with slash": (
         "domains: {a/b: {path: x}}\nstages: [a]",
-        "domains: 'a/b' is no name for a domain; use letters",
+        "domains: 'a/b' is not a valid name for a domain; use letters",
     ),
     "key twice": (
         change("zh:       {path", "en:       {path"),

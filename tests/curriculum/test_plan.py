@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_chatflow.curriculum import BlendPlan, Curriculum
-from megatron_chatflow.curriculum.plan import READ_VERSIONS
+from megatron_chatflow.curriculum.ledger import READ_VERSIONS
 from megatron_chatflow.errors import ChatflowError
 from tests.curriculum.cases import (
     assert_counted_up,

@@ -100,7 +100,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a name with a slash": (
         {"sets": {"a/b": {"path": "x"}}},
-        "c.yaml: validation: 'a/b' is no name for a validation set; use letters",
+        "c.yaml: validation: 'a/b' is not a valid name for a validation set; use letters",
     ),
     "a name that is a number": (
         {"sets": {3: {"path": "x"}}},
