@@ -519,8 +519,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    # nohup ignores SIGHUP, and the ranks would inherit that
+    # nohup ignores SIGHUP, a shell's `&` SIGINT; the ranks would inherit that
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         result = torment(Path(folder), args.faults, args.seed)
     print("the losses and the last checkpoint have the bits of the run that nothing happened to")

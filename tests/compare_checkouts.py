@@ -117,14 +117,12 @@ def make_corpora(checkout: Path, folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def train(checkout: Path, folder: Path, name: str) -> Path:
-    """Train one of RUNS; return its run directory."""
+def train(checkout: Path, save: Path, name: str) -> None:
+    """Train one of RUNS into the run directory `save`."""
     processes, flags = RUNS[name]
-    save = folder / re.sub(r"\W+", "-", name)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     words = [*(launch if processes > 1 else []), "-m", "megatron_chatflow", "train"]
-    run(checkout, folder, [*words, "--config", "run.yaml", "--save", str(save), *flags])
-    return save
+    run(checkout, save.parent, [*words, "--config", "run.yaml", "--save", str(save), *flags])
 
 
 def last_record(save: Path) -> str:
@@ -149,17 +147,19 @@ def main() -> int:
     checkouts = [args.before.resolve(), args.after.resolve()]
     different = 0
     with tempfile.TemporaryDirectory() as temporary:
-        folders = [Path(temporary) / "before", Path(temporary) / "after"]
-        for folder in folders:
-            folder.mkdir()
-        hashes = [make_corpora(*pair) for pair in zip(checkouts, folders, strict=True)]
+        # one folder for both, for a checkpoint records the paths of its corpora
+        folder = Path(temporary)
+        hashes = [make_corpora(checkout, folder) for checkout in checkouts]
         if hashes[0] != hashes[1]:
             names = sorted(name for name in hashes[0] if hashes[0][name] != hashes[1].get(name))
             print(f"corpora: DIFFERENT: {', '.join(names)}")
             return 1
         print(f"corpora: {len(hashes[0])} files are equal", flush=True)
         for name in args.only or RUNS:
-            saves = [train(*pair, name) for pair in zip(checkouts, folders, strict=True)]
+            plain = re.sub(r"\W+", "-", name)
+            saves = [folder / f"before-{plain}", folder / f"after-{plain}"]
+            for checkout, save in zip(checkouts, saves, strict=True):
+                train(checkout, save, name)
             words = [sys.executable, str(checkouts[1] / "tools" / "compare_runs.py"), *saves]
             env = {**os.environ, "PYTHONPATH": str(checkouts[1])}
             result = subprocess.run(words, env=env, capture_output=True, text=True)
