@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def run_values(run: str | Path, *, keep_layout: bool = True) -> dict[str, Any]:
         any layout.
     """
     path = Path(run) / "config.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(
             f"{run} is not a run directory: it has no config.yaml; give the folder that was "
             f"--save of a run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ def _convert(argv: list[str]) -> int:
         "input": arguments.new_input_rows or arguments.new_rows,
         "output": arguments.new_output_rows or arguments.new_rows,
     }
-    is_run, is_hugging_face = (load / "config.yaml").is_file(), (load / "config.json").is_file()
+    is_run, is_hugging_face = map(os.path.isfile, (load / "config.yaml", load / "config.json"))
     if is_run == is_hugging_face:
         raise ConfigError(
             f"--load-dir {load} has neither config.json (Hugging Face) nor config.yaml (a "

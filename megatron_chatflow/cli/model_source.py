@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -74,7 +75,10 @@ def find_source(folder: str) -> Source:
     Raises:
         ConfigError: it holds neither a run nor a Hugging Face model, or one that cannot be read.
     """
-    if not (Path(folder) / "config.json").is_file() or (Path(folder) / "config.yaml").is_file():
+    is_hugging_face, is_run = (
+        os.path.isfile(Path(folder) / name) for name in ("config.json", "config.yaml")
+    )
+    if is_run or not is_hugging_face:
         return Source(folder, run_values(folder, keep_layout=False), None)
     install_engine()
     from megatron_chatflow.conversion.hf_model import open_folder

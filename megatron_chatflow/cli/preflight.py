@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 import time
@@ -311,7 +312,7 @@ def _note_disk(save: str | None, checkpoint: dict[str, int], notes: list[str]) -
     if save is None:
         notes.append("no --save: nothing would be kept of the run")
         return
-    folder = next(path for path in (Path(save), *Path(save).parents) if path.exists())
+    folder = next(path for path in (Path(save), *Path(save).parents) if os.path.exists(path))
     free, wanted = shutil.disk_usage(folder).free, checkpoint["count"] * checkpoint["bytes"]
     if free < wanted:
         notes.append(

@@ -4,6 +4,7 @@ files. Imports no torch.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,8 @@ def new_row_ids(config: Config, vocab_size: int) -> np.ndarray:
             f"train_new_rows_samples needs the {NAME} beside the tokenizer; give "
             f"--tokenizer-model the folder of an extended tokenizer"
         )
-    path = (Path(model) if Path(model).is_dir() else Path(model).parent) / NAME
-    if not path.exists():
+    path = (Path(model) if os.path.isdir(model) else Path(model).parent) / NAME
+    if not os.path.exists(path):
         raise ConfigError(
             f"train_new_rows_samples needs {path}, which tools/extend_tokenizer.py writes; "
             f"give that tokenizer, or drop --train-new-rows-samples"

@@ -199,7 +199,7 @@ def test_too_little_memory_is_one_message(folder):
 def test_wrong_usage_is_one_sentence_and_exit_code_2(folder, more, sentence):
     result = run(folder, *arguments(*more))
     assert result.returncode == 2
-    assert result.stderr.decode().startswith(f"preprocess_data.py: {sentence}")
+    assert result.stderr.decode().startswith(f"preprocess_data.py: error: {sentence}")
     assert result.stderr.count(b"\n") == 1 and not result.stdout
     assert not (folder / "out").exists()
 

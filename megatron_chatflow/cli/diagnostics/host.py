@@ -95,7 +95,7 @@ def _shared_memory() -> Row:
 
 def _disk(save: str | None, checkpoint_bytes: int | None) -> Row:
     wanted = Path(save or os.getcwd())
-    folder = next(path for path in (wanted, *wanted.parents) if path.exists())
+    folder = next(path for path in (wanted, *wanted.parents) if os.path.exists(path))
     free = shutil.disk_usage(folder).free
     value = f"{free / 1e9:,.1f} GB free"
     if save and not os.access(folder, os.W_OK):
