@@ -15,17 +15,11 @@ from megatron_chatflow.report import console
 
 
 @contextlib.contextmanager
-def usage_errors(of: str = "") -> Iterator[None]:
-    """Put a prefix before each message of a ChatflowError that is raised inside.
-
-    Args:
-        of: what the messages are about.
-    """
+def prefixed_errors(of: str) -> Iterator[None]:
+    """Put `of` before each message of a ChatflowError that is raised inside."""
     try:
         yield
     except ChatflowError as error:
-        if not of:
-            raise
         raise ConfigErrors(f"{of}{message}" for message in messages_of(error)) from None
 
 

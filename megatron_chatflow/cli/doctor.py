@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.cli.diagnostics import Row
 from megatron_chatflow.config import CommandParser, make_parser, parse
 from megatron_chatflow.distributed.launch import node_name
@@ -40,16 +39,15 @@ def parser() -> CommandParser:
 
 def main(argv: Sequence[str]) -> int:
     """Print the table; returns 1 where training cannot run."""
-    with usage_errors():
-        config, args = parse(parser(), argv)
-        from megatron_chatflow.cli.diagnostics.corpora import (
-            checkpoint_size,
-            corpora,
-            fingerprints,
-            named_corpora,
-        )
+    config, args = parse(parser(), argv)
+    from megatron_chatflow.cli.diagnostics.corpora import (
+        checkpoint_size,
+        corpora,
+        fingerprints,
+        named_corpora,
+    )
 
-        prefixes = named_corpora(config)
+    prefixes = named_corpora(config)
     from megatron_chatflow.cli.diagnostics.devices import devices
     from megatron_chatflow.cli.diagnostics.host import machine
     from megatron_chatflow.cli.diagnostics.launcher import launcher

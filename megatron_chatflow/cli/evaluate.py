@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_chatflow.cli.common import complain_on, install_engine, usage_errors
+from megatron_chatflow.cli.common import complain_on, install_engine, prefixed_errors
 from megatron_chatflow.cli.model_source import (
     add_use_ema,
     find_source,
@@ -38,34 +38,29 @@ exit codes: 0 evaluated, 2 the settings cannot be used
 
 def main(argv: Sequence[str]) -> int:
     """Print loss, perplexity and bits per byte of each validation set, or of raw text."""
-    with usage_errors():
-        launch = read_launch()
-        source, config, args = parse_with_source(parser(), argv, launch.world_size)
-        from megatron_chatflow.evaluation.eval_data import (
-            corpora,
-            raw_text,
-            read_named_texts,
-            same_corpora,
-        )
+    launch = read_launch()
+    source, config, args = parse_with_source(parser(), argv, launch.world_size)
+    from megatron_chatflow.evaluation.eval_data import (
+        corpora,
+        raw_text,
+        read_named_texts,
+        same_corpora,
+    )
 
-        subjects = [
-            source.subject(config, launch.world_size, args.average_checkpoints, args.use_ema)
-        ]
-        texts = read_named_texts(args.text)
-        materials = [
-            raw_text(subjects[0], texts, args.document_start)
-            if texts
-            else corpora(subjects[0].config)
-        ]
-        if args.reference:
-            with usage_errors(f"reference {args.reference}: "):
-                subjects.append(_find_reference(args.reference, subjects[0].config, launch))
-                other = (
-                    raw_text(subjects[1], texts, args.document_start)
-                    if texts
-                    else same_corpora(materials[0], subjects[1].config)
-                )
-                materials.append(other)
+    subjects = [source.subject(config, launch.world_size, args.average_checkpoints, args.use_ema)]
+    texts = read_named_texts(args.text)
+    materials = [
+        raw_text(subjects[0], texts, args.document_start) if texts else corpora(subjects[0].config)
+    ]
+    if args.reference:
+        with prefixed_errors(f"reference {args.reference}: "):
+            subjects.append(_find_reference(args.reference, subjects[0].config, launch))
+            other = (
+                raw_text(subjects[1], texts, args.document_start)
+                if texts
+                else same_corpora(materials[0], subjects[1].config)
+            )
+            materials.append(other)
     install_engine()
     from megatron_chatflow.evaluation.evaluate import measure
     from megatron_chatflow.evaluation.model_session import open_model, open_process_groups

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_chatflow.cli.common import complain_on, install_engine, usage_errors
+from megatron_chatflow.cli.common import complain_on, install_engine
 from megatron_chatflow.cli.model_source import add_use_ema, parse_with_source
 from megatron_chatflow.config import CommandParser, Config, make_parser
 from megatron_chatflow.config.arguments import (
@@ -37,24 +37,22 @@ exit codes: 0 generated, 2 the settings or the prompts cannot be used
 
 def main(argv: Sequence[str]) -> int:
     """Continue each prompt and print it."""
-    with usage_errors():
-        launch = read_launch()
-        source, config, args = parse_with_source(parser(), argv, launch.world_size, _plain)
-        from megatron_chatflow.training.data_setup import open_tokenizer
+    launch = read_launch()
+    source, config, args = parse_with_source(parser(), argv, launch.world_size, _plain)
+    from megatron_chatflow.training.data_setup import open_tokenizer
 
-        subject = source.subject(config, launch.world_size, use_ema=args.use_ema)
-        model_size = (
-            config.parallel.tensor_model_parallel_size
-            * config.parallel.pipeline_model_parallel_size
+    subject = source.subject(config, launch.world_size, use_ema=args.use_ema)
+    model_size = (
+        config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    )
+    if launch.world_size != model_size:
+        raise ConfigError(
+            f"{launch.world_size} processes are more than tensor_model_parallel_size x "
+            f"pipeline_model_parallel_size {model_size}, and generate "
+            f"makes no copies of the model; start {model_size}, or raise one of the two"
         )
-        if launch.world_size != model_size:
-            raise ConfigError(
-                f"{launch.world_size} processes are more than tensor_model_parallel_size x "
-                f"pipeline_model_parallel_size {model_size}, and generate "
-                f"makes no copies of the model; start {model_size}, or raise one of the two"
-            )
-        tokenizer, vocab_size = open_tokenizer(config)
-        prompts = _prompts(args, config, tokenizer, subject.config.model.max_position_embeddings)
+    tokenizer, vocab_size = open_tokenizer(config)
+    prompts = _prompts(args, config, tokenizer, subject.config.model.max_position_embeddings)
     install_engine()
     from megatron_chatflow.evaluation.generate import generate
     from megatron_chatflow.evaluation.model_session import open_model, open_process_groups

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_chatflow.cli.common import run_values, usage_errors
+from megatron_chatflow.cli.common import run_values
 from megatron_chatflow.config import CommandParser, Config, make_parser, parse, resolve_data
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report import console
@@ -64,40 +64,39 @@ def _check(parser: CommandParser, args: argparse.Namespace) -> Iterator[str]:
 def main(argv: Sequence[str]) -> int:
     """Print domain, ordinal, epoch and documents of the samples, with their text."""
     reader = parser()
-    with usage_errors():
-        run = getattr(reader.parse_and_collect(argv), "checkpoint", None)
-        config, args = parse(
-            reader,
-            argv,
-            run_values(run) if run else None,
-            resolve=lambda config, _: resolve_data(config),
-        )
-        from megatron_chatflow.data import BlendedDataset
-        from megatron_chatflow.training.batch_schedule import count_iterations, samples_of_iteration
-        from megatron_chatflow.training.data_setup import make_plan, open_inputs
+    run = getattr(reader.parse_and_collect(argv), "checkpoint", None)
+    config, args = parse(
+        reader,
+        argv,
+        run_values(run) if run else None,
+        resolve=lambda config, _: resolve_data(config),
+    )
+    from megatron_chatflow.data import BlendedDataset
+    from megatron_chatflow.training.batch_schedule import count_iterations, samples_of_iteration
+    from megatron_chatflow.training.data_setup import make_plan, open_inputs
 
-        inputs = open_inputs(config)
-        if args.checkpoint:
-            plan = _saved_plan(Path(args.checkpoint) / "plan.json")
-        else:
-            plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
-        if args.iteration is not None:
-            history = _batches(config, args.checkpoint)
-            last = count_iterations(history, plan.num_samples)
-            if not 1 <= args.iteration <= last:
-                raise ConfigError(
-                    f"iteration {args.iteration} is not in the run; give --iteration a "
-                    f"number from 1 to {last}"
-                )
-            start, stop = samples_of_iteration(history, args.iteration)
-        else:
-            if not 0 <= args.sample < plan.num_samples:
-                raise ConfigError(
-                    f"sample {args.sample} is not in the run; give --sample a number from 0 "
-                    f"to {plan.num_samples - 1}"
-                )
-            start, stop = args.sample, args.sample + 1
-        blend = BlendedDataset(plan, inputs.domains)
+    inputs = open_inputs(config)
+    if args.checkpoint:
+        plan = _saved_plan(Path(args.checkpoint) / "plan.json")
+    else:
+        plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
+    if args.iteration is not None:
+        history = _batches(config, args.checkpoint)
+        last = count_iterations(history, plan.num_samples)
+        if not 1 <= args.iteration <= last:
+            raise ConfigError(
+                f"iteration {args.iteration} is not in the run; give --iteration a "
+                f"number from 1 to {last}"
+            )
+        start, stop = samples_of_iteration(history, args.iteration)
+    else:
+        if not 0 <= args.sample < plan.num_samples:
+            raise ConfigError(
+                f"sample {args.sample} is not in the run; give --sample a number from 0 "
+                f"to {plan.num_samples - 1}"
+            )
+        start, stop = args.sample, args.sample + 1
+    blend = BlendedDataset(plan, inputs.domains)
     domains, ordinals = plan.locate(start, stop)
     if args.iteration is not None:
         console.say(

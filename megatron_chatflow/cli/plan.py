@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.config import CommandParser, make_parser, parse, resolve_data
 from megatron_chatflow.report import console
 
@@ -35,38 +34,36 @@ def parser() -> CommandParser:
 
 def main(argv: Sequence[str]) -> int:
     """Print the plan; returns 0 also when it has warnings, 2 when it cannot be met."""
-    with usage_errors():
-        config, args = parse(parser(), argv, resolve=lambda config, _: resolve_data(config))
-        from megatron_chatflow.curriculum import check_exhaustion, forecast, share_curve
-        from megatron_chatflow.report.plan_table import plan_table
-        from megatron_chatflow.training.data_setup import check_tokens, make_plan, open_inputs
-        from megatron_chatflow.training.setup import find_start
+    config, args = parse(parser(), argv, resolve=lambda config, _: resolve_data(config))
+    from megatron_chatflow.curriculum import check_exhaustion, forecast, share_curve
+    from megatron_chatflow.report.plan_table import plan_table
+    from megatron_chatflow.training.data_setup import check_tokens, make_plan, open_inputs
+    from megatron_chatflow.training.setup import find_start
 
-        inputs = open_inputs(config)
-        if config.checkpoint.load:
-            plan = find_start(config, inputs, plan_only=True).blend.plan
-        else:
-            plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
-        checked = check_tokens(inputs)
-        outlook = forecast(plan, inputs.epoch_samples)
+    inputs = open_inputs(config)
+    if config.checkpoint.load:
+        plan = find_start(config, inputs, plan_only=True).blend.plan
+    else:
+        plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
+    checked = check_tokens(inputs)
+    outlook = forecast(plan, inputs.epoch_samples)
     sizes = {"num_samples": plan.num_samples, "seq_length": plan.seq_length, "end": outlook.end}
     console.say(plan_table(outlook.stages, outlook.domains, **sizes, warnings=outlook.warnings))
     for note in (*inputs.notes, checked):
         console.say(note)
-    with usage_errors():
-        check_exhaustion(plan, inputs.epoch_samples)
-        if args.plot:
-            from megatron_chatflow.report.plots import plot_plan
+    check_exhaustion(plan, inputs.epoch_samples)
+    if args.plot:
+        from megatron_chatflow.report.plots import plot_plan
 
-            samples, shares = share_curve(plan)
-            tokens = {row.name: row.tokens for row in outlook.domains}
-            plot_plan(
-                args.plot,
-                samples=samples,
-                shares=shares,
-                names=plan.domain_names,
-                stages=plan.stages,
-                tokens=tokens,
-            )
-            console.say(f"plot written to {args.plot}")
+        samples, shares = share_curve(plan)
+        tokens = {row.name: row.tokens for row in outlook.domains}
+        plot_plan(
+            args.plot,
+            samples=samples,
+            shares=shares,
+            names=plan.domain_names,
+            stages=plan.stages,
+            tokens=tokens,
+        )
+        console.say(f"plot written to {args.plot}")
     return 0

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.config import (
     CommandParser,
     Config,
@@ -78,8 +77,7 @@ def parser() -> CommandParser:
 
 def main(argv: Sequence[str]) -> int:
     """Print the table and the verdict; returns 0 (fits), 1 (does not fit) or 2 (refused)."""
-    with usage_errors():
-        config, args = parse(parser(), argv)
+    config, args = parse(parser(), argv)
     result = {"world_size": args.world_size, "gpu_memory_gib": args.gpu_memory_gib, "notes": []}
     try:
         config = resolve(config, args.world_size)

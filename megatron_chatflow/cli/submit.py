@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.cli.slurm_script import Job, render
 from megatron_chatflow.config import CommandParser, Config, make_parser, parse, resolve
 from megatron_chatflow.config.arguments import non_negative_int, positive_int
@@ -35,10 +34,9 @@ nothing was written
 def main(argv: Sequence[str]) -> int:
     """Check the settings, write the script, and give it to sbatch."""
     words, sbatch = _split(argv)
-    with usage_errors():
-        config, args = parse(parser(), words, resolve=_checked)
-        job = _job(config, args, words, sbatch)
-        script = render(job)
+    config, args = parse(parser(), words, resolve=_checked)
+    job = _job(config, args, words, sbatch)
+    script = render(job)
     if args.dry_run:
         print(script, end="")
         return 0

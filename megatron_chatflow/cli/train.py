@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
-from megatron_chatflow.cli.common import usage_errors
 from megatron_chatflow.config import CommandParser, make_parser, parse, resolve
 from megatron_chatflow.distributed.launch import read_launch
 from megatron_chatflow.errors import EXIT_PREEMPTED, is_shared
@@ -36,26 +35,23 @@ def parser() -> CommandParser:
 @console.lossy_output()
 def main(argv: Sequence[str]) -> int:
     """Check everything, then train."""
-    with usage_errors():
-        launch = read_launch()
-        config, _ = parse(
-            parser(), argv, resolve=lambda config, _: resolve(config, launch.world_size)
-        )
-        from megatron_chatflow.training.data_setup import open_inputs
-        from megatron_chatflow.training.setup import (
-            assemble,
-            claim,
-            find_sound_start,
-            find_start,
-            join,
-            look_ahead,
-            saving,
-        )
+    launch = read_launch()
+    config, _ = parse(parser(), argv, resolve=lambda config, _: resolve(config, launch.world_size))
+    from megatron_chatflow.training.data_setup import open_inputs
+    from megatron_chatflow.training.setup import (
+        assemble,
+        claim,
+        find_sound_start,
+        find_start,
+        join,
+        look_ahead,
+        saving,
+    )
 
-        begin = time.perf_counter()
-        inputs = open_inputs(config, held_out=bool(config.validation.eval_interval))
-        start = find_start(config, inputs)
-        outlook = look_ahead(start, inputs)
+    begin = time.perf_counter()
+    inputs = open_inputs(config, held_out=bool(config.validation.eval_interval))
+    start = find_start(config, inputs)
+    outlook = look_ahead(start, inputs)
 
     def say(text: str) -> None:
         if launch.rank == 0:
@@ -90,11 +86,10 @@ def main(argv: Sequence[str]) -> int:
                 limit = config.training.exit_duration_in_mins
                 stop = signals.enter_context(Stop(limit, lease))
                 claim(lease, say)
-                with usage_errors():
-                    if lease is not None:  # another run may have saved since
-                        start = find_start(config, inputs)
-                    start = find_sound_start(config, inputs, start)
-                    outlook = look_ahead(start, inputs)
+                if lease is not None:  # another run may have saved since
+                    start = find_start(config, inputs)
+                start = find_sound_start(config, inputs, start)
+                outlook = look_ahead(start, inputs)
                 for note in start.notes:
                     say(note)
                 run = assemble(launch, inputs, start, outlook, say)
