@@ -273,13 +273,13 @@ def pack(prefix: str) -> dict[str, float]:
     """Seconds to open a corpus of conversations for the first time, and again when its packing lies
     beside it.
     """
-    from megatron_chatflow.data import IndexedDataset, InstructDataset
+    from megatron_chatflow.data import IndexedDataset, InstructDataset, WindowOptions
 
     def once() -> float:
         begin = time.perf_counter()
         dataset = IndexedDataset(prefix)
         InstructDataset(
-            "chat", dataset, seq_length=SEQ, seed=1, documents=(0, dataset.num_documents)
+            "chat", dataset, (0, dataset.num_documents), WindowOptions(seq_length=SEQ, seed=1)
         )
         return time.perf_counter() - begin
 

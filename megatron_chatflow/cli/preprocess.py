@@ -20,13 +20,13 @@ from megatron_chatflow.data.preprocess.options import (
     DEFAULT_SEED,
     PreprocessOptions,
 )
-from megatron_chatflow.data.preprocess.pipeline import (
+from megatron_chatflow.data.preprocess.pipeline import preprocess
+from megatron_chatflow.data.preprocess.resume_state import has_state
+from megatron_chatflow.data.preprocess.summary import (
     MalformedInput,
     PreprocessProgress,
     PreprocessSummary,
-    preprocess,
 )
-from megatron_chatflow.data.preprocess.resume_state import has_state
 from megatron_chatflow.data.preprocess.worker_pool import WorkerDied
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report.console import lossy_output

@@ -16,7 +16,7 @@ from megatron_chatflow.checkpoint.lease import Lease
 from megatron_chatflow.cli.run_command import run_command
 from megatron_chatflow.config import pad_vocab_size
 from megatron_chatflow.data.preprocess.input_files import STDIN, open_sources
-from megatron_chatflow.data.preprocess.read_documents import read_texts
+from megatron_chatflow.data.preprocess.records import read_texts
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report.fertility_table import fertility_table
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
@@ -30,9 +30,8 @@ from megatron_chatflow.tokenizer.extend import (
     replace,
 )
 from megatron_chatflow.tokenizer.fertility import TokenizerComparison, compare
-from megatron_chatflow.tokenizer.token_map import token_map
-from megatron_chatflow.tokenizer.tokenizer_files import write_json
-from megatron_chatflow.tokenizer.vocabulary_base import Vocabulary
+from megatron_chatflow.tokenizer.token_map import TOKEN_MAP, make_token_map
+from megatron_chatflow.tokenizer.vocabulary_base import Vocabulary, write_json
 from megatron_chatflow.utils.files import disk_errors
 from megatron_chatflow.utils.user_files import check_name
 
@@ -56,7 +55,7 @@ exit codes: 0 written, 1 a disk failed, 2 a setting or a file is wrong and nothi
 _BATCH = 1 << 20
 _HELD_OUT_EVERY = 20
 _HELD_OUT_BYTES = 8_000_000
-_OWN = "token_map.json"
+_OWN = TOKEN_MAP
 
 
 class _Parser(argparse.ArgumentParser):
@@ -268,7 +267,7 @@ def _run(settings: argparse.Namespace) -> None:
     kind = "replace" if settings.replace else "extend"
     write_json(
         os.path.join(settings.output, _OWN),
-        token_map(kind, base, outcome.vocabulary.size, outcome.new),
+        make_token_map(kind, base, outcome.vocabulary.size, outcome.new),
     )
     print(
         "\n".join(

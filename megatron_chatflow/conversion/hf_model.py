@@ -14,9 +14,7 @@ from megatron_chatflow.config import Config
 from megatron_chatflow.config.schema import ModelSettings
 from megatron_chatflow.conversion.hf_config import model_settings
 from megatron_chatflow.conversion.new_token_embeddings import (
-    TokenMap,
     check_base,
-    read_token_map,
     report,
     with_new_rows,
 )
@@ -30,6 +28,7 @@ from megatron_chatflow.conversion.weight_mapping import (
 )
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer.token_map import TokenMap, read_token_map
 
 TOKENIZERS = {"tokenizer.json": "HuggingFaceTokenizer", "tokenizer.model": "SentencePieceTokenizer"}
 """Files that say how text becomes ids, and Megatron's name of what reads them; the first that is

@@ -4,104 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_chatflow.conversion.safetensors_io import read_json
 from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.tokenizer.token_map import TOKEN_MAP, MappedToken, TokenMap
 from megatron_chatflow.utils.seeding import seed_from
 
-TOKEN_MAP = "token_map.json"
 METHODS = ("mean", "random", "mean_all")
-
-
-@dataclass(frozen=True)
-class NewToken:
-    """A token and what its text was before it was a token."""
-
-    id: int
-    pieces: tuple[int, ...]
-    """Ids of the base tokenizer."""
-    chars: tuple[float, ...]
-    """Characters in each piece; a byte piece counts its share of its character."""
-
-
-@dataclass(frozen=True)
-class TokenMap:
-    """How a tokenizer was made from the one that the model was trained with."""
-
-    kind: str
-    """``extend``: the new ids follow the old ones. ``replace``: they stand in the place of old
-    ones.
-    """
-    base_vocab_size: int
-    vocab_size: int
-    base_sha256: str
-    new: tuple[NewToken, ...]
-
-
-def read_token_map(folder: Path) -> TokenMap:
-    """Read and check token_map.json. Raises ConfigError where it is missing, of another version or
-    contradicts itself.
-    """
-    path = folder / TOKEN_MAP
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} has no {TOKEN_MAP}, so nothing tells where the rows of its tokens "
-            f"come from; give a folder that tools/extend_tokenizer.py made"
-        )
-    content = read_json(path)
-    if content.get("version") != 1 or content.get("kind") not in ("extend", "replace"):
-        raise ConfigError(
-            f"{path}: version {content.get('version')!r}, kind {content.get('kind')!r}; "
-            f"make the tokenizer with this release's tools"
-        )
-    try:
-        new = tuple(
-            NewToken(int(e["id"]), tuple(map(int, e["pieces"])), tuple(map(float, e["chars"])))
-            for e in content["new"]
-        )
-        result = TokenMap(
-            content["kind"],
-            int(content["base_vocab_size"]),
-            int(content["vocab_size"]),
-            str(content["base_sha256"]),
-            new,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged ({error!r}); make the tokenizer again") from None
-    fault = _fault(result)
-    if fault:
-        raise ConfigError(f"{path} contradicts itself: {fault}; make the tokenizer again")
-    return result
-
-
-def _fault(told: TokenMap) -> str | None:
-    ids = [token.id for token in told.new]
-    if told.kind == "extend" and sorted(ids) != list(range(told.base_vocab_size, told.vocab_size)):
-        return f"the new ids are not {told.base_vocab_size} to {told.vocab_size - 1}"
-    if told.kind == "replace" and (
-        told.vocab_size != told.base_vocab_size or len(set(ids)) != len(ids)
-    ):
-        return "a replacement leaves the size as it was and names every id once"
-    for token in told.new:
-        if (
-            not 0 <= token.id < told.vocab_size
-            or not token.pieces
-            or len(token.pieces) != len(token.chars)
-        ):
-            return (
-                f"token {token.id} has {len(token.pieces)} pieces and {len(token.chars)} "
-                f"lengths in a vocabulary of {told.vocab_size}"
-            )
-        if not all(0 <= piece < told.base_vocab_size for piece in token.pieces):
-            return (
-                f"token {token.id} has pieces outside the base vocabulary of {told.base_vocab_size}"
-            )
-    return None
 
 
 def check_base(told: TokenMap, folder: Path, tokenizer_files: Sequence[Path], rows: int) -> None:
@@ -127,7 +39,7 @@ def with_new_rows(
     matrix: torch.Tensor,
     base_vocab_size: int,
     rows: int,
-    new: Sequence[NewToken],
+    new: Sequence[MappedToken],
     method: str,
     side: str,
     std: float,

@@ -7,7 +7,9 @@ from megatron_chatflow.data.blend.dataloader import BlendDataLoader
 from megatron_chatflow.data.blend.index_shuffle import domain_key, permutation
 from megatron_chatflow.data.blend.instruct_dataset import InstructDataset
 from megatron_chatflow.data.blend.text_dataset import TextDataset
-from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset, best_dtype
+from megatron_chatflow.data.blend.window_dataset import WindowOptions
+from megatron_chatflow.data.corpus.index_header import best_dtype
+from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.manifest import Manifest, read_manifest, write_manifest
 from megatron_chatflow.data.corpus.split import document_range, parse_split
 from megatron_chatflow.data.corpus.verify import verify
@@ -21,6 +23,7 @@ __all__ = [
     "BlendDataLoader",
     "Manifest",
     "TextDataset",
+    "WindowOptions",
     "best_dtype",
     "document_range",
     "domain_key",

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_chatflow.config import Config
 from megatron_chatflow.data.blend.document_dataset import DocumentDataset
-from megatron_chatflow.data.preprocess.read_documents import read_texts
+from megatron_chatflow.data.preprocess.records import read_texts
 from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.evaluation.eval_model import Subject
 from megatron_chatflow.tokenizer import TokenBytes, Tokenizer

@@ -14,13 +14,18 @@ import tokenizers
 from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.merge_candidates import SymbolText, TargetCharacters
 from megatron_chatflow.tokenizer.pre_tokenizer import cut_scripts, join_marks, steps
-from megatron_chatflow.tokenizer.tokenizer_files import copy_companions, write_json
 from megatron_chatflow.tokenizer.unicode_scripts import (
     first_bytes,
     first_bytes_inside_words,
     only_marks,
 )
-from megatron_chatflow.tokenizer.vocabulary_base import NewToken, Vocabulary, last_merge
+from megatron_chatflow.tokenizer.vocabulary_base import (
+    NewToken,
+    Vocabulary,
+    copy_companions,
+    last_merge,
+    write_json,
+)
 from megatron_chatflow.utils.user_files import load_json
 
 _LONGEST = 16

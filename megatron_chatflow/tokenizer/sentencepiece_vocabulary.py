@@ -14,9 +14,14 @@ from megatron_chatflow.tokenizer.merge_candidates import (
     TargetCharacters,
 )
 from megatron_chatflow.tokenizer.sentencepiece_to_hf import tokenizer_json
-from megatron_chatflow.tokenizer.tokenizer_files import copy_companions, write_json
 from megatron_chatflow.tokenizer.unicode_scripts import ZERO_WIDTH, only_marks
-from megatron_chatflow.tokenizer.vocabulary_base import NewToken, Vocabulary, last_merge
+from megatron_chatflow.tokenizer.vocabulary_base import (
+    NewToken,
+    Vocabulary,
+    copy_companions,
+    last_merge,
+    write_json,
+)
 
 _Piece = protocol.ModelProto.SentencePiece
 _LONGEST = 16

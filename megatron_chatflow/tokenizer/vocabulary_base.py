@@ -1,12 +1,24 @@
 """What an extension needs to know of a vocabulary, whatever its file format."""
 
 import abc
+import json
+import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from megatron_chatflow.tokenizer.merge_candidates import SymbolText, TargetCharacters
+
+_COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 @dataclass(frozen=True)
@@ -143,3 +155,21 @@ def last_merge(symbols: list[str], rank: Callable[[str, str], float | None]) -> 
         pair = symbols[i], symbols[i + 1]
         symbols[i : i + 2] = ["".join(pair)]
     return pair
+
+
+def copy_companions(source: str, folder: str) -> list[str]:
+    """Copies what stands here a tokenizer's file and does not depend on its tokens into another
+    folder; returns the names.
+    """
+    here = os.path.dirname(os.path.abspath(source))
+    found = [name for name in _COMPANIONS if os.path.isfile(os.path.join(here, name))]
+    for name in found:
+        shutil.copyfile(os.path.join(here, name), os.path.join(folder, name))
+    return found
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Writes a JSON file as people read it."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, indent=1)
+        file.write("\n")

@@ -1,6 +1,4 @@
-"""Which ids of an extended tokenizer are new: token_map.json, which lies beside the tokenizer's
-files. Imports no torch.
-"""
+"""Which ids of an extended tokenizer are new, by the token map in its folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,10 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_chatflow.config import Config
-from megatron_chatflow.errors import ChatflowError, ConfigError
-from megatron_chatflow.utils.user_files import load_json, read_text
-
-NAME = "token_map.json"
+from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.tokenizer.token_map import TOKEN_MAP, read_token_map
 
 
 def new_row_ids(config: Config, vocab_size: int) -> np.ndarray:
@@ -31,30 +27,23 @@ def new_row_ids(config: Config, vocab_size: int) -> np.ndarray:
     model = config.tokenizer.tokenizer_model
     if model is None:
         raise ConfigError(
-            f"train_new_rows_samples needs the {NAME} beside the tokenizer; give "
+            f"train_new_rows_samples needs the {TOKEN_MAP} beside the tokenizer; give "
             f"--tokenizer-model the folder of an extended tokenizer"
         )
-    path = (Path(model) if os.path.isdir(model) else Path(model).parent) / NAME
+    folder = Path(model) if os.path.isdir(model) else Path(model).parent
+    path = folder / TOKEN_MAP
     if not os.path.exists(path):
         raise ConfigError(
             f"train_new_rows_samples needs {path}, which tools/extend_tokenizer.py writes; "
             f"give that tokenizer, or drop --train-new-rows-samples"
         )
-    try:
-        content = load_json(read_text(path))
-        numbers = {int(entry["id"]) for entry in content["new"]}
-    except (ChatflowError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is not a token map ({type(error).__name__}: {error}); write it again "
-            f"with tools/extend_tokenizer.py"
-        ) from None
-    ids = np.array(sorted(numbers), np.int64)
+    ids = np.array(sorted(token.id for token in read_token_map(folder).new), np.int64)
     if not len(ids):
         raise ConfigError(
             f"{path} names no new tokens, so there is nothing to train; drop "
             f"--train-new-rows-samples"
         )
-    if ids[0] < 0 or ids[-1] >= vocab_size:
+    if ids[-1] >= vocab_size:
         raise ConfigError(
             f"{path} names token {ids[-1]} and the vocabulary has {vocab_size}; give the "
             f"tokenizer that the map was made with"

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from megatron_chatflow.errors import EXIT_FAILED, ChatflowError, ConfigError
 
@@ -125,6 +126,12 @@ def make_folder(path: str | os.PathLike[str]) -> None:
                 raise
             if attempt == _ATTEMPTS - 1:
                 raise
+
+
+def sync_file(file: IO[bytes]) -> None:
+    """Flush what was written to an open file to disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(path: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_chatflow.data import open_domains
-from megatron_chatflow.data.corpus.indexed_dataset import CODES, HEADER, MAGIC, VERSION
+from megatron_chatflow.data.corpus.index_header import CODES, HEADER, MAGIC, VERSION
 from tests.pool import command
 from tests.sample import CURRICULUM, SETTINGS
 

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_chatflow.cli.preprocess import _ProgressBar, main
 from megatron_chatflow.data import IndexedDataset, read_manifest
-from megatron_chatflow.data.preprocess.pipeline import PreprocessProgress
+from megatron_chatflow.data.preprocess.summary import PreprocessProgress
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 LINE = json.dumps({"text": "x" * 1000}).encode() + b"\n"

@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from megatron_chatflow.conversion.new_token_embeddings import (
-    NewToken,
-    read_token_map,
     with_new_rows,
 )
 from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.token_map import MappedToken, read_token_map
 from tests.conversion.models import TEXTS, greedy, run_logits, tensors, tool, write_tokenizer
 from tests.pool import Pool
 
@@ -69,9 +68,9 @@ def test_the_mean_is_over_rows_and_weighted_by_characters_on_the_output_side() -
     """The fault of some public scripts is a mean over everything, which is one number."""
     matrix = torch.randn(10, 6, generator=torch.Generator().manual_seed(1)).bfloat16()
     new = [
-        NewToken(10, (1, 2, 2), (1.0, 0.25, 0.75)),
-        NewToken(11, (9,), (2.0,)),
-        NewToken(3, (3, 4), (0.0, 0.0)),
+        MappedToken(10, (1, 2, 2), (1.0, 0.25, 0.75)),
+        MappedToken(11, (9,), (2.0,)),
+        MappedToken(3, (3, 4), (0.0, 0.0)),
     ]
     exact = matrix.double().numpy()
     for side, weights in (("input", [1 / 3, 1 / 3, 1 / 3]), ("output", [0.5, 0.125, 0.375])):
@@ -89,13 +88,13 @@ def test_the_mean_is_over_rows_and_weighted_by_characters_on_the_output_side() -
 
 def test_the_mean_of_all_leaves_the_padding_of_the_model_out() -> None:
     matrix = torch.cat([torch.full((4, 2), 3.0), torch.full((2, 2), 1000.0)])
-    assert with_new_rows(matrix, 4, 6, [NewToken(4, (0,), (1.0,))], "mean_all", "input", 0.02, 1)[
-        4
-    ].tolist() == [3.0, 3.0]
+    assert with_new_rows(
+        matrix, 4, 6, [MappedToken(4, (0,), (1.0,))], "mean_all", "input", 0.02, 1
+    )[4].tolist() == [3.0, 3.0]
 
 
 def test_random_rows_have_the_models_deviation_and_differ_between_sides_and_seeds_only() -> None:
-    new = [NewToken(2 + i, (0,), (1.0,)) for i in range(2000)]
+    new = [MappedToken(2 + i, (0,), (1.0,)) for i in range(2000)]
     make = [with_new_rows(torch.zeros(2, 64), 2, 2002, new, "random", side, 0.02,
     seed)[2:] for side, seed in
             (("input", 1), ("input", 1), ("output", 1), ("input", 2))]  # fmt: skip

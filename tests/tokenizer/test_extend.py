@@ -15,7 +15,7 @@ from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.bytelevel_vocabulary import byte_alphabet
 from megatron_chatflow.tokenizer.extend import extend, open_vocabulary
-from megatron_chatflow.tokenizer.token_map import token_map
+from megatron_chatflow.tokenizer.token_map import make_token_map
 from tests.tokenizer import bases, samples
 
 KINDS = ("sentencepiece", "gpt2", "llama3")
@@ -114,7 +114,7 @@ def test_new_tokens_are_old_ones_joined(extended, text):
 def test_the_token_map_tells_what_each_new_token_was(extended):
     base, outcome, before, after = extended
     content = json.loads(
-        json.dumps(token_map("extend", base, outcome.vocabulary.size, outcome.new))
+        json.dumps(make_token_map("extend", base, outcome.vocabulary.size, outcome.new))
     )
     assert (content["version"], content["kind"]) == (1, "extend")
     assert (content["base_vocab_size"], content["vocab_size"]) == (
@@ -295,7 +295,7 @@ class TestRefusals:
         outcome = extend(base, bases.corpus(["人人生而自由", "人人生而自由"]), 6)
         library = sentencepiece.SentencePieceProcessor(model_proto=outcome.vocabulary.content)
         assert library.decode(library.encode("人自由生而")) == "人自由生而"
-        with_unknown = token_map("extend", base, outcome.vocabulary.size, outcome.new)["new"]
+        with_unknown = make_token_map("extend", base, outcome.vocabulary.size, outcome.new)["new"]
         assert all(
             sum(entry["chars"]) == len(token.text.decode())
             for entry, token in zip(with_unknown, outcome.new, strict=True)

@@ -16,7 +16,7 @@ from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import ExtensionResult, extend, open_vocabulary, replace
 from megatron_chatflow.tokenizer.pre_tokenizer import cut_scripts, join_marks
-from megatron_chatflow.tokenizer.token_map import token_map
+from megatron_chatflow.tokenizer.token_map import make_token_map
 from megatron_chatflow.tokenizer.unicode_scripts import ZERO_WIDTH, letters_of
 from tests.tokenizer import bases, samples
 
@@ -276,7 +276,7 @@ def test_rows_of_tokens_across_marks_come_from_what_the_old_tokenizer_makes(
 ):
     base = open_kind(bases_of_all_kinds, kind)
     outcome = extend(base, bases.corpus([LINES["KHMER"]] * 50), NEW)
-    content = token_map("extend", base, outcome.vocabulary.size, outcome.new)
+    content = make_token_map("extend", base, outcome.vocabulary.size, outcome.new)
     old = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=bases_of_all_kinds / kind)
     whole = 0
     for entry, token in zip(content["new"], outcome.new, strict=True):
@@ -307,7 +307,7 @@ def test_old_merges_do_not_decide_the_rows_of_tokens_across_marks(bases_of_all_k
     assert len(merged) == 1 and len(old.encode(["กิ"])[0]) == 2
     outcome = extend(old, bases.corpus(["กิน กินดี กินดี"] * 50), 6)
     assert len(outcome.before.encode(["กิ"])[0]) == 1
-    for entry in token_map("extend", old, outcome.vocabulary.size, outcome.new)["new"]:
+    for entry in make_token_map("extend", old, outcome.vocabulary.size, outcome.new)["new"]:
         assert merged[0] not in entry["pieces"]
 
 

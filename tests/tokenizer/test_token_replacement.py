@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
-from megatron_chatflow.tokenizer.extend import open_vocabulary, replace
-from megatron_chatflow.tokenizer.token_map import token_map
-from megatron_chatflow.tokenizer.token_replacement import least_used
+from megatron_chatflow.tokenizer.extend import least_used, open_vocabulary, replace
+from megatron_chatflow.tokenizer.token_map import make_token_map
 from tests.tokenizer import bases, samples
 
 KINDS = ("sentencepiece", "gpt2", "llama3")
@@ -77,7 +76,7 @@ def test_any_text_comes_back(replaced, text):
 
 def test_the_token_map_speaks_of_the_old_tokenizer(replaced):
     base, outcome, _, _ = replaced
-    content = token_map("replace", base, outcome.vocabulary.size, outcome.new)
+    content = make_token_map("replace", base, outcome.vocabulary.size, outcome.new)
     assert content["base_sha256"] == hashlib.sha256(base.content).hexdigest()
     assert content["vocab_size"] == content["base_vocab_size"] == base.size
     for entry, token in zip(content["new"], outcome.new, strict=True):

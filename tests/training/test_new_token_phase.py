@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,12 @@ LAYOUTS = {
 DEFAULT = ("one process",)
 
 
+def token_map(new: list[dict[str, Any]], vocab_size: int) -> str:
+    """Return a token map of replaced tokens as JSON."""
+    sizes = {"base_vocab_size": vocab_size, "vocab_size": vocab_size, "base_sha256": ""}
+    return json.dumps({"version": 1, "kind": "replace", **sizes, "new": new})
+
+
 @pytest.fixture(scope="module")
 def phase(sample: Path) -> list[str]:
     """Flags that turn the phase on for three iterations, with a tokenizer folder whose map names
@@ -46,9 +53,7 @@ def phase(sample: Path) -> list[str]:
     folder.mkdir()
     shutil.copy(QUICKSTART / "tokenizer.model", folder)
     entries = [{"id": i, "pieces": [3], "chars": [1]} for i in NEW]
-    (folder / "token_map.json").write_text(
-        json.dumps({"version": 1, "kind": "replace", "new": entries})
-    )
+    (folder / "token_map.json").write_text(token_map(entries, 1024))
     return [
         *FLAGS,
         "--tokenizer-model",
@@ -179,10 +184,11 @@ def test_the_phase_is_refused_where_it_cannot_be(
     assert "stands at the start of a run" in refused(
         "--load", str(reference), *phase[-4:-1], "1000"
     )
+    beyond = [{"id": 5000, "pieces": [3], "chars": [1]}]
     for text, part in (
-        ("{}", "is not a token map"),
-        ('{"new": []}', "no new tokens"),
-        ('{"new": [{"id": 5000}]}', "names token 5000"),
+        ("{}", "make the tokenizer with this release's tools"),
+        (token_map([], 500), "no new tokens"),
+        (token_map(beyond, 6000), "names token 5000"),
     ):
         folder = sample / "bad map"
         folder.mkdir(exist_ok=True)

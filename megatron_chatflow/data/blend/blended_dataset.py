@@ -1,19 +1,15 @@
 """The blend: a plan says which domain and ordinal each sample is, the domains read it."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_chatflow.data.blend.batch import Batch, empty_batch, first_outside
 from megatron_chatflow.data.blend.index_shuffle import shuffled_windows
 from megatron_chatflow.data.blend.instruct_dataset import InstructDataset
 from megatron_chatflow.data.blend.text_dataset import TextDataset
-from megatron_chatflow.data.blend.window_dataset import (
-    Batch,
-    WindowDataset,
-    empty_batch,
-    first_outside,
-)
+from megatron_chatflow.data.blend.window_dataset import WindowDataset, WindowOptions
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.manifest import read_manifest
 from megatron_chatflow.data.corpus.split import document_range
@@ -152,119 +148,75 @@ class BlendedDataset:
         return batch
 
 
-def open_domains(
-    curriculum: "Curriculum",
-    *,
-    seq_length: int,
-    seed: int,
-    split: str = "969,30,1",
-    subset: str = "train",
-    reset_position_ids: bool = False,
-    reset_attention_mask: bool = False,
-    eod_mask_loss: bool = False,
-    eod: int | None = None,
-) -> dict[str, WindowDataset]:
-    """Opens the corpora of a curriculum. Text takes constant time a corpus, instructions are
-    packed.
+def open_domains(curriculum: "Curriculum", **options: Any) -> dict[str, WindowDataset]:
+    """Open the corpora of a curriculum.
+
+    Text takes constant time per corpus; instructions are packed.
 
     Args:
         curriculum: names, paths and kinds.
-        seq_length: S, positions in a window.
-        seed: decides the order of the windows, together with the domain's name and the epoch.
-        split: Megatron's `--split`, by documents (see `split.py`). It does not cut a domain that
-        has validation files of its own (`valid`):
-            all of `path` is for training, all of `valid` for validation, and nothing for the test.
-        subset: "train", "valid" or "test".
-        reset_position_ids, reset_attention_mask, eod_mask_loss, eod: for text domains, see
-        `TextDataset`; instruction windows always
-            reset, and their loss mask comes from the sequence modes.
+        **options: fields of `WindowOptions`; `seq_length` and `seed` are required.
 
     Returns:
-        name -> domain, in the file's order.
+        name -> dataset, in the file's order.
 
     Raises:
-        ValueError: a corpus is missing, damaged, or not of the kind that the curriculum says: one
-        message with domain, path and what to do.
+        DataError: a corpus is missing, damaged, or not of the kind that the curriculum says: one
+            message with domain, path and what to do.
     """
-    text = {
-        "reset_position_ids": reset_position_ids,
-        "reset_attention_mask": reset_attention_mask,
-        "eod_mask_loss": eod_mask_loss,
-        "eod": eod,
-    }
-    if seq_length < 1:
-        raise DataError(f"seq_length {seq_length}: write a positive number")
-    opened = {}
-    for name, entry in curriculum.domains.items():
-        try:
-            dataset = IndexedDataset(
-                entry.valid if entry.valid and subset == "valid" else entry.path
-            )
-            _check_kind(dataset, entry.kind)
-            _check_manifest(dataset)
-            own = "0,1" if subset == "valid" else "1"
-            documents = document_range(own if entry.valid else split, subset, dataset.num_documents)
-            common = {"seq_length": seq_length, "seed": seed, "documents": documents}
-            if entry.kind == "instruct":
-                opened[name] = InstructDataset(
-                    name, dataset, **common, train_on_prompt=entry.train_on_prompt
-                )
-                if subset == "train" and any(
-                    stage.weights.get(name) for stage in curriculum.stages
-                ):
-                    _check_trained(opened[name])
-            else:
-                opened[name] = TextDataset(name, dataset, **common, **text)
-        except ChatflowError as error:
-            raise DataError(f"domain {name}: {error}") from error
-    return opened
+    window_options = WindowOptions(**options)
+    return {name: _open_domain(curriculum, name, window_options) for name in curriculum.domains}
 
 
 def open_blend(
-    curriculum: "Curriculum",
-    plan: "BlendPlan",
-    *,
-    seq_length: int,
-    seed: int,
-    split: str = "969,30,1",
-    subset: str = "train",
-    reset_position_ids: bool = False,
-    reset_attention_mask: bool = False,
-    eod_mask_loss: bool = False,
-    eod: int | None = None,
+    curriculum: "Curriculum", plan: "BlendPlan", *, seq_length: int, seed: int, **options: Any
 ) -> BlendedDataset:
-    """Opens the blend of a plan; nothing is built beforehand, and the length of the run plays no
-    part.
+    """Open the blend of a plan; nothing is built first, whatever the length of the run.
 
     Args:
         curriculum: names, paths and kinds of the domains.
         plan: made from this curriculum (or amended to it).
         seq_length: positions in a sample; the plan's.
-        seed, split, subset, reset_position_ids, reset_attention_mask, eod_mask_loss, eod: as
-        `open_domains`.
+        seed: decides the order of the windows, together with the domain's name and the epoch.
+        **options: further fields of `WindowOptions`.
 
     Raises:
-        ValueError: plan and curriculum name different domains, another `seq_length`, a domain that
-        the plan draws from has nothing
-            in this subset, or as `open_domains`.
+        DataError: plan and curriculum name different domains, another `seq_length`, a domain that
+            the plan draws from has nothing in this subset, or as `open_domains`.
     """
     if plan.seq_length != seq_length:
         raise DataError(
             f"seq_length {seq_length}: the plan was made for {plan.seq_length}; use that, "
             f"or make a new plan"
         )
-    domains = open_domains(
-        curriculum,
-        seq_length=seq_length,
-        seed=seed,
-        split=split,
-        subset=subset,
-        reset_position_ids=reset_position_ids,
-        reset_attention_mask=reset_attention_mask,
-        eod_mask_loss=eod_mask_loss,
-        eod=eod,
+    return BlendedDataset(
+        plan, open_domains(curriculum, seq_length=seq_length, seed=seed, **options)
     )
-    return BlendedDataset(plan, domains)
+
+
+def _open_domain(curriculum: "Curriculum", name: str, options: WindowOptions) -> WindowDataset:
+    entry = curriculum.domains[name]
+    try:
+        dataset = IndexedDataset(
+            entry.valid if entry.valid and options.subset == "valid" else entry.path
+        )
+        _check_kind(dataset, entry.kind)
+        _check_manifest(dataset)
+        split = options.split
+        if entry.valid:
+            split = "0,1" if options.subset == "valid" else "1"
+        documents = document_range(split, options.subset, dataset.num_documents)
+        if entry.kind != "instruct":
+            return TextDataset(name, dataset, documents, options)
+        opened = InstructDataset(
+            name, dataset, documents, options, train_on_prompt=entry.train_on_prompt
+        )
+        drawn = any(stage.weights.get(name) for stage in curriculum.stages)
+        if options.subset == "train" and drawn:
+            _check_trained(opened)
+        return opened
+    except ChatflowError as error:
+        raise DataError(f"domain {name}: {error}") from error
 
 
 def _check_names(plan: "BlendPlan", domains: Mapping[str, WindowDataset]) -> None:
@@ -321,6 +273,6 @@ def _check_trained(domain: InstructDataset) -> None:
 
 def _check_manifest(dataset: IndexedDataset) -> None:
     manifest = read_manifest(dataset.prefix)
-    fault = manifest and manifest_error(dataset.header, manifest, dataset.prefix)
-    if fault:
-        raise DataError(f"corpus {dataset.prefix}: {fault}")
+    problem = manifest and manifest_error(dataset.header, manifest, dataset.prefix)
+    if problem:
+        raise DataError(f"corpus {dataset.prefix}: {problem}")

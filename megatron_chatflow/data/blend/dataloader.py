@@ -4,8 +4,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from megatron_chatflow.data.blend.batch import Batch
 from megatron_chatflow.data.blend.blended_dataset import BlendedDataset
-from megatron_chatflow.data.blend.window_dataset import Batch
 from megatron_chatflow.errors import DataError
 
 

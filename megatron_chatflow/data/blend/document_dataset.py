@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_chatflow.data.blend.batch import Batch, empty_batch
 from megatron_chatflow.data.blend.packing import pack
-from megatron_chatflow.data.blend.window_dataset import Batch, empty_batch
 from megatron_chatflow.tokenizer import Tokenizer
 
 

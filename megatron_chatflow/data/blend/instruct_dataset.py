@@ -6,8 +6,9 @@ import dataclasses
 
 import numpy as np
 
+from megatron_chatflow.data.blend.batch import Batch, concatenated_ranges, segments_of
 from megatron_chatflow.data.blend.packing import pack, positions
-from megatron_chatflow.data.blend.window_dataset import Batch, WindowDataset, ranges, segments
+from megatron_chatflow.data.blend.window_dataset import WindowDataset, WindowOptions
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.verify import index_errors
 from megatron_chatflow.errors import DataError
@@ -67,25 +68,24 @@ class InstructDataset(WindowDataset):
         self,
         name: str,
         dataset: IndexedDataset,
-        *,
-        seq_length: int,
-        seed: int,
         documents: tuple[int, int],
+        options: WindowOptions,
+        *,
         train_on_prompt: bool = False,
     ) -> None:
-        super().__init__(name, dataset, seq_length=seq_length, seed=seed, documents=documents)
+        super().__init__(name, dataset, documents, options)
         self.train_on_prompt = train_on_prompt
         if dataset.sequence_modes is None:
             raise DataError(
                 f"corpus {dataset.prefix}: it has no sequence modes, so prompts and answers "
                 f"cannot be told apart"
             )
-        for fault in index_errors(dataset):
-            raise DataError(f"corpus {dataset.prefix}: {fault}: preprocess it again")
+        for problem in index_errors(dataset):
+            raise DataError(f"corpus {dataset.prefix}: {problem}: preprocess it again")
         lengths = np.diff(dataset.document_starts(np.arange(documents[0], documents[1] + 1)))
         trained, kept = self._count_trained(lengths)
         left_out = (lengths > 1) & (kept == 0)
-        self.packing = pack(np.where(left_out, 0, lengths), seq_length)
+        self.packing = pack(np.where(left_out, 0, lengths), self.seq_length)
         self.num_samples = self.packing.num_windows
         total = int(trained.sum())
         self.truncation = Truncation(
@@ -130,7 +130,7 @@ class InstructDataset(WindowDataset):
         used = np.bincount(which, size, len(windows)).astype(np.int64)
         last = np.cumsum(np.bincount(which, minlength=len(windows)))
         sizes = np.insert(size, last, self.seq_length - used)
-        segment_ids, position_ids = segments((np.cumsum(sizes) - sizes)[sizes > 0], *shape)
+        segment_ids, position_ids = segments_of((np.cumsum(sizes) - sizes)[sizes > 0], *shape)
         source = np.repeat(np.insert(start, last, 0), sizes) + position_ids.reshape(-1)
         trained = np.repeat(np.insert(np.ones(len(size), bool), last, False), sizes)
         if not self.train_on_prompt:
@@ -163,7 +163,7 @@ class InstructDataset(WindowDataset):
         [conversations] each.
         """
         begin = self.packing.starts[windows]
-        which, within = ranges(self.packing.starts[windows + 1] - begin)
+        which, within = concatenated_ranges(self.packing.starts[windows + 1] - begin)
         return self.packing.order[begin[which] + within].astype(np.int64) + self.documents[0], which
 
     def _answers(self, document: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -183,7 +183,7 @@ class InstructDataset(WindowDataset):
             [sequences] each; and whether it is an answer, bool.
         """
         begin = self.dataset.document_indices[document]
-        which, within = ranges(self.dataset.document_indices[document + 1] - begin)
+        which, within = concatenated_ranges(self.dataset.document_indices[document + 1] - begin)
         sequence = begin[which] + within
         first = (
             self.dataset.sequence_pointers[sequence] // self.dataset.dtype.itemsize

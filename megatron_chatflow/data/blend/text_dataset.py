@@ -4,7 +4,8 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_chatflow.data.blend.window_dataset import Batch, WindowDataset, ranges, segments
+from megatron_chatflow.data.blend.batch import Batch, concatenated_ranges, segments_of
+from megatron_chatflow.data.blend.window_dataset import WindowDataset, WindowOptions
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.errors import DataError
 
@@ -33,30 +34,23 @@ class TextDataset(WindowDataset):
         self,
         name: str,
         dataset: IndexedDataset,
-        *,
-        seq_length: int,
-        seed: int,
         documents: tuple[int, int],
-        reset_position_ids: bool = False,
-        reset_attention_mask: bool = False,
-        eod_mask_loss: bool = False,
-        eod: int | None = None,
+        options: WindowOptions,
     ) -> None:
-        super().__init__(name, dataset, seq_length=seq_length, seed=seed, documents=documents)
-        if eod_mask_loss and eod is None:
+        super().__init__(name, dataset, documents, options)
+        if options.eod_mask_loss and options.eod is None:
             raise DataError(
                 "eod_mask_loss is set, but the end-of-document token is unknown: pass eod, "
                 "or leave eod_mask_loss off"
             )
-        self.reset_position_ids = reset_position_ids
-        self.reset_attention_mask = reset_attention_mask
-        self.masked_token = eod if eod_mask_loss else None
+        self.reset_position_ids = options.reset_position_ids
+        self.reset_attention_mask = options.reset_attention_mask
+        self.masked_token = options.eod if options.eod_mask_loss else None
         self.begin, self.end = dataset.token_range(*documents)
-        self.num_samples = max(0, -(-(self.end - self.begin - 1) // seq_length))
+        labels = self.end - self.begin - 1
+        self.num_samples = max(0, -(-labels // self.seq_length))
         self.last_length = (
-            self.end - self.begin - 1 - (self.num_samples - 1) * seq_length
-            if self.num_samples
-            else 0
+            labels - (self.num_samples - 1) * self.seq_length if self.num_samples else 0
         )
 
     def __getstate__(self) -> dict:
@@ -83,7 +77,7 @@ class TextDataset(WindowDataset):
         if self.masked_token is not None:
             batch["loss_mask"][rows] = text[:, :-1] != self.masked_token
         if self.reset_position_ids or self.reset_attention_mask:
-            segment_ids, position_ids = segments(
+            segment_ids, position_ids = segments_of(
                 self._document_starts(windows), len(windows), self.seq_length
             )
             if self.reset_attention_mask:
@@ -129,7 +123,7 @@ class TextDataset(WindowDataset):
         start = self.begin + windows * self.seq_length
         stop = np.minimum(start + self.seq_length, self.end)
         first, last = self.dataset.documents_at(np.concatenate([start, stop - 1])).reshape(2, -1)
-        window, within = ranges(np.maximum(last - first, 0))
+        window, within = concatenated_ranges(np.maximum(last - first, 0))
         column = self.dataset.document_starts(first[window] + 1 + within) - start[window]
         if np.any(last < first) or np.any((column < 1) | (column >= self.seq_length)):
             prefix = self.dataset.prefix

@@ -3,89 +3,34 @@ epoch; and the batch they fill.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_chatflow.data.blend.buffer_pool import BufferPool
+from megatron_chatflow.data.blend.batch import Batch, empty_batch, first_outside
 from megatron_chatflow.data.blend.index_shuffle import shuffled_windows
 from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
-from megatron_chatflow.errors import SampleError
+from megatron_chatflow.errors import DataError, SampleError
 
-Batch = dict[str, np.ndarray]
-_POOL = BufferPool()
 _CHUNK_POSITIONS = 1 << 17
 
 
-def empty_batch(num_samples: int, seq_length: int) -> Batch:
-    """Allocates a batch; all but tokens and labels already holds what a plain text window has.
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """How the corpora of a curriculum become windows."""
 
-    Returns:
-        tokens, labels, position_ids: int64 [num_samples, seq_length]; loss_mask: float32, 1;
-        segment_ids: int32, 0 (same shape).
-    """
-    count = num_samples * seq_length
-    memory = _POOL.take(32 * count)
-    fields = {
-        "tokens": np.int64,
-        "labels": np.int64,
-        "position_ids": np.int64,
-        "loss_mask": np.float32,
-        "segment_ids": np.int32,
-    }
-    batch, at = {}, 0
-    for name, dtype in fields.items():
-        size = count * np.dtype(dtype).itemsize
-        batch[name] = memory[at : at + size].view(dtype).reshape(num_samples, seq_length)
-        at += size
-    batch["position_ids"][:] = np.arange(seq_length)
-    batch["loss_mask"].fill(1)
-    batch["segment_ids"].fill(0)
-    return batch
+    seq_length: int
+    seed: int
+    split: str = "969,30,1"
+    subset: str = "train"
+    reset_position_ids: bool = False
+    reset_attention_mask: bool = False
+    eod_mask_loss: bool = False
+    eod: int | None = None
 
-
-def first_outside(batch: Batch, vocab_size: int | None) -> int | None:
-    """Returns the first row of a batch with an id outside of the vocabulary; None where there is
-    none, or no vocabulary.
-    """
-    if vocab_size is None or not batch["tokens"].size:
-        return None
-    unsigned = [
-        batch[key].view(np.uint64) for key in ("tokens", "labels")
-    ]  # a negative id is a large one
-    if all(ids.max() < vocab_size for ids in unsigned):
-        return None
-    return int(np.argmax(np.logical_or(*((ids >= vocab_size).any(1) for ids in unsigned))))
-
-
-def segments(
-    starts: np.ndarray, num_samples: int, seq_length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Counts segments and the positions within them.
-
-    Args:
-        starts: int64 [any], row * seq_length + column of each place where a segment starts; the
-        start of a row is one without saying. num_samples: rows n. seq_length: columns S.
-
-    Returns:
-        segment_ids int32 [n, S] and position_ids int64 [n, S], both from 0 in each row.
-    """
-    total = num_samples * seq_length
-    first_of_row = np.arange(0, total, seq_length)
-    starts = np.union1d(first_of_row, starts)
-    sizes = np.diff(starts, append=total)
-    number = np.arange(len(starts)) - np.searchsorted(starts, first_of_row)[starts // seq_length]
-    position = np.arange(total) - np.repeat(starts, sizes)
-    return np.repeat(number.astype(np.int32), sizes).reshape(
-        num_samples, seq_length
-    ), position.reshape(num_samples, seq_length)
-
-
-def ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (which, within) for the concatenation of range(counts[0]), range(counts[1]), ...:
-    int64 [sum(counts)] each.
-    """
-    which = np.repeat(np.arange(len(counts)), counts)
-    return which, np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+    def __post_init__(self) -> None:
+        if self.seq_length < 1:
+            raise DataError(f"seq_length {self.seq_length}: write a positive number")
 
 
 class WindowDataset(ABC):
@@ -109,16 +54,14 @@ class WindowDataset(ABC):
         self,
         name: str,
         dataset: IndexedDataset,
-        *,
-        seq_length: int,
-        seed: int,
         documents: tuple[int, int],
+        options: WindowOptions,
     ) -> None:
         self.name = name
         self.dataset = dataset
-        self.seq_length = seq_length
-        self.seed = seed
         self.documents = documents
+        self.seq_length = options.seq_length
+        self.seed = options.seed
         self.num_samples = 0
         if not dataset.header.contiguous:
             raise SampleError(

@@ -5,9 +5,11 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.errors import ChatflowError, DataError
+from megatron_chatflow.utils.files import write_atomically
 from megatron_chatflow.utils.user_files import load_json, read_text, visible
 
 _TOKENIZER_TYPES = {"type": str, "name": str, "hash": str, "vocab_size": int, "eod": int | None}
@@ -70,24 +72,11 @@ def write_manifest(prefix: str | os.PathLike, manifest: Manifest) -> None:
     """Writes `<prefix>.json` under a temporary name and renames it: it is there whole, or not at
     all.
     """
-    path = manifest_path(prefix)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            content = {
-                key: value
-                for key, value in dataclasses.asdict(manifest).items()
-                if value is not None
-            }
-            json.dump(content, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    content = {
+        key: value for key, value in dataclasses.asdict(manifest).items() if value is not None
+    }
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    write_atomically(Path(manifest_path(prefix)), text + "\n")
 
 
 def read_manifest(prefix: str | os.PathLike) -> Manifest | None:

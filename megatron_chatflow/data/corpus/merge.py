@@ -25,7 +25,7 @@ def find_corpora(folder: str | os.PathLike) -> list[str]:
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
         raise DataError(
-            f"--input {folder} is no folder: give the folder that holds the corpora to merge"
+            f"--input {folder} is not a folder: give the folder that holds the corpora to merge"
         )
     files = {
         name
@@ -75,7 +75,7 @@ def merge(
     """
     if not os.path.basename(output_prefix):
         raise DataError(
-            f"--output-prefix {output_prefix!r} is no prefix of a file name: give one such "
+            f"--output-prefix {output_prefix!r} is not a prefix of a file name: give one such "
             f"as out/all"
         )
     check_line("--output-prefix", output_prefix)
@@ -114,9 +114,9 @@ def merge(
 
 def _manifest(corpus: IndexedDataset) -> Manifest | None:
     manifest = read_manifest(corpus.prefix)
-    fault = manifest and manifest_error(corpus.header, manifest, corpus.prefix)
-    if fault:
-        raise DataError(f"corpus {corpus.prefix}: {fault}")
+    problem = manifest and manifest_error(corpus.header, manifest, corpus.prefix)
+    if problem:
+        raise DataError(f"corpus {corpus.prefix}: {problem}")
     return manifest
 
 
@@ -135,7 +135,7 @@ def _merged(
         if manifest is None:
             raise DataError(
                 f"corpus {having[0][1]} has a manifest and corpus {corpus.prefix} has none, "
-                f"so nobody knows whether their tokenizers are the same: "
+                f"so it is unknown whether their tokenizers are the same: "
                 f"delete {manifest_path(having[0][1])} and its like to merge without manifests"
             )
     first, prefix = having[0]
@@ -168,8 +168,8 @@ def _merged(
     )
 
 
-def _unlike(prefix: str, has: str, other: str, has_other: str, cure: str) -> DataError:
+def _unlike(prefix: str, has: str, other: str, has_other: str, fix: str) -> DataError:
     return DataError(
         f"corpus {prefix} has {has}, corpus {other} has {has_other}, so they cannot be "
-        f"merged: {cure}"
+        f"merged: {fix}"
     )

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from megatron_chatflow.data.corpus.indexed_dataset import Header, IndexedDataset
+from megatron_chatflow.data.corpus.index_header import Header
+from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.manifest import (
     Manifest,
     file_crc32,
@@ -34,7 +35,7 @@ def verify(
         manifest says.
 
     Returns:
-        A sentence for each fault; empty when the corpus is sound.
+        A sentence for each error; empty when the corpus is sound.
 
     Raises:
         ValueError: the corpus cannot even be opened (`read_header`), or its manifest cannot be
@@ -42,7 +43,7 @@ def verify(
     """
     dataset = IndexedDataset(prefix)
     manifest = read_manifest(prefix)
-    faults = [
+    errors = [
         *index_errors(dataset),
         None if manifest is None else manifest_error(dataset.header, manifest, dataset.prefix),
         *_tokens(dataset, manifest, progress, vocab_size),
@@ -52,16 +53,16 @@ def verify(
         and manifest.crc32
         and file_crc32(dataset.prefix + ".idx") != manifest.crc32["idx"]
     ):
-        faults.append(
+        errors.append(
             f"the .idx is not the one that {os.path.basename(manifest_path(prefix))} was "
             f"written with (its checksum differs)"
         )
-    return [f"corpus {dataset.prefix}: {fault}" for fault in faults if fault]
+    return [f"corpus {dataset.prefix}: {error}" for error in errors if error]
 
 
 def index_errors(dataset: IndexedDataset) -> list[str]:
     """Returns what is wrong with the arrays of an index; nothing when it is sound."""
-    return [fault for fault in (_sequences(dataset), _documents(dataset), _modes(dataset)) if fault]
+    return [error for error in (_sequences(dataset), _documents(dataset), _modes(dataset)) if error]
 
 
 def manifest_error(header: Header, manifest: Manifest, prefix: str) -> str | None:
@@ -133,7 +134,7 @@ def _tokens(
     vocab_size: int | None,
 ) -> list[str]:
     """Reads the `.bin` once: the tokens outside the vocabulary, and the checksum."""
-    faults: list[str] = []
+    errors: list[str] = []
     first, count, smallest, largest = None, 0, 0, 0
     if vocab_size is None and manifest is not None:
         vocab_size = manifest.tokenizer["vocab_size"]
@@ -160,11 +161,11 @@ def _tokens(
         others = (
             f"; {count:,} such tokens in all, from {smallest} to {largest}" if count > 1 else ""
         )
-        faults.append(f"token {first[0]} is {first[1]}{bound} (document {document}){others}")
+        errors.append(f"token {first[0]} is {first[1]}{bound} (document {document}){others}")
     if manifest is not None and manifest.crc32 and f"{crc:08x}" != manifest.crc32["bin"]:
-        faults.append(
+        errors.append(
             f"the .bin is not the one that "
             f"{os.path.basename(manifest_path(dataset.prefix))} was written with (its "
             f"checksum differs)"
         )
-    return faults
+    return errors

@@ -9,13 +9,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from megatron_chatflow.data.corpus.indexed_dataset import (
-    CODES,
-    HEADER,
-    MAGIC,
-    VERSION,
-    IndexedDataset,
-)
+from megatron_chatflow.data.corpus.index_header import CODES, HEADER, MAGIC, VERSION
+from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
 from megatron_chatflow.data.corpus.manifest import (
     Manifest,
     file_crc32,
@@ -24,6 +19,7 @@ from megatron_chatflow.data.corpus.manifest import (
 )
 from megatron_chatflow.data.corpus.verify import index_errors
 from megatron_chatflow.errors import DataError
+from megatron_chatflow.utils.files import sync_file, sync_folder
 
 Numbers = Sequence[int] | np.ndarray
 _CHUNK = 1 << 20
@@ -195,9 +191,9 @@ class IndexedDatasetBuilder:
                 f"{self.prefix}: {other.prefix} {has} sequence modes: conversations and "
                 f"text cannot be merged"
             )
-        for fault in index_errors(other):
+        for problem in index_errors(other):
             raise DataError(
-                f"{self.prefix}: corpus {other.prefix}: {fault}: preprocess it again, or "
+                f"{self.prefix}: corpus {other.prefix}: {problem}: preprocess it again, or "
                 f"add it document by document"
             )
         self._bin.flush()
@@ -221,13 +217,11 @@ class IndexedDatasetBuilder:
             manifest: written as `<prefix>.json`, with the checksums of the two files, before the
             `.idx` appears.
         """
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
+        sync_file(self._bin)
         self._bin.close()
         with open(self._temporary[".idx"], "wb") as file:
             write_index(file, self.dtype, self.multimodal, [*self._parts, self._own_part()])
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         if manifest is not None:
             manifest = dataclasses.replace(
                 manifest,
@@ -240,11 +234,7 @@ class IndexedDatasetBuilder:
         if manifest is not None:
             write_manifest(self.prefix, manifest)
         os.replace(self._temporary[".idx"], self.prefix + ".idx")
-        folder = os.open(os.path.dirname(self.prefix) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(os.path.dirname(self.prefix) or ".")
 
     def abort(self) -> None:
         """Closes and removes the temporary files; nothing is left to remove after `finalize`."""
@@ -285,9 +275,9 @@ class IndexedDatasetBuilder:
         return IndexPart(
             len(lengths),
             len(documents) - 1,
-            lambda: _pieces(np.frombuffer(lengths, np.int32)),
-            lambda: _pieces(np.frombuffer(documents, np.int64)[1:]),
-            lambda: _pieces(np.frombuffer(modes, np.int8)),
+            lambda: _chunks(np.frombuffer(lengths, np.int32)),
+            lambda: _chunks(np.frombuffer(documents, np.int64)[1:]),
+            lambda: _chunks(np.frombuffer(modes, np.int8)),
         )
 
 
@@ -297,6 +287,8 @@ def write_index(
     """Writes an `.idx` for parts whose tokens lie one after the other in the `.bin`, a chunk at a
     time.
     """
+    # Header, then lengths int32 [S], pointers int64 [S] (running sums of the lengths in bytes),
+    # documents int64 [D] (0, then the end of each document), modes int8 [S].
     num_sequences = sum(part.num_sequences for part in parts)
     num_documents = sum(part.num_documents for part in parts)
     file.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], num_sequences, num_documents + 1))
@@ -321,7 +313,7 @@ def write_index(
                 file.write(modes.data)
 
 
-def _pieces(numbers: np.ndarray) -> Iterator[np.ndarray]:
+def _chunks(numbers: np.ndarray) -> Iterator[np.ndarray]:
     return (numbers[at : at + _CHUNK] for at in range(0, len(numbers), _CHUNK))
 
 

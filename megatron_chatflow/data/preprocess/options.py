@@ -10,7 +10,7 @@ from megatron_chatflow.data.chat.templates import (
     TOKENIZER_TEMPLATE,
     ParallelTemplate,
 )
-from megatron_chatflow.data.corpus.indexed_dataset import best_dtype
+from megatron_chatflow.data.corpus.index_header import best_dtype
 from megatron_chatflow.data.preprocess.encoder import KINDS, EncodeTask
 from megatron_chatflow.data.preprocess.input_files import FORMATS, MAX_DOCUMENT_BYTES, InputSource
 from megatron_chatflow.data.preprocess.sentence_split import SentenceSplitting, choose_splitting

@@ -27,9 +27,10 @@ from megatron_chatflow.data.corpus.manifest import (
 )
 from megatron_chatflow.data.preprocess.encoder import SHOWN, EncodedChunk, EncodeTask
 from megatron_chatflow.data.preprocess.external_shuffle import shuffle
-from megatron_chatflow.data.preprocess.input_files import Chunk, InputSource, open_sources
+from megatron_chatflow.data.preprocess.input_files import InputSource, open_sources
 from megatron_chatflow.data.preprocess.options import PreprocessOptions, check, check_sources
 from megatron_chatflow.data.preprocess.resume_state import (
+    InputChanged,
     InputPosition,
     ResumeState,
     discard_state,
@@ -37,9 +38,16 @@ from megatron_chatflow.data.preprocess.resume_state import (
     load_state,
     locked_folder,
     publish_corpus,
+    rest_of_source,
     save_state,
+    skip_source,
 )
 from megatron_chatflow.data.preprocess.sentence_split import NLTK_LANGUAGES, SentenceSplitting
+from megatron_chatflow.data.preprocess.summary import (
+    MalformedInput,
+    PreprocessProgress,
+    PreprocessSummary,
+)
 from megatron_chatflow.data.preprocess.token_files import TokenFiles
 from megatron_chatflow.data.preprocess.worker_pool import SourceChunk, encoder_pool
 from megatron_chatflow.errors import ChatflowError, DataError
@@ -53,62 +61,6 @@ _CHECKPOINT_SHARE = 0.02
 """How often the state is saved: about every second, and less often where that would take more than
 this share of the time.
 """
-
-
-@dataclass
-class PreprocessSummary:
-    """What `preprocess` did.
-
-    Attributes:
-        corpora: the manifest of each corpus written, by its prefix.
-        malformed: malformed records left out.
-        too_long: those of them that are longer than `max_document_bytes`.
-        shown: the first few of them, with file, number and reason.
-        empty: documents left out because they encode to nothing, conversations because nothing in
-        them is trained on. ignored: keys of conversations that nothing reads, and how many records
-        have each. bytes: UTF-8 bytes of text that this process and its workers encoded. seconds:
-        wall time.
-    """
-
-    corpora: dict[str, Manifest]
-    malformed: int
-    too_long: int
-    shown: tuple[str, ...]
-    empty: int
-    ignored: dict[str, int]
-    bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class PreprocessProgress:
-    """How far a run has come.
-
-    Attributes:
-        documents: written so far.
-        bytes: UTF-8 bytes of their text.
-        seconds: since this process began.
-        done: share of the stored input that is done; None when its size is not known.
-        rate: bytes of text a second, since this process began to encode.
-        left: seconds until the input is done; None when that is not known.
-    """
-
-    documents: int
-    bytes: int
-    seconds: float
-    done: float | None
-    rate: float
-    left: float | None
-
-
-class MalformedInput(DataError):
-    """Nothing was written because of what the input holds: malformed records, of which the message
-    names the first few, or no document at all.
-    """
-
-
-class InputChanged(DataError):
-    """An input is not what the unfinished run read."""
 
 
 def preprocess(
@@ -264,7 +216,7 @@ class _Run:
     def write(self) -> None:
         """Reads the rest of the sources and writes everything that is to be published."""
         with ExitStack() as stack:
-            spools = {
+            corpora = {
                 key: stack.enter_context(
                     TokenFiles(
                         self.path(key, False),
@@ -275,24 +227,24 @@ class _Run:
                 )
                 for key in self.task.keys
             }
-            self.state.counts = {key: spool.counts for key, spool in spools.items()}
-            self._encode(spools)
+            self.state.counts = {key: files.counts for key, files in corpora.items()}
+            self._encode(corpora)
             self._check_result()
-            self._save(spools, InputPosition(len(self.sources)))
+            self._save(corpora, InputPosition(len(self.sources)))
             if self.settings.shuffle:
-                spools = {
+                corpora = {
                     key: stack.enter_context(
-                        shuffle(spool, self.path(key), self.settings.chosen_seed())
+                        shuffle(files, self.path(key), self.settings.chosen_seed())
                     )
-                    for key, spool in spools.items()
+                    for key, files in corpora.items()
                 }
-            for spool in spools.values():
-                spool.write_index(spool.path + ".idx")
-                write_manifest(spool.path, self._manifest(spool))
+            for files in corpora.values():
+                files.write_index(files.path + ".idx")
+                write_manifest(files.path, self._manifest(files))
         self.state.whole = True
         save_state(self.settings.unfinished(), self.state)
 
-    def _encode(self, spools: dict[str, TokenFiles]) -> None:
+    def _encode(self, corpora: dict[str, TokenFiles]) -> None:
         sizes = [source.size for source in self.sources]
         total = None if None in sizes else sum(sizes)
         self.due = time.perf_counter() + _CHECKPOINT_SECONDS
@@ -300,12 +252,12 @@ class _Run:
             self.settings.workers, self.tokenizer, self.settings.tokenizer_arguments(), self.task
         ) as encode:
             for done, encoded in encode(self._chunks(), lambda: self.failed):
-                self._add(done.source, encoded, spools)
+                self._add(done.source, encoded, corpora)
                 if self.failed:
                     continue
                 if time.perf_counter() >= self.due:
                     began = time.perf_counter()
-                    self._save(spools, InputPosition(done.source, done.next, done.checksum))
+                    self._save(corpora, InputPosition(done.source, done.next, done.checksum))
                     now = time.perf_counter()
                     self.due = now + max(_CHECKPOINT_SECONDS, (now - began) / _CHECKPOINT_SHARE)
                 share = (sum(sizes[: done.source]) + done.position) / total if total else None
@@ -316,11 +268,11 @@ class _Run:
         place = self.state.place
         for number, source in enumerate(self.sources):
             if number < place.source:
-                _skip(source, self.state.read[number])
+                skip_source(source, self.state.read[number], _CHUNK)
                 continue
             columns = self.task.columns()
             for chunk in (
-                _rest(source, place, columns)
+                rest_of_source(source, place, columns, _CHUNK)
                 if number == place.source
                 else source.chunks(_CHUNK, columns)
             ):
@@ -334,7 +286,7 @@ class _Run:
                     )
                 yield number, chunk
 
-    def _add(self, source: int, encoded: EncodedChunk, spools: dict[str, TokenFiles]) -> None:
+    def _add(self, source: int, encoded: EncodedChunk, corpora: dict[str, TokenFiles]) -> None:
         named = self.sources[source]
         shown = self.state.shown
         shown.extend(
@@ -352,13 +304,13 @@ class _Run:
             key = key if key in ignored or len(ignored) < _MOST_IGNORED else "(others)"
             ignored[key] = ignored.get(key, 0) + count
         for key, corpus in encoded.corpora.items():
-            spools[key].append(corpus)
+            corpora[key].append(corpus)
             self.state.empty[source] += corpus.empty
             self.new_bytes += corpus.bytes
 
-    def _save(self, spools: dict[str, TokenFiles], place: InputPosition) -> None:
-        for spool in spools.values():
-            spool.sync()
+    def _save(self, corpora: dict[str, TokenFiles], place: InputPosition) -> None:
+        for files in corpora.values():
+            files.sync()
         self.state.place = place
         for source in self.sources[len(self.state.read) : place.source]:
             self.state.read.append(
@@ -414,17 +366,17 @@ class _Run:
                     f"so nothing was written: check --input"
                 )
 
-    def _manifest(self, spool: TokenFiles) -> Manifest:
+    def _manifest(self, files: TokenFiles) -> Manifest:
         return Manifest(
             tokenizer=self.tokenizer.identity(),
             dtype=self.task.dtype,
-            documents=spool.counts.documents,
-            tokens=spool.counts.tokens,
-            bytes=spool.counts.bytes,
+            documents=files.counts.documents,
+            tokens=files.counts.tokens,
+            bytes=files.counts.bytes,
             sources=[self._described(number, source) for number, source in enumerate(self.sources)],
             append_eod=self.task.append_eod or self.task.template in ENDS_WITH_EOD,
             conversations=self.task.kind == "instruct",
-            crc32={"bin": f"{spool.counts.crc32:08x}", "idx": file_crc32(spool.path + ".idx")},
+            crc32={"bin": f"{files.counts.crc32:08x}", "idx": file_crc32(files.path + ".idx")},
         )
 
     def _described(self, number: int, source: InputSource) -> dict[str, Any]:
@@ -447,40 +399,3 @@ class _Run:
             "empty": self.state.empty[number],
             **({"ignored": self.state.ignored[number]} if self.state.ignored[number] else {}),
         }
-
-
-def _skip(source: InputSource, read: dict[str, Any]) -> None:
-    """Passes over a source that was read to its end, and looks at its content only if it was
-    modified since.
-    """
-    if source.modified is not None and source.modified == read["modified"]:
-        return
-    for _ in source.chunks(_CHUNK):
-        pass
-    if source.sha256() != read["sha256"]:
-        raise _changed(source)
-
-
-def _rest(source: InputSource, place: InputPosition, columns: list[str] | None) -> Iterator[Chunk]:
-    """Gives the chunks of a source from a place on; what stands before is read, and compared by its
-    checksum.
-    """
-    chunks = source.chunks(_CHUNK, columns)
-    seen, unread = "", None
-    for chunk in chunks:
-        if chunk.next > place.next:
-            unread = chunk
-            break
-        seen = chunk.checksum
-    if seen != place.checksum or (unread is not None and unread.first != place.next):
-        raise _changed(source)
-    if unread is not None:
-        yield unread
-        yield from chunks
-
-
-def _changed(source: InputSource) -> InputChanged:
-    return InputChanged(
-        f"--resume: {source.name} is not what the unfinished run read: restore it, or "
-        f"delete the unfinished run to start over"
-    )

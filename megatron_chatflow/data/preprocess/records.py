@@ -3,15 +3,16 @@ not.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_chatflow.data.chat.templates import MalformedRecord, json_kind
+from megatron_chatflow.data.chat.templates import MalformedRecord, json_kind, text_field
 from megatron_chatflow.data.preprocess import parquet
-from megatron_chatflow.data.preprocess.input_files import Chunk
+from megatron_chatflow.data.preprocess.input_files import Chunk, open_sources
 from megatron_chatflow.errors import DataError
 
 _decode = json.JSONDecoder().raw_decode
+_TEXT_CHUNK = 1 << 22
 
 
 def all_records(data: bytes, format: str) -> list[Mapping[str, Any]]:
@@ -80,3 +81,28 @@ def _record(line: bytes, format: str) -> Mapping[str, Any]:
     if not isinstance(record, dict):
         raise MalformedRecord(f"JSON, but {json_kind(record)} and not an object")
     return record
+
+
+def read_texts(paths: Sequence[str], keys: Sequence[str] = ("text",)) -> Iterator[str]:
+    """Gives the documents of files, those without a letter or mark left out.
+
+    Args:
+        paths: JSON lines, parquet or plain text, packed or not, as `preprocess` takes them;
+        patterns too. keys: of a record; the text under each is a document.
+
+    Raises:
+        ValueError: a file cannot be read, or a record holds no text; it names file and line.
+    """
+    for source in open_sources(paths):
+        fields = ("text",) if source.format == "text" else keys
+        for chunk in source.chunks(_TEXT_CHUNK, list(fields)):
+            for number, record in each_record(chunk):
+                try:
+                    if isinstance(record, MalformedRecord):
+                        raise record
+                    texts = [text_field(record, key) for key in fields]
+                except MalformedRecord as error:
+                    raise DataError(
+                        f"{source.path}, {source.record} {number}: {error}; fix it or take it out"
+                    ) from None
+                yield from (text for text in texts if not text.isspace() and text)

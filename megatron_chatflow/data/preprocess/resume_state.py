@@ -19,15 +19,21 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_chatflow.data.corpus.manifest import manifest_path
+from megatron_chatflow.data.preprocess.input_files import Chunk, InputSource
 from megatron_chatflow.data.preprocess.token_files import CorpusCounts
 from megatron_chatflow.errors import ChatflowError, DataError
-from megatron_chatflow.utils.files import make_folder, sync_folder
+from megatron_chatflow.utils.files import make_folder, sync_folder, write_atomically
 from megatron_chatflow.utils.user_files import load_json, read_text
 
 _STATE = "state.json"
+
+
+class InputChanged(DataError):
+    """An input is not what the unfinished run read."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ def load_state(folder: str, run: dict[str, Any]) -> ResumeState:
     Raises:
         ValueError: the note is damaged, or the run was another one; the sentence names both cures.
     """
-    cure = f"or delete {folder} to start over"
+    fix = f"or delete {folder} to start over"
     try:
         content = load_json(read_text(os.path.join(folder, _STATE)))
         content["place"] = InputPosition(**content["place"])
@@ -176,14 +182,14 @@ def load_state(folder: str, run: dict[str, Any]) -> ResumeState:
         state = ResumeState(**content)
     except (ChatflowError, TypeError, KeyError) as error:
         raise DataError(
-            f"--resume: {folder}/{_STATE} is damaged ({error}): restore it, {cure}"
+            f"--resume: {folder}/{_STATE} is damaged ({error}): restore it, {fix}"
         ) from error
     for name in {**state.run, **run}:
         before, now = state.run.get(name), run.get(name)
         if before != now:
             raise DataError(
                 f"--resume: the unfinished run in {folder} had another {name} "
-                f"({_shown(before)}, now {_shown(now)}): restore it, {cure}"
+                f"({_shown(before)}, now {_shown(now)}): restore it, {fix}"
             )
     return state
 
@@ -192,13 +198,8 @@ def save_state(folder: str, state: ResumeState) -> None:
     """Replaces the note at once, and brings it to the disk. What it speaks of must be there
     already.
     """
-    temporary = os.path.join(folder, _STATE + ".new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(state), file, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, os.path.join(folder, _STATE))
-    sync_folder(folder)
+    text = json.dumps(dataclasses.asdict(state), ensure_ascii=False)
+    write_atomically(Path(folder, _STATE), text)
 
 
 def discard_state(folder: str) -> None:
@@ -223,6 +224,45 @@ def publish_corpus(path: str, prefix: str) -> None:
         with suppress(FileNotFoundError):
             os.replace(path + suffix, prefix + suffix)
     sync_folder(os.path.dirname(prefix) or ".")
+
+
+def skip_source(source: InputSource, read: dict[str, Any], chunk_size: int) -> None:
+    """Passes over a source that was read to its end, and looks at its content only if it was
+    modified since.
+    """
+    if source.modified is not None and source.modified == read["modified"]:
+        return
+    for _ in source.chunks(chunk_size):
+        pass
+    if source.sha256() != read["sha256"]:
+        raise _changed(source)
+
+
+def rest_of_source(
+    source: InputSource, place: InputPosition, columns: list[str] | None, chunk_size: int
+) -> Iterator[Chunk]:
+    """Gives the chunks of a source from a place on; what stands before is read, and compared by its
+    checksum.
+    """
+    chunks = source.chunks(chunk_size, columns)
+    seen, unread = "", None
+    for chunk in chunks:
+        if chunk.next > place.next:
+            unread = chunk
+            break
+        seen = chunk.checksum
+    if seen != place.checksum or (unread is not None and unread.first != place.next):
+        raise _changed(source)
+    if unread is not None:
+        yield unread
+        yield from chunks
+
+
+def _changed(source: InputSource) -> InputChanged:
+    return InputChanged(
+        f"--resume: {source.name} is not what the unfinished run read: restore it, or "
+        f"delete the unfinished run to start over"
+    )
 
 
 def _shown(value: Any) -> str:

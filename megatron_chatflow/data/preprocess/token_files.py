@@ -2,7 +2,6 @@
 up where they were last on the disk.
 """
 
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ import numpy as np
 
 from megatron_chatflow.data.corpus.writer import IndexPart, write_index
 from megatron_chatflow.data.preprocess.encoder import EncodedDocuments
+from megatron_chatflow.utils.files import sync_file
 
-_PIECE = 1 << 20
+_CHUNK = 1 << 20
 
 
 @dataclass
@@ -90,8 +90,7 @@ class TokenFiles:
     def sync(self) -> None:
         """Brings everything to the disk."""
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
 
     def numbers(self, name: str) -> int:
         """Returns how many numbers the file of that name holds."""
@@ -109,38 +108,37 @@ class TokenFiles:
         dtype = self.dtypes[name]
         return np.fromfile(self._name(name), dtype, count, offset=start * dtype.itemsize)
 
-    def pieces(self, name: str) -> Iterator[np.ndarray]:
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
         """Gives all numbers of a file, a piece at a time."""
         total = self.numbers(name)
-        return (self.read(name, at, min(_PIECE, total - at)) for at in range(0, total, _PIECE))
+        return (self.read(name, at, min(_CHUNK, total - at)) for at in range(0, total, _CHUNK))
 
     def write_index(self, path: str) -> None:
         """Writes the `.idx` to the disk."""
         part = IndexPart(
             self.counts.sequences,
             self.counts.documents,
-            lambda: self.pieces("lengths"),
-            lambda: _running(self.pieces("sequences")),
-            lambda: self.pieces("modes"),
+            lambda: self.chunks("lengths"),
+            lambda: _running(self.chunks("sequences")),
+            lambda: self.chunks("modes"),
         )
         with open(path, "wb") as file:
             write_index(file, self.dtypes["bin"].newbyteorder("="), self.conversations, [part])
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
 
     def _name(self, name: str) -> str:
         return f"{self.path}.{name}"
 
     def _open(self, name: str) -> BinaryIO:
-        file = open(self._name(name), "ab", buffering=_PIECE)  # noqa: SIM115 (closed at the end of the with block)
+        file = open(self._name(name), "ab", buffering=_CHUNK)  # noqa: SIM115 (closed at the end of the with block)
         file.truncate(self.numbers(name) * self.dtypes[name].itemsize)
         return file
 
 
-def _running(pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def _running(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     """Gives the running sums of numbers that come in pieces."""
     total = 0
-    for piece in pieces:
-        sums = np.cumsum(piece, dtype=np.int64) + total
+    for chunk in chunks:
+        sums = np.cumsum(chunk, dtype=np.int64) + total
         total = int(sums[-1])
         yield sums

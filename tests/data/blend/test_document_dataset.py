@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_chatflow.data.blend.document_dataset import DocumentDataset
-from megatron_chatflow.data.preprocess.read_documents import read_texts
+from megatron_chatflow.data.preprocess.records import read_texts
 from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 

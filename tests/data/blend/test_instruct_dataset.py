@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_chatflow.curriculum.schema import Curriculum, Domain, Stage
-from megatron_chatflow.data import IndexedDataset, InstructDataset, open_domains
+from megatron_chatflow.data import IndexedDataset, InstructDataset, WindowOptions, open_domains
 from megatron_chatflow.data.blend.instruct_dataset import Truncation
 from megatron_chatflow.errors import ChatflowError
 
@@ -23,9 +23,12 @@ def open_chats(write_numbered, chats, seq_length, documents=None, seed=1, train_
     prefix = write_numbered(
         [[n for n, _ in chat] for chat in chats], [[mode for _, mode in chat] for chat in chats]
     )
-    where = {"documents": documents or (0, len(chats)), "train_on_prompt": train_on_prompt}
     return InstructDataset(
-        "chat", IndexedDataset(prefix), seq_length=seq_length, seed=seed, **where
+        "chat",
+        IndexedDataset(prefix),
+        documents or (0, len(chats)),
+        WindowOptions(seq_length=seq_length, seed=seed),
+        train_on_prompt=train_on_prompt,
     )
 
 
@@ -160,7 +163,7 @@ def test_the_packing_is_the_same_for_every_seed_and_the_order_is_not(write_numbe
 def test_a_corpus_without_modes_is_refused(write_numbered):
     dataset = IndexedDataset(write_numbered([[3]]))
     with pytest.raises(ChatflowError, match="sequence modes"):
-        InstructDataset("chat", dataset, seq_length=4, seed=1, documents=(0, 1))
+        InstructDataset("chat", dataset, (0, 1), WindowOptions(seq_length=4, seed=1))
 
 
 def test_a_pointer_that_is_wrong_inside_the_index_is_refused(write_numbered):
@@ -169,7 +172,7 @@ def test_a_pointer_that_is_wrong_inside_the_index_is_refused(write_numbered):
         file.seek(34 + 3 * 4 + 8)
         file.write(struct.pack("<q", 4))
     with pytest.raises(ChatflowError, match="sequence 1 "):
-        InstructDataset("chat", IndexedDataset(prefix), seq_length=4, seed=1, documents=(0, 3))
+        InstructDataset("chat", IndexedDataset(prefix), (0, 3), WindowOptions(seq_length=4, seed=1))
 
 
 def test_nothing_is_written_and_no_kept_packing_is_read(write_numbered):
@@ -179,7 +182,7 @@ def test_nothing_is_written_and_no_kept_packing_is_read(write_numbered):
 
     def open_domain() -> InstructDataset:
         return InstructDataset(
-            "chat", IndexedDataset(prefix), seq_length=8, seed=1, documents=(0, 4)
+            "chat", IndexedDataset(prefix), (0, 4), WindowOptions(seq_length=8, seed=1)
         )
 
     first = open_domain()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.data import IndexedDataset, TextDataset
+from megatron_chatflow.data import IndexedDataset, TextDataset, WindowOptions
 from megatron_chatflow.errors import ChatflowError
 
 LENGTHS = st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=12)
@@ -20,10 +20,8 @@ def open_text(prefix, seq_length, documents=None, name="en", seed=1, **settings)
     return TextDataset(
         name,
         dataset,
-        seq_length=seq_length,
-        seed=seed,
-        documents=documents or (0, dataset.num_documents),
-        **settings,
+        documents or (0, dataset.num_documents),
+        WindowOptions(seq_length=seq_length, seed=seed, **settings),
     )
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_chatflow.curriculum import BlendPlan, load_curriculum, parse_curriculum
 from megatron_chatflow.data import IndexedDataset, read_manifest
-from megatron_chatflow.data.corpus.indexed_dataset import HEADER
+from megatron_chatflow.data.corpus.index_header import HEADER
 from megatron_chatflow.errors import ChatflowError
 from tests.data.corpus.test_damaged_files import (
     SUFFIXES,

@@ -12,7 +12,8 @@ from megatron_chatflow.data.corpus.verify import verify
 from megatron_chatflow.data.preprocess import external_shuffle as module
 from megatron_chatflow.data.preprocess.encoder import EncodedDocuments
 from megatron_chatflow.data.preprocess.external_shuffle import shuffle
-from megatron_chatflow.data.preprocess.pipeline import PreprocessOptions, preprocess
+from megatron_chatflow.data.preprocess.options import PreprocessOptions
+from megatron_chatflow.data.preprocess.pipeline import preprocess
 from megatron_chatflow.data.preprocess.token_files import TokenFiles
 
 

@@ -14,12 +14,10 @@ from megatron_chatflow.cli.preprocess import main
 from megatron_chatflow.data import read_manifest
 from megatron_chatflow.data.preprocess.input_files import InputSource
 from megatron_chatflow.data.preprocess.json_array import BrokenArray, lines
-from megatron_chatflow.data.preprocess.pipeline import (
-    MalformedInput,
-    PreprocessOptions,
-    preprocess,
-)
-from megatron_chatflow.data.preprocess.read_documents import read_texts
+from megatron_chatflow.data.preprocess.options import PreprocessOptions
+from megatron_chatflow.data.preprocess.pipeline import preprocess
+from megatron_chatflow.data.preprocess.records import read_texts
+from megatron_chatflow.data.preprocess.summary import MalformedInput
 from megatron_chatflow.errors import ChatflowError
 
 values = st.recursive(

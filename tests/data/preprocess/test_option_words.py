@@ -4,7 +4,8 @@ on.
 
 import pytest
 
-from megatron_chatflow.data.preprocess.pipeline import PreprocessOptions, preprocess
+from megatron_chatflow.data.preprocess.options import PreprocessOptions
+from megatron_chatflow.data.preprocess.pipeline import preprocess
 from megatron_chatflow.errors import ChatflowError
 
 

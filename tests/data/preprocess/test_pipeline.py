@@ -16,11 +16,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDat
 
 from megatron_chatflow.data import IndexedDataset, read_manifest
 from megatron_chatflow.data.corpus.verify import verify
-from megatron_chatflow.data.preprocess.pipeline import (
-    MalformedInput,
-    PreprocessOptions,
-    preprocess,
-)
+from megatron_chatflow.data.preprocess.options import PreprocessOptions
+from megatron_chatflow.data.preprocess.pipeline import preprocess
+from megatron_chatflow.data.preprocess.summary import MalformedInput
 from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.long_text import PIECE

@@ -15,8 +15,9 @@ import pytest
 import zstandard
 
 from megatron_chatflow.data.preprocess import pipeline as module
-from megatron_chatflow.data.preprocess.pipeline import InputChanged, PreprocessOptions, preprocess
-from megatron_chatflow.data.preprocess.resume_state import locked_folder
+from megatron_chatflow.data.preprocess.options import PreprocessOptions
+from megatron_chatflow.data.preprocess.pipeline import preprocess
+from megatron_chatflow.data.preprocess.resume_state import InputChanged, locked_folder
 from megatron_chatflow.errors import ChatflowError
 from tests.data.preprocess.test_input_files import write_table
 

@@ -10,7 +10,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDat
 
 from megatron_chatflow.data import read_manifest
 from megatron_chatflow.data.corpus.verify import verify
-from megatron_chatflow.data.preprocess.pipeline import PreprocessOptions, preprocess
+from megatron_chatflow.data.preprocess.options import PreprocessOptions
+from megatron_chatflow.data.preprocess.pipeline import preprocess
 from megatron_chatflow.data.preprocess.sentence_split import (
     NLTK_LANGUAGES,
     SentenceSplitting,

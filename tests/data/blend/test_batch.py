@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from megatron_chatflow.data.blend.buffer_pool import KEEP, BufferPool
+from megatron_chatflow.data.blend.batch import KEEP, BufferPool
 
 SIZE = 1 << 20
 
