@@ -27,7 +27,8 @@ class Trainer:
         from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 
         from megatron_chatflow.model.forward import make_forward_step, schedule_shape
-        from megatron_chatflow.model.gpt import build_model, count_parameters
+        from megatron_chatflow.model.gpt import build_model
+        from megatron_chatflow.planner.parameters import count_parameters
         from megatron_chatflow.tokenizer import TokenBytes
         from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler
         from megatron_chatflow.training.train_step import seed_iteration

@@ -179,7 +179,7 @@ def _build(config: Config, vocab_size: int, layout: Layout) -> list[list[int]]:
 
 
 def _describe_run(config: Config, vocab_size: int, result: dict[str, Any]) -> None:
-    from megatron_chatflow.model.gpt import count_parameters, flops_per_token
+    from megatron_chatflow.planner.parameters import count_parameters, flops_per_token
     from megatron_chatflow.training.batch_schedule import batch_history, count_iterations
 
     padded, p, c = padded_vocab_size(config, vocab_size), config.precision, config.checkpoint

@@ -27,17 +27,6 @@ _FACTORIES = (
     "randperm", "linspace",
 )  # fmt: skip
 
-TRANSFORMER_SETTINGS: dict[str, Any] = {
-    "use_cpu_initialization": True,
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "persist_layer_norm": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-}
-"""TransformerConfig fields that must be so without CUDA: the fused forms are CUDA kernels."""
-
 
 def is_needed() -> bool:
     """Whether this machine has no CUDA device."""

@@ -202,20 +202,11 @@ def cross_entropy(
     return _CrossEntropy.apply(logits, labels, group)
 
 
-def settings(*, swiglu: bool, rope: bool) -> dict[str, Any]:
-    """TransformerConfig fields that make megatron-core call these where it would call Transformer
-    Engine, and puts them there.
+def install() -> None:
+    """Make megatron-core call these functions where it would call Transformer Engine.
 
-    Args:
-        swiglu: whether the feed-forward layer is gated.
-        rope: whether positions are rotary.
+    They take effect where TransformerConfig turns the fusion on.
     """
     rope_utils.fused_apply_rotary_pos_emb = rotary
     language_module.te_parallel_cross_entropy = cross_entropy
     float32_linear.install()
-    return {
-        "use_te_activation_func": swiglu,
-        "apply_rope_fusion": rope,
-        "cross_entropy_loss_fusion": True,
-        "cross_entropy_fusion_impl": "te",
-    }

@@ -1,4 +1,4 @@
-"""From settings to megatron-core's TransformerConfig and to the model chunks of this rank."""
+"""Build megatron-core's TransformerConfig and the model chunks of this rank."""
 
 from __future__ import annotations
 
@@ -11,36 +11,45 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_chatflow.config import Config, padded_vocab_size
+from megatron_chatflow.config import ModelConfig, padded_vocab_size
 from megatron_chatflow.config.pipeline_layout import virtual_pipeline_size
+from megatron_chatflow.config.schema import PrecisionSettings
 from megatron_chatflow.distributed import cuda_shim
 from megatron_chatflow.distributed.kernels import gradient_accumulation_reason
 from megatron_chatflow.fp8.context import Scope, delayed_scaling
-from megatron_chatflow.fp8.recipe import transformer_settings
 from megatron_chatflow.fp8.transformer_engine import forget_validation
 from megatron_chatflow.model import fused
 from megatron_chatflow.model.init import initialize_weights
 from megatron_chatflow.model.spec import block_spec
 
 
-def transformer_config(config: Config, transformer_impl: str) -> TransformerConfig:
-    """megatron-core's configuration for resolved settings; on a CPU the fused CUDA kernels are off
-    (`engine.cpu`).
+def transformer_config(config: ModelConfig, transformer_impl: str) -> TransformerConfig:
+    """Return megatron-core's configuration of the model.
 
-    FP8 stands in it for Transformer Engine's layers only: megatron-core takes it for their
-    presence.
+    The fused CUDA kernels that Megatron-LM turns on by default are on for Transformer Engine's
+    layers, and off without CUDA (`distributed/cuda_shim.py`); the portable layers have their own
+    (`model/fused.py`). FP8 is in it for Transformer Engine's layers only, because megatron-core
+    expects these layers wherever it is set.
     """
     model, parallel, training = config.model, config.parallel, config.training
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     virtual = virtual_pipeline_size(parallel, model.num_layers)
     interleaved = virtual > 1
-    settings = dict(
+    rope = model.position_embedding_type == "rope"
+    portable = transformer_impl == "local"
+    if portable:
+        fused.install()
+    cuda_kernels = not portable and not cuda_shim.is_needed()
+    fp8 = PrecisionSettings() if portable else config.precision
+    # `initialize_weights` draws all weights on the CPU, so megatron-core's initializers do nothing.
+    on_cpu = training.use_cpu_initialization or cuda_shim.is_needed()
+    initializer = _unchanged if on_cpu else None
+    return TransformerConfig(
+        # The shape of the model.
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups
-        if model.group_query_attention
-        else model.num_attention_heads,
+        num_query_groups=model.key_value_heads,
         ffn_hidden_size=model.ffn_hidden_size,
         kv_channels=model.kv_channels,
         normalization=model.normalization,
@@ -52,7 +61,13 @@ def transformer_config(config: Config, transformer_impl: str) -> TransformerConf
         add_qkv_bias=model.add_qkv_bias,
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
+        # Initial weights.
         init_method_std=model.init_method_std,
+        use_cpu_initialization=on_cpu,
+        init_method=initializer,
+        output_layer_init_method=initializer,
+        embedding_init_method=initializer,
+        # The layout.
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if interleaved else None,
@@ -63,47 +78,42 @@ def transformer_config(config: Config, transformer_impl: str) -> TransformerConf
         pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         sequence_parallel=parallel.sequence_parallel,
         # Two messages between the same two ranks in one batch get mixed up over gloo when PP is 2,
-        # so the interleaved schedule sends one by one.
+        # so the interleaved schedule sends them one at a time.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        # Precision.
         bf16=training.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        calculate_per_token_loss=True,
         attention_softmax_in_fp32=True,
-        use_cpu_initialization=training.use_cpu_initialization,
+        calculate_per_token_loss=True,
+        fp8=fp8.fp8_format,
+        fp8_recipe=fp8.fp8_recipe,
+        fp8_margin=fp8.fp8_margin,
+        fp8_amax_history_len=fp8.fp8_amax_history_len,
+        fp8_amax_compute_algo=fp8.fp8_amax_compute_algo,
+        fp8_param=fp8.fp8_param_gather,
+        tp_only_amax_red=fp8.tp_only_amax_red,
+        first_last_layers_bf16=fp8.first_last_layers_bf16,
+        num_layers_at_start_in_bf16=fp8.num_layers_at_start_in_bf16,
+        num_layers_at_end_in_bf16=fp8.num_layers_at_end_in_bf16,
+        # Recomputation.
         recompute_granularity=training.recompute_granularity,
         recompute_method=training.recompute_method,
         recompute_num_layers=training.recompute_num_layers,
         recompute_modules=training.recompute_modules,
+        # Fused kernels.
+        bias_activation_fusion=cuda_kernels and (model.swiglu or model.add_bias_linear),
+        bias_dropout_fusion=cuda_kernels,
+        gradient_accumulation_fusion=cuda_kernels and gradient_accumulation_reason() is None,
+        apply_rope_fusion=rope and (portable or cuda_kernels),
+        use_te_activation_func=portable and model.swiglu,
+        cross_entropy_loss_fusion=portable,
+        cross_entropy_fusion_impl="te" if portable else "native",
     )
-    if transformer_impl == "transformer_engine":
-        settings |= transformer_settings(config.precision) | _cuda_kernels(config)
-    if cuda_shim.is_needed():
-        settings |= cuda_shim.TRANSFORMER_SETTINGS
-    if transformer_impl == "local":
-        settings |= fused.settings(
-            swiglu=model.swiglu, rope=model.position_embedding_type == "rope"
-        )
-    if settings["use_cpu_initialization"]:  # `initialize_weights` draws them all
-        settings |= dict.fromkeys(
-            ("init_method", "output_layer_init_method", "embedding_init_method"), _leave
-        )
-    return TransformerConfig(**settings)
 
 
-def _cuda_kernels(config: Config) -> dict[str, bool]:
-    """The fused kernels that Megatron-LM turns on by default."""
-    model = config.model
-    return {
-        "bias_activation_fusion": model.swiglu or model.add_bias_linear,
-        "bias_dropout_fusion": True,
-        "apply_rope_fusion": model.position_embedding_type == "rope",
-        "gradient_accumulation_fusion": gradient_accumulation_reason() is None,
-    }
-
-
-def _leave(tensor: torch.Tensor) -> torch.Tensor:
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
@@ -114,42 +124,40 @@ def _mask_padding(
     inputs: object,
     output: tuple[torch.Tensor, torch.Tensor | None],
 ) -> None:
-    """Give the columns of `output`'s logits that are padding of the vocabulary a probability of
-    exactly 0, so that no loss, gradient or sample depends on them: the lowest finite number, as a
-    rank may have no other column.
+    """Give the padding of the vocabulary a probability of exactly 0.
+
+    No loss, gradient or sample then depends on it. The logit is the lowest finite number, not
+    -infinity, because a rank may have no other column.
     """
-    logits = output[
-        0
-        # in place, also in a view, and not seen by autograd: the gradient of these columns is 0
-        # anyway
-    ].data
-    first = (
-        parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-        if logits.shape[-1] < padded
-        else 0
-    )
+    # logits: [s, b, columns of this rank]. `.data`: in place, also in a view, and not seen by
+    # autograd; the gradient of these columns is 0 anyway.
+    logits = output[0].data
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    first = rank * logits.shape[-1] if logits.shape[-1] < padded else 0
     logits[..., max(0, vocab_size - first) :] = torch.finfo(logits.dtype).min
 
 
 def build_chunk(
-    config: Config,
+    config: ModelConfig,
     core: TransformerConfig,
     vocab_size: int,
     transformer_impl: str,
     vp_stage: int | None,
     scope: Scope | None,
 ) -> MegatronModule:
-    """One model chunk, with its initial weights, in the run's precision, not yet wrapped for data
-    parallelism.
+    """Return one model chunk with its initial weights, in the run's precision.
+
+    It is not yet wrapped for data parallelism. `scope` is that of the FP8 reference, if it is used.
     """
-    where = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
+    ignore_virtual = vp_stage is None
+    padded = padded_vocab_size(config, vocab_size)
     model = GPTModel(
         core,
         block_spec(core, transformer_impl, vp_stage, config.precision, scope),
-        padded_vocab_size(config, vocab_size),
+        padded,
         config.model.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(**where),
-        post_process=parallel_state.is_pipeline_last_stage(**where),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual, vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual, vp_stage),
         share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
         position_embedding_type=config.model.position_embedding_type,
         rotary_percent=config.model.rotary_percent,
@@ -159,7 +167,7 @@ def build_chunk(
         seq_len_interpolation_factor=config.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
-    if model.post_process and padded_vocab_size(config, vocab_size) > vocab_size:
+    if model.post_process and padded > vocab_size:
         model.output_layer.register_forward_hook(
             functools.partial(_mask_padding, vocab_size, model.vocab_size)
         )
@@ -174,13 +182,12 @@ def build_chunk(
 
 
 def build_model(
-    config: Config, vocab_size: int, transformer_impl: str, *, wrap: bool = True
+    config: ModelConfig, vocab_size: int, transformer_impl: str, *, wrap: bool = True
 ) -> list[MegatronModule]:
-    """The model chunks of this rank (one, but for the interleaved pipeline); with `wrap`, ready for
-    training.
+    """Return the model chunks of this rank: one, or several with the interleaved schedule.
 
     Args:
-        config: resolved settings; the process groups are initialised with them.
+        config: resolved settings; the process groups are initialized with them.
         vocab_size: size before padding.
         transformer_impl: "transformer_engine" or "local".
         wrap: whether to wrap for data parallelism (gradient buffers), as training needs.
@@ -188,11 +195,8 @@ def build_model(
     core = transformer_config(config, transformer_impl)
     in_reference = config.precision.fp8_format is not None and transformer_impl == "local"
     delayed = delayed_scaling(config.precision) if in_reference else None
-    stages = (
-        range(core.virtual_pipeline_model_parallel_size)
-        if core.virtual_pipeline_model_parallel_size
-        else [None]
-    )
+    virtual = core.virtual_pipeline_model_parallel_size
+    stages = list(range(virtual)) if virtual else [None]
     scopes = [Scope(config.precision, delayed) if in_reference else None for _ in stages]
     chunks = [
         build_chunk(config, core, vocab_size, transformer_impl, stage, scope)
@@ -212,49 +216,3 @@ def build_model(
         DistributedDataParallel(core, ddp, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
-
-
-def count_parameters(config: Config, vocab_size: int) -> int:
-    """Parameters of the whole model, padding rows of the vocabulary left out (closed form)."""
-    m = config.model
-    h, heads = m.hidden_size, m.num_attention_heads * m.kv_channels
-    groups = (m.num_query_groups or m.num_attention_heads) * m.kv_channels
-    norm = h * (2 if m.normalization == "LayerNorm" else 1)
-    head_norm = m.kv_channels * (2 if m.normalization == "LayerNorm" else 1)
-    qkv, fc1 = heads + 2 * groups, m.ffn_hidden_size * (2 if m.swiglu else 1)
-    layer = (
-        h * qkv
-        + heads * h
-        + h * fc1
-        + m.ffn_hidden_size * h
-        + 2 * norm
-        + (2 * head_norm if m.qk_layernorm else 0)
-    )
-    if m.add_bias_linear:
-        layer += qkv + h + fc1 + h
-    elif m.add_qkv_bias:
-        layer += qkv
-    embedding = vocab_size * h * (2 if m.untie_embeddings_and_output_weights else 1)
-    positions = (
-        m.max_position_embeddings * h if m.position_embedding_type == "learned_absolute" else 0
-    )
-    return m.num_layers * layer + norm + embedding + positions
-
-
-def flops_per_token(config: Config, vocab_size: int) -> float:
-    """Floating-point operations to train on one token: 6 a matrix parameter and 12 x seq_length x
-    head width a layer for attention.
-
-    Counted as Megatron does: full (not halved) causal attention, the padded output layer, no
-    recomputation.
-    """
-    m = config.model
-    heads, groups = (
-        m.num_attention_heads * m.kv_channels,
-        (m.num_query_groups or m.num_attention_heads) * m.kv_channels,
-    )
-    matrices = m.hidden_size * (2 * heads + 2 * groups + m.ffn_hidden_size * (3 if m.swiglu else 2))
-    return (
-        6.0 * (m.num_layers * matrices + padded_vocab_size(config, vocab_size) * m.hidden_size)
-        + 12.0 * m.num_layers * config.data.seq_length * heads
-    )

@@ -216,7 +216,7 @@ def stage_memory(config: Config, vocab_size: int, layout: Layout, stage: int) ->
     """
     layers = stage_layers(config, stage)
     count = stage_parameters(config, vocab_size, layout, stage)
-    matrices = fp8_layers(config, layers) * layer_matrices(config)
+    matrices = fp8_layers(config, layers) * layer_matrices(config, layout.tp)
     replaced = matrices if config.precision.fp8_param_gather else 0
     return StageMemory(
         stage=stage,

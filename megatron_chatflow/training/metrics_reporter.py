@@ -16,7 +16,7 @@ from megatron_chatflow.config import to_yaml
 from megatron_chatflow.distributed.consistency_check import on_first_rank
 from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.model.forward import SUMS
-from megatron_chatflow.model.gpt import flops_per_token
+from megatron_chatflow.planner.parameters import flops_per_token
 from megatron_chatflow.report import console
 from megatron_chatflow.report.metrics_file import prepare_records
 from megatron_chatflow.report.writers import MetricsWriter, TensorBoardWriter

@@ -362,8 +362,9 @@ def assemble(
     from megatron_chatflow.distributed.bf16_matmul import uses_float32
     from megatron_chatflow.distributed.kernels import describe_cpu
     from megatron_chatflow.model.forward import make_forward_step, schedule_shape
-    from megatron_chatflow.model.gpt import build_model, count_parameters
+    from megatron_chatflow.model.gpt import build_model
     from megatron_chatflow.model.spec import choose_transformer_impl
+    from megatron_chatflow.planner.parameters import count_parameters
     from megatron_chatflow.training.lr_check import late_stage_note
     from megatron_chatflow.training.new_token_phase import NewRows
     from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler

@@ -23,7 +23,8 @@ def _statistics(extra: str) -> dict[str, tuple[float, float]]:
     from megatron_chatflow.config import make_parser, parse, resolve
     from megatron_chatflow.distributed import process_groups
     from megatron_chatflow.distributed.launch import read_launch
-    from megatron_chatflow.model.gpt import build_model, count_parameters
+    from megatron_chatflow.model.gpt import build_model
+    from megatron_chatflow.planner.parameters import count_parameters
 
     launch = read_launch()
     config = resolve(
