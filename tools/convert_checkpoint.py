@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Weights from Hugging Face and back: see `--help`."""
+"""Convert weights from and to Hugging Face: `chatflow convert` under another name."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_chatflow.cli.convert import main  # noqa: E402
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron_chatflow.cli.convert import main
+
+    sys.exit(main(prog="convert_checkpoint.py"))

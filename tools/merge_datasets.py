@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Several corpora to one: see `--help`."""
+"""Merge corpora: `chatflow corpus merge` under Megatron's name."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_chatflow.cli.corpus import merge_main  # noqa: E402
-
 if __name__ == "__main__":
-    sys.exit(merge_main())
+    from megatron_chatflow.cli.corpus import merge_main
+
+    sys.exit(merge_main(prog="merge_datasets.py"))

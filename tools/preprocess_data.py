@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Text to Megatron's .bin/.idx: see `--help`."""
+"""Convert text to Megatron's .bin/.idx: `chatflow preprocess` under Megatron's name."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    # Here, and not above: worker processes import this file again, and need none of it.
+    # The import is here because worker processes import this file again, and need none of it.
     from megatron_chatflow.cli.preprocess import main
 
-    sys.exit(main())
+    sys.exit(main(prog="preprocess_data.py"))

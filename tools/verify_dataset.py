@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Says whether a corpus is sound: see `--help`."""
+"""Verify corpora: `chatflow corpus verify` under another name."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_chatflow.cli.corpus import verify_main  # noqa: E402
-
 if __name__ == "__main__":
-    sys.exit(verify_main())
+    from megatron_chatflow.cli.corpus import verify_main
+
+    sys.exit(verify_main(prog="verify_dataset.py"))

@@ -1,4 +1,4 @@
-"""The command line of `tools/convert_checkpoint.py`."""
+"""``chatflow convert``: weights from Hugging Face and back."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_chatflow.cli.run_command import run_command
+from megatron_chatflow.config import CommandParser
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.utils.files import disk_errors
 
-PROG = "convert_checkpoint.py"
+DESCRIPTION = """Convert weights of the LLaMA family (LLaMA 2 and 3, Mistral, SmolLM2, Qwen2) from
+Hugging Face to a run directory, or back.
 
-DESCRIPTION = """Weights of the LLaMA family (LLaMA 2 and 3, Mistral, SmolLM2, Qwen2) from Hugging Face to a run directory of this project, and back.
-
-Which way follows from --load-dir: a folder with config.json and safetensors becomes a run directory (for `train --load RUN --finetune`,
-`evaluate` and `generate`); a run directory becomes a folder that transformers loads. The checkpoint is for any tensor and pipeline size.
-Tensors pass one at a time, on the CPU, in the type that they have."""
+The direction follows from --load-dir. A folder with config.json and safetensors becomes a run
+directory, for `train --load RUN --finetune`, `evaluate` and `generate`. A run directory becomes a
+folder that transformers loads. The checkpoint is for any tensor and pipeline size. Tensors are
+converted one at a time, on the CPU, in the type that they have."""
 
 EPILOG = """examples:
-  python tools/convert_checkpoint.py --load-dir SmolLM2-135M --save-dir runs/smollm2
-  python tools/convert_checkpoint.py --load-dir SmolLM2-135M --save-dir runs/smollm2-zh --tokenizer-folder smollm2-zh-tokenizer --new-rows mean
-  python tools/convert_checkpoint.py --load-dir runs/zh --ckpt-step 2000 --save-dir SmolLM2-135M-zh
-  python tools/convert_checkpoint.py --load-dir runs/zh --average-checkpoints 6 --save-dir SmolLM2-135M-zh
-  python tools/convert_checkpoint.py --load-dir runs/zh --use-ema --save-dir SmolLM2-135M-zh
+  {call} --load-dir SmolLM2-135M --save-dir runs/smollm2
+  {call} --load-dir SmolLM2-135M --save-dir runs/smollm2-zh \\
+      --tokenizer-folder smollm2-zh-tokenizer --new-rows mean
+  {call} --load-dir runs/zh --ckpt-step 2000 --save-dir SmolLM2-135M-zh
+  {call} --load-dir runs/zh --average-checkpoints 6 --save-dir SmolLM2-135M-zh
+  {call} --load-dir runs/zh --use-ema --save-dir SmolLM2-135M-zh
 
-exit codes: 0 converted, 1 nothing converted because a disk failed, 2 nothing converted because the folders or the flags are wrong,
-130 interrupted
+exit codes: 0 converted; nothing is written at 1 (a disk failed), 2 (the folders or the flags cannot
+be used) and 130 (interrupted)
 """
 
 _METHODS = ("mean", "random", "mean_all")
@@ -47,24 +49,10 @@ _REFUSED = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ConfigError(f"{message}; `{PROG} --help` lists the flags")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Convert; returns the exit code."""
-    return run_command(PROG, lambda: _convert(list(sys.argv[1:] if argv is None else argv)))
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog=PROG,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parser(prog: str = "chatflow convert") -> CommandParser:
+    """Return the parser of the command line."""
+    parser = CommandParser(prog, DESCRIPTION, EPILOG)
+    parser.unsupported = _REFUSED
     parser.add_argument(
         "--load-dir",
         required=True,
@@ -77,64 +65,57 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         required=True,
         type=Path,
         metavar="DIR",
-        help="run directory, or Hugging Face folder; must not be there yet",
+        help="run directory, or Hugging Face folder; must not exist",
     )
     parser.add_argument(
         "--ckpt-step",
         type=int,
         metavar="N",
-        help="of a run directory: the iteration to convert. Default: the latest.",
+        help="iteration of a run directory to convert. Default: the latest.",
     )
     parser.add_argument(
         "--average-checkpoints",
         type=int,
         default=1,
         metavar="N",
-        help=(
-            "of a run directory: convert the mean of the weights of the last N checkpoints (up "
-            "to --ckpt-step). Default: 1."
-        ),
+        help="convert the mean of the weights of the last N checkpoints of a run directory, up to "
+        "--ckpt-step. Default: 1.",
     )
     parser.add_argument(
         "--use-ema",
         action="store_true",
-        help=(
-            "of a run directory with --ema-decay: convert the running mean of the weights in "
-            "place of the weights"
-        ),
+        help="convert the running mean of the weights of a run with --ema-decay instead of the "
+        "weights",
     )
     parser.add_argument(
         "--tokenizer-folder",
         type=Path,
         metavar="DIR",
-        help="to a run directory: an extended tokenizer (tools/extend_tokenizer.py), with whose "
-        "token_map.json the new rows are made; to "
-        "Hugging Face: where the tokenizer's files come from. Default: the model's, or the "
-        "run's, own.",
+        help="to a run directory: an extended tokenizer (`chatflow tokenizer extend`), whose "
+        "token_map.json defines the new rows. To Hugging Face: the source of the tokenizer's "
+        "files. Default: the tokenizer of the model or of the run.",
     )
-    for flag, what in (("--new-rows", "rows of new tokens in embedding and output layer"), ("--new-input-rows", "those of the embedding alone"),
-                       ("--new-output-rows", "those of the output layer alone")):  # fmt: skip
+    for flag, what in (
+        ("--new-rows", "rows of new tokens in embedding and output layer"),
+        ("--new-input-rows", "rows of new tokens in the embedding"),
+        ("--new-output-rows", "rows of new tokens in the output layer"),
+    ):
         parser.add_argument(
             flag,
             choices=_METHODS,
-            help=(
-                f"{what}: mean of the pieces' rows, random, or mean_all, the mean of all. "
-                f"Default: mean."
-            ),
+            help=f"{what}: mean of the pieces' rows, random, or mean_all, the mean of all rows. "
+            "Default: mean.",
         )
-    arguments, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        flag = word.split("=")[0]
-        raise ConfigError(
-            f"{flag}: {_REFUSED[flag]}"
-            if flag in _REFUSED
-            else f"unknown argument {word!r}; `{PROG} --help` lists the flags"
-        )
-    return arguments
+    return parser
 
 
-def _convert(argv: list[str]) -> int:
-    arguments = _parse(argv)
+def main(argv: Sequence[str] | None = None, prog: str = "chatflow convert") -> int:
+    """Convert; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    return run_command(prog, lambda: _convert(parser(prog).parse(words)))
+
+
+def _convert(arguments: argparse.Namespace) -> int:
     load, save, begin = arguments.load_dir, arguments.save_dir, time.perf_counter()
     methods = {
         "input": arguments.new_input_rows or arguments.new_rows,
@@ -174,7 +155,7 @@ def _convert(argv: list[str]) -> int:
 
 
 def _write(arguments: argparse.Namespace, methods: dict[str, str | None], is_run: bool) -> str:
-    """Convert; returns how the result is used."""
+    """Convert; returns a line that shows how the result is used."""
     load, save = arguments.load_dir, arguments.save_dir
     if is_run:
         from megatron_chatflow.checkpoint.selection import choose_weights

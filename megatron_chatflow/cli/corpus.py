@@ -1,39 +1,45 @@
-"""The command lines of `tools/merge_datasets.py` and `tools/verify_dataset.py`."""
+"""``chatflow corpus merge`` and ``chatflow corpus verify``."""
+
+from __future__ import annotations
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import get_args
 
-from megatron_chatflow.cli.run_command import run_command
-from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
-from megatron_chatflow.data.corpus.merge import find_corpora, merge
-from megatron_chatflow.data.corpus.verify import verify
+from megatron_chatflow.cli.run_command import note, run_command
+from megatron_chatflow.config import CommandParser
+from megatron_chatflow.config.arguments import positive_int
+from megatron_chatflow.config.schema import TokenizerType
 from megatron_chatflow.errors import ChatflowError, ConfigError
-from megatron_chatflow.tokenizer import TOKENIZER_TYPES, load_tokenizer
-from megatron_chatflow.utils.files import disk_errors
+
+MERGE_EPILOG = """examples:
+  {call} --input parts --output-prefix data/zh_text_document
+
+exit codes: 0 written; nothing is written at 1 (a disk failed), 2 (the corpora or the flags cannot be
+used) and 130 (interrupted)
+"""
+VERIFY_EPILOG = """examples:
+  {call} data/zh_text_document data/en_text_document
+  {call} data/zh_text_document --vocab-size 32000
+
+exit codes: 0 every corpus is valid, 1 one is not, 2 the flags cannot be used or a corpus does not
+exist
+"""
 
 
-def merge_main(argv: Sequence[str] | None = None) -> int:
-    """Merges the corpora of a folder; returns the exit code: 0 written, 1 the disk failed, 2 they
-    cannot be merged.
-    """
-    parser = argparse.ArgumentParser(
-        prog="merge_datasets.py",
-        description=(
-            "All corpora of a folder as one, in the order of their names. Their manifests are "
-            "merged too, and must name one tokenizer."
-        ),
-        epilog="exit codes: 0 written, 1 nothing written because a disk failed, "
-        "2 nothing written because the corpora or the flags are wrong, 130 interrupted",
-        allow_abbrev=False,
+def merge_parser(prog: str = "chatflow corpus merge") -> CommandParser:
+    """Return the parser of the command line."""
+    parser = CommandParser(
+        prog,
+        "Merge all corpora of a folder, in the order of their names. Their manifests are merged "
+        "too, and must name one tokenizer.",
+        MERGE_EPILOG,
     )
     parser.add_argument(
-        "--input",
-        required=True,
-        metavar="DIR",
-        help="folder with a .bin and an .idx of each corpus",
+        "--input", required=True, metavar="DIR", help="folder with .bin and .idx of each corpus"
     )
     parser.add_argument(
         "--output-prefix",
@@ -44,13 +50,22 @@ def merge_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--multimodal",
         action="store_true",
-        help="refuse text; conversations are known by their .idx without it",
+        help="refuse text; conversations are recognized by their .idx without this flag",
     )
-    arguments = parser.parse_args(argv)
-    return run_command("merge_datasets.py", lambda: _merge(arguments))
+    return parser
+
+
+def merge_main(argv: Sequence[str] | None = None, prog: str = "chatflow corpus merge") -> int:
+    """Merge the corpora of a folder; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    return run_command(prog, lambda: _merge(merge_parser(prog).parse(words)))
 
 
 def _merge(arguments: argparse.Namespace) -> int:
+    from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
+    from megatron_chatflow.data.corpus.merge import find_corpora, merge
+    from megatron_chatflow.utils.files import disk_errors
+
     with disk_errors(arguments.output_prefix):
         prefixes = find_corpora(arguments.input)
         for prefix in prefixes if arguments.multimodal else ():
@@ -62,7 +77,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         merged, manifest = merge(
             prefixes,
             arguments.output_prefix,
-            lambda prefix: print(f"merge_datasets.py: {prefix}", file=sys.stderr, flush=True),
+            note,
         )
     files = (
         ".bin, .idx and .json"
@@ -76,32 +91,31 @@ def _merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def verify_main(argv: Sequence[str] | None = None) -> int:
-    """Verifies corpora; returns the exit code: 0 all sound, 1 one is not, 2 one is not there."""
-    parser = argparse.ArgumentParser(
-        prog="verify_dataset.py",
-        description="Reads corpora from end to end and says what is wrong with them: lengths, pointers, "
-        "documents, modes, tokens outside the "
-        "vocabulary, and whether manifest and checksums agree.",
-        epilog=(
-            "exit codes: 0 every corpus is sound, 1 one is not, 2 the command line is wrong or "
-            "there is no such corpus"
-        ),
-        allow_abbrev=False,
+def verify_parser(prog: str = "chatflow corpus verify") -> CommandParser:
+    """Return the parser of the command line."""
+    parser = CommandParser(
+        prog,
+        "Read corpora completely and report what is wrong with them: lengths, pointers, documents, "
+        "modes, tokens outside the vocabulary, and manifests and checksums that do not match.",
+        VERIFY_EPILOG,
     )
+    parser.usage = f"{parser.call} PREFIX [PREFIX ...] [flags]"
     parser.add_argument(
-        "prefix", nargs="+", metavar="PREFIX", help="a corpus, without .bin and .idx"
+        "prefix", nargs="*", metavar="PREFIX", help="a corpus, without .bin and .idx"
     )
     given = parser.add_argument_group(
-        "vocabulary", "what token ids are compared with; by default what the manifest says"
+        "vocabulary", "what token ids are compared with; the manifest's by default"
     )
     given.add_argument(
-        "--vocab-size", type=int, metavar="N", help="tokens of the vocabulary, before padding"
+        "--vocab-size",
+        type=positive_int,
+        metavar="N",
+        help="tokens of the vocabulary, before padding",
     )
     given.add_argument(
         "--tokenizer-type",
         metavar="TYPE",
-        help=f"take the size from a tokenizer: {', '.join(TOKENIZER_TYPES)}",
+        help=f"take the size from a tokenizer: {', '.join(get_args(TokenizerType))}",
     )
     given.add_argument(
         "--tokenizer-model",
@@ -110,55 +124,69 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
     )
     given.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT2BPETokenizer")
     given.add_argument("--merge-file", metavar="FILE", help="merges.txt of GPT2BPETokenizer")
-    arguments = parser.parse_args(argv)
-    return run_command("verify_dataset.py", lambda: _verify(arguments))
+    parser.check = _check
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> Iterator[str]:
+    if not arguments.prefix:
+        yield "PREFIX is missing; give the corpora to verify, without .bin and .idx"
+    for prefix in arguments.prefix:
+        if not any(os.path.exists(prefix + suffix) for suffix in (".bin", ".idx")):
+            action = (
+                f"write {prefix[:-4]}" if prefix.endswith((".bin", ".idx")) else "correct the path"
+            )
+            yield f"{prefix}.bin and {prefix}.idx do not exist: {action}"
+    files = (arguments.tokenizer_model, arguments.vocab_file, arguments.merge_file)
+    if arguments.tokenizer_type is None and any(files):
+        yield "--tokenizer-type is missing: give it, or --vocab-size alone"
+
+
+def verify_main(argv: Sequence[str] | None = None, prog: str = "chatflow corpus verify") -> int:
+    """Verify corpora; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    return run_command(prog, lambda: _verify(verify_parser(prog).parse(words)))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    prefixes, vocab_size = arguments.prefix, _vocab_size(arguments)
-    for prefix in prefixes:
-        if not any(os.path.exists(prefix + suffix) for suffix in (".bin", ".idx")):
-            cure = (
-                f"write {prefix[:-4]}" if prefix.endswith((".bin", ".idx")) else "correct the path"
-            )
-            raise ConfigError(f"there is no {prefix}.bin and no {prefix}.idx: {cure}")
-    sound = True
-    for prefix in prefixes:
+    from megatron_chatflow.data.corpus.indexed_dataset import IndexedDataset
+    from megatron_chatflow.data.corpus.verify import verify
+
+    vocab_size, all_valid = _vocab_size(arguments), True
+    for prefix in arguments.prefix:
         try:
-            faults = verify(prefix, _progress(prefix), vocab_size)
+            problems = verify(prefix, _progress(prefix), vocab_size)
         except ChatflowError as error:
-            faults = [str(error)]
-        for fault in faults:
-            print(fault)
-        if not faults:
+            problems = [str(error)]
+        for problem in problems:
+            print(problem)
+        if not problems:
             dataset = IndexedDataset(prefix)
             print(
-                f"corpus {prefix}: sound, {dataset.num_documents:,} documents, "
+                f"corpus {prefix}: valid, {dataset.num_documents:,} documents, "
                 f"{dataset.num_tokens:,} tokens"
             )
-        sound = sound and not faults
-    return 0 if sound else 1
+        all_valid = all_valid and not problems
+    return 0 if all_valid else 1
 
 
 def _vocab_size(arguments: argparse.Namespace) -> int | None:
-    """Returns the size of the vocabulary that the flags name, or None. Raises ValueError where they
-    do not fit.
-    """
-    given = arguments.vocab_size
-    if given is not None and given < 1:
-        raise ConfigError(f"--vocab-size {given} is too few: give at least 1")
-    files = {
-        name: getattr(arguments, name) for name in ("tokenizer_model", "vocab_file", "merge_file")
-    }
+    """Return the size of the vocabulary that the flags name, or None."""
     if arguments.tokenizer_type is None:
-        if any(files.values()):
-            raise ConfigError("--tokenizer-type is missing: give it, or --vocab-size alone")
-        return given
-    return load_tokenizer(arguments.tokenizer_type, vocab_size=given, **files).vocab_size
+        return arguments.vocab_size
+    from megatron_chatflow.tokenizer import load_tokenizer
+
+    return load_tokenizer(
+        arguments.tokenizer_type,
+        tokenizer_model=arguments.tokenizer_model,
+        vocab_file=arguments.vocab_file,
+        merge_file=arguments.merge_file,
+        vocab_size=arguments.vocab_size,
+    ).vocab_size
 
 
 def _progress(prefix: str) -> Callable[[int, int], None]:
-    """Returns what prints how far a corpus is read, at most once a second."""
+    """Return a function that prints how much of a corpus is read, at most once per second."""
     start = last = time.perf_counter()
 
     def show(done: int, total: int) -> None:

@@ -1,68 +1,51 @@
-"""The command line of `tools/preprocess_data.py`."""
+"""``chatflow preprocess``: text to Megatron's .bin/.idx."""
 
-import argparse
-import difflib
+from __future__ import annotations
+
 import json
 import os
 import signal
 import sys
-import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, get_args
 
-from megatron_chatflow.cli.run_command import run_command
-from megatron_chatflow.data.preprocess.encoder import KINDS
-from megatron_chatflow.data.preprocess.input_files import FORMATS, MAX_DOCUMENT_BYTES
-from megatron_chatflow.data.preprocess.options import (
-    DEFAULT_MAX_MALFORMED,
-    DEFAULT_SEED,
-    PreprocessOptions,
-)
-from megatron_chatflow.data.preprocess.pipeline import preprocess
-from megatron_chatflow.data.preprocess.resume_state import has_state
-from megatron_chatflow.data.preprocess.summary import (
-    MalformedInput,
-    PreprocessProgress,
-    PreprocessSummary,
-)
-from megatron_chatflow.data.preprocess.worker_pool import WorkerDied
-from megatron_chatflow.errors import ConfigError
+from megatron_chatflow.cli.progress_bar import ProgressBar
+from megatron_chatflow.cli.run_command import note, run_command
+from megatron_chatflow.config import CommandParser
+from megatron_chatflow.config.schema import TokenizerType
 from megatron_chatflow.report.console import lossy_output
-from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 from megatron_chatflow.utils.files import WriteError, disk_errors
 
-PROG = "preprocess_data.py"
-_EXAMPLES = """
-examples:
-  # a language, on two processes
-  python tools/preprocess_data.py --input zh.jsonl.gz --output-prefix data/zh --tokenizer-type SentencePieceTokenizer --tokenizer-model spm.model \\
-      --append-eod --workers 2                                   -> data/zh_text_document.{bin,idx,json}
-  # many files, from a folder of a Hugging Face model
-  python tools/preprocess_data.py --input 'crawl/*.jsonl.gz' --output-prefix data/en --tokenizer-type HuggingFaceTokenizer \\
-      --tokenizer-model SmolLM2-135M --append-eod --workers 8
-  # parallel text: {"en": ..., "zh": ...}
-  python tools/preprocess_data.py --input pairs.jsonl --kind parallel --template '{en}\\n{zh}' --output-prefix data/enzh ...
-                                                                 -> data/enzh_text_document.{bin,idx,json}
-  # conversations: {"messages": [...]}, {"conversations": [...]}, {"instruction", "input", "output"} or {"prompt", "completion"}
-  python tools/preprocess_data.py --input chat.jsonl --kind instruct --output-prefix data/instruct ...
-                                                                 -> data/instruct_document.{bin,idx,json}
-  # standard input
-  xz -dc big.jsonl.xz | python tools/preprocess_data.py --input - --output-prefix data/big ...
-  # in a random order; and after a kill the same again with --resume: the output is byte for byte that of a run that was left alone
-  python tools/preprocess_data.py --input 'crawl/*.parquet' --json-keys text --shuffle --resume --output-prefix data/en ...
-  # a sequence a sentence                                        -> data/zh_text_sentence.{bin,idx,json}
-  python tools/preprocess_data.py --input zh.jsonl.zst --split-sentences --lang chinese --output-prefix data/zh ...
+if TYPE_CHECKING:
+    from megatron_chatflow.data.preprocess.options import PreprocessOptions
+    from megatron_chatflow.data.preprocess.summary import PreprocessSummary
 
-exit codes: 0 written, 1 nothing written because of what the input holds, a worker that died or a disk that is full, 2 a setting or a file is wrong,
-130, 143 and 129 interrupted by SIGINT (Ctrl-C), SIGTERM or SIGHUP.
+EPILOG = """examples:
+  # a language, on two processes: data/zh_text_document.{bin,idx,json}
+  {call} --input zh.jsonl.gz --output-prefix data/zh --append-eod --workers 2 \\
+      --tokenizer-type SentencePieceTokenizer --tokenizer-model spm.model
+  # many files, with the tokenizer of a Hugging Face folder
+  {call} --input 'crawl/*.jsonl.gz' --output-prefix data/en --append-eod \\
+      --tokenizer-type HuggingFaceTokenizer --tokenizer-model SmolLM2-135M
+  # parallel text, {"en": ..., "zh": ...}: data/enzh_text_document.{bin,idx,json}
+  {call} --input pairs.jsonl --kind parallel --template '{en}\\n{zh}' --output-prefix data/enzh ...
+  # conversations, {"messages": [...]} or {"instruction", "input", "output"}:
+  # data/instruct_document.{bin,idx,json}
+  {call} --input chat.jsonl --kind instruct --output-prefix data/instruct ...
+  # standard input
+  xz -dc big.jsonl.xz | {call} --input - --output-prefix data/big ...
+  # in random order; after a kill, the same command resumes, and the output is identical
+  {call} --input 'crawl/*.parquet' --shuffle --resume --output-prefix data/en ...
+
+exit codes: 0 written; nothing is written at 1 (malformed input, a worker died, a disk is full), 2
+(a flag or a file cannot be used) and 129, 130 and 143 (SIGHUP, SIGINT (Ctrl-C), SIGTERM)
 """
 
 _ORDER = "documents always keep the order of the input; drop the flag"
 _TUNING = (
-    "the pipeline keeps every process busy by itself; drop the flag and give --workers the "
-    "number of cores"
+    "the pipeline keeps every process busy; drop the flag and give --workers the number of cores"
 )
 _REFUSED = {
     "--partitions": "one run uses all --workers on all files, zipped ones included; drop the flag",
@@ -86,104 +69,24 @@ _REFUSED = {
 }
 
 
-_BAR = 30
 _IGNORED_SHOWN = 20
+KINDS = ("text", "parallel", "instruct")
+FORMATS = ("jsonl", "text", "parquet")
+"""As in `data.preprocess`, which cannot be imported without numpy; a test compares them."""
+DEFAULTS = {"max_document_bytes": 1 << 28, "max_malformed": 0.05, "seed": 1234}
+"""Shown by `--help`; as in `data.preprocess` too."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ConfigError(message)
-
-
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = (
-            isinstance(action.default, str | int)
-            and action.default is not False
-            and not action.required
-        )
-        return super()._get_help_string(action) if shown else action.help
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line; the flags are Megatron's, and those of
-    `PreprocessOptions`.
-    """
-    description = "Text to Megatron's .bin/.idx, with a manifest beside it."
-    parser = _Parser(
-        prog=PROG,
-        description=description,
-        epilog=_EXAMPLES,
-        formatter_class=_Help,
-        allow_abbrev=False,
+def parser(prog: str = "chatflow preprocess") -> CommandParser:
+    """Return the parser of the command line: Megatron's flags, and those of `PreprocessOptions`."""
+    parser = CommandParser(
+        prog, "Convert text to Megatron's .bin/.idx, with a manifest next to it.", EPILOG
     )
-    data = parser.add_argument_group("input")
-    data.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="files, patterns in quotes, - for standard input; .gz, .zst unpacked",
-    )
-    formats = (
-        "JSON lines or one JSON array, a document a line, or a table; by default .txt is text, "
-        ".parquet a table"
-    )
-    data.add_argument("--input-format", choices=FORMATS, help=formats)
-    data.add_argument(
-        "--kind",
-        choices=KINDS,
-        default="text",
-        help="text under --json-keys, parallel text, or conversations",
-    )
-    data.add_argument(
-        "--json-keys",
-        nargs="+",
-        default=["text"],
-        metavar="KEY",
-        help="keys that become a corpus each (--kind text; default: text)",
-    )
-    templates = (
-        "chatflow, alpaca, chatml, or tokenizer for the tokenizer's own (--kind instruct, by "
-        "default chatflow)"
-    )
-    data.add_argument("--template", help=f"'{{en}}\\n{{zh}}' (--kind parallel); {templates}")
-    data.add_argument(
-        "--skip-malformed",
-        action="store_true",
-        help="leave malformed records out and count them; without it they stop the run",
-    )
-    share = (
-        f"with --skip-malformed: the share of malformed records beyond which nothing is written "
-        f"(default: {DEFAULT_MAX_MALFORMED:g})"
-    )
-    data.add_argument("--max-malformed", type=float, metavar="FRACTION", help=share)
-    limit = (
-        "bytes of the longest record, unpacked; a longer one is malformed, and is not read to "
-        "its end without --skip-malformed"
-    )
-    data.add_argument(
-        "--max-document-bytes", type=int, default=MAX_DOCUMENT_BYTES, metavar="N", help=limit
-    )
-    data.add_argument(
-        "--lang",
-        help=(
-            "language of the text, noted in the manifest; of --split-sentences, by default english"
-        ),
-    )
-    data.add_argument(
-        "--split-sentences",
-        action="store_true",
-        help="make each sentence a sequence: by NLTK where its data is, else by a rule",
-    )
-    data.add_argument(
-        "--keep-newlines",
-        action="store_true",
-        help="with --split-sentences: a sentence keeps the white space that follows it",
-    )
+    parser.unsupported = _REFUSED
+    _add_input_flags(parser)
     tokenizer = parser.add_argument_group("tokenizer")
     tokenizer.add_argument(
-        "--tokenizer-type", required=True, metavar="TYPE", help=", ".join(TOKENIZER_TYPES)
+        "--tokenizer-type", required=True, metavar="TYPE", help=", ".join(get_args(TokenizerType))
     )
     tokenizer.add_argument(
         "--tokenizer-model",
@@ -198,9 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
     tokenizer.add_argument(
         "--append-eod",
         action="store_true",
-        help="end documents with the end-of-document token (chatflow and alpaca do anyway)",
+        help="end documents with the end-of-document token; chatflow and alpaca always do",
     )
-    output = parser.add_argument_group("output and run")
+    output = parser.add_argument_group("output")
     output.add_argument(
         "--output-prefix",
         required=True,
@@ -208,84 +111,151 @@ def make_parser() -> argparse.ArgumentParser:
         help="files are PREFIX_<key>_document.bin, .idx and .json",
     )
     output.add_argument(
-        "--shuffle", action="store_true", help="write the documents in a random order"
+        "--shuffle", action="store_true", help="write the documents in random order"
     )
     output.add_argument(
-        "--seed", type=int, metavar="N", help=f"of --shuffle, by default {DEFAULT_SEED}"
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"seed of --shuffle. Default: {DEFAULTS['seed']}.",
     )
     output.add_argument(
         "--resume",
         action="store_true",
-        help="go on where an earlier run with the same settings and inputs was killed",
+        help="continue where a run with the same settings and inputs was killed",
     )
-    cores = len(os.sched_getaffinity(0))
     output.add_argument(
         "--workers",
         type=int,
-        default=cores,
+        default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes that encode, by default one per core",
+        help="processes that encode. Default: one per core.",
     )
     output.add_argument(
         "--log-interval",
         type=int,
         default=1000,
         metavar="N",
-        help="documents between two reports of progress, at most one a second",
+        help="documents between two progress reports, at most one per second. Default: 1000.",
     )
     return parser
 
 
-def parse_arguments(argv: Sequence[str]) -> PreprocessOptions:
-    """Reads the command line.
+def _add_input_flags(parser: CommandParser) -> None:
+    data = parser.add_argument_group("input")
+    data.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files, patterns in quotes, - for standard input; .gz and .zst are unpacked",
+    )
+    data.add_argument(
+        "--input-format",
+        choices=FORMATS,
+        help="JSON lines or one JSON array, one document per line, or a table. Default: .txt is "
+        "text, .parquet is a table, all else is jsonl.",
+    )
+    data.add_argument(
+        "--kind",
+        choices=KINDS,
+        default="text",
+        help="text under --json-keys, parallel text, or conversations. Default: text.",
+    )
+    data.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys of --kind text, each of which becomes a corpus. Default: text.",
+    )
+    data.add_argument(
+        "--template",
+        help="of --kind parallel: e.g. '{en}\\n{zh}'. Of --kind instruct: chatflow (the default), "
+        "alpaca, chatml, or tokenizer for the tokenizer's own.",
+    )
+    data.add_argument(
+        "--skip-malformed",
+        action="store_true",
+        help="leave malformed records out and count them; they stop the run by default",
+    )
+    data.add_argument(
+        "--max-malformed",
+        type=float,
+        metavar="FRACTION",
+        help="with --skip-malformed: write nothing above this share of malformed records. "
+        f"Default: {DEFAULTS['max_malformed']:g}.",
+    )
+    data.add_argument(
+        "--max-document-bytes",
+        type=int,
+        default=DEFAULTS["max_document_bytes"],
+        metavar="N",
+        help="longest record in bytes, unpacked; a longer one is malformed. "
+        f"Default: {DEFAULTS['max_document_bytes']}.",
+    )
+    data.add_argument(
+        "--lang",
+        help="language of the text, for the manifest and --split-sentences (there english by "
+        "default)",
+    )
+    data.add_argument(
+        "--split-sentences",
+        action="store_true",
+        help="make each sentence a sequence: by NLTK where its data is installed, else by a rule",
+    )
+    data.add_argument(
+        "--keep-newlines",
+        action="store_true",
+        help="with --split-sentences: a sentence keeps the white space after it",
+    )
+
+
+def parse_arguments(argv: Sequence[str], prog: str = "chatflow preprocess") -> PreprocessOptions:
+    """Return what the command line asks for.
 
     Raises:
-        ValueError: a flag is unknown, refused, or has a wrong value; one sentence.
+        ConfigErrors: flags are unknown or missing, or have values that cannot be used.
     """
-    parser = make_parser()
-    for word in argv:
-        flag = word.partition("=")[0].replace("_", "-")
-        if flag in _REFUSED:
-            raise ConfigError(f"{flag} is not taken: {_REFUSED[flag]}")
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        nearest = difflib.get_close_matches(unknown[0], flags, n=1)
-        raise ConfigError(
-            f"{unknown[0]} is unknown: "
-            + (f"did you mean {nearest[0]}?" if nearest else "see --help")
-        )
-    values = vars(known)
+    values = vars(parser(prog).parse(argv))
+    from megatron_chatflow.data.preprocess.options import PreprocessOptions
+
     return PreprocessOptions(
         **values | {"input": tuple(values["input"]), "json_keys": tuple(values["json_keys"])}
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code that the examples in `--help` list."""
+def main(argv: Sequence[str] | None = None, prog: str = "chatflow preprocess") -> int:
+    """Preprocess; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
 
     def work() -> int:
         with lossy_output(), _interruptible():
-            return _main(sys.argv[1:] if argv is None else argv)
+            return _preprocess(words, prog)
 
-    return run_command(PROG, work)
+    return run_command(prog, work)
 
 
-def _main(argv: Sequence[str]) -> int:
+def _preprocess(argv: Sequence[str], prog: str) -> int:
     settings: PreprocessOptions | None = None
     try:
-        settings = parse_arguments(argv)
-        with _ProgressBar(sys.stderr) as progress, disk_errors("the output"):
-            summary = preprocess(settings, progress, _note)
-    except MalformedInput as error:
-        return _refuse(1, str(error))
-    except (WriteError, WorkerDied) as error:
-        return _refuse(1, f"{error}; {_what_is_left(settings)}")
-    except MemoryError:
-        advice = "try fewer --workers, or a smaller --max-document-bytes"
-        return _refuse(1, f"not enough memory: {advice}; {_what_is_left(settings)}")
+        settings = parse_arguments(argv, prog)
+        from megatron_chatflow.data.preprocess.pipeline import preprocess
+        from megatron_chatflow.data.preprocess.summary import MalformedInput
+        from megatron_chatflow.data.preprocess.worker_pool import WorkerDied
+
+        try:
+            with ProgressBar(sys.stderr) as progress, disk_errors("the output"):
+                summary = preprocess(settings, progress, note)
+        except MalformedInput as error:
+            return _fail(1, str(error))
+        except (WriteError, WorkerDied) as error:
+            return _fail(1, f"{error}; {_what_is_kept(settings)}")
+        except MemoryError:
+            advice = "try fewer --workers, or a smaller --max-document-bytes"
+            return _fail(1, f"not enough memory: {advice}; {_what_is_kept(settings)}")
     except _Interrupted as interrupted:
-        return _refuse(128 + interrupted.number, f"interrupted; {_what_is_left(settings)}")
+        return _fail(128 + interrupted.number, f"interrupted; {_what_is_kept(settings)}")
     _conclude(settings, summary)
     return 0
 
@@ -297,9 +267,9 @@ class _Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Inside, the first SIGINT, SIGTERM or SIGHUP raises, and the second ends the process at once.
+    """Raise at the first SIGINT, SIGTERM or SIGHUP, and end the process at the second.
 
-    SIGINT and SIGHUP stay ignored where they are: in the background, or under nohup.
+    SIGINT and SIGHUP stay ignored where they are ignored: in the background, or under nohup.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -327,69 +297,20 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _what_is_left(settings: PreprocessOptions | None) -> str:
+def _what_is_kept(settings: PreprocessOptions | None) -> str:
+    from megatron_chatflow.data.preprocess.resume_state import has_state
+
     if settings is None or not has_state(settings.unfinished()):
-        return "nothing was written: start it again"
+        return "nothing was written: run the command again"
     return (
-        f"what is done is kept in {settings.unfinished()}: the same command with --resume goes "
-        f"on from there"
+        f"what is done is kept in {settings.unfinished()}: the same command with --resume "
+        "continues from there"
     )
-
-
-class _ProgressBar:
-    """Shows progress at most once a second: a bar that is drawn again and again on a terminal,
-    lines anywhere else.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._drawn = False
-        self._last = 0.0
-
-    def __enter__(self) -> "_ProgressBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._drawn:
-            print(file=self._stream)
-
-    def __call__(self, progress: PreprocessProgress) -> None:
-        if progress.seconds - self._last < 1:
-            return
-        self._last = progress.seconds
-        if self._stream.isatty():
-            self._drawn = True
-            print(
-                f"\r{_bar(progress)}{_line(progress)}\x1b[K", end="", file=self._stream, flush=True
-            )
-        else:
-            print(_line(progress), file=self._stream, flush=True)
-
-
-def _bar(progress: PreprocessProgress) -> str:
-    return "" if progress.done is None else f"[{'#' * round(_BAR * progress.done):<{_BAR}}] "
-
-
-def _line(progress: PreprocessProgress) -> str:
-    line = (
-        f"{progress.documents:,} documents, {progress.bytes / 1e6:,.1f} MB of text, "
-        f"{progress.rate / 1e6:.2f} MB/s"
-    )
-    if progress.done is not None:
-        line += f", {progress.done:.0%} of the input"
-    if progress.left is not None:
-        left = round(progress.left)
-        line += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-    return line
-
-
-def _note(sentence: str) -> None:
-    print(f"{PROG}: {sentence}", file=sys.stderr, flush=True)
 
 
 def _conclude(settings: PreprocessOptions, summary: PreprocessSummary) -> None:
     for line in summary.shown:
-        _note(f"left out: {line}")
+        note(f"left out: {line}")
     for prefix, manifest in summary.corpora.items():
         what = "conversations" if manifest.conversations else "documents"
         print(
@@ -421,6 +342,7 @@ def _conclude(settings: PreprocessOptions, summary: PreprocessSummary) -> None:
     )
 
 
-def _refuse(code: int, message: str) -> int:
-    print(textwrap.indent(message, f"{PROG}: "), file=sys.stderr)
+def _fail(code: int, message: str) -> int:
+    for line in message.splitlines():
+        note(line)
     return code

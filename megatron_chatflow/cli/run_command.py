@@ -11,6 +11,14 @@ from megatron_chatflow.distributed.launch import LaunchError, node_name
 from megatron_chatflow.errors import EXIT_INTERRUPTED, ChatflowError, SampleError, messages_of
 from megatron_chatflow.utils.user_files import visible
 
+_running = ["chatflow"]
+"""Names of the commands that run in this process, the innermost last."""
+
+
+def note(text: str) -> None:
+    """Print a line to standard error that begins with the name of the running command."""
+    print(f"{_running[-1]}: {text}", file=sys.stderr, flush=True)
+
 
 def run_command(name: str, work: Callable[[], int]) -> int:
     """Run a command and return its exit code.
@@ -23,6 +31,7 @@ def run_command(name: str, work: Callable[[], int]) -> int:
         name: what the messages begin with, e.g. ``chatflow train``.
         work: does the work and returns the exit code.
     """
+    _running.append(name)
     try:
         return work()
     except ChatflowError as error:
@@ -37,6 +46,8 @@ def run_command(name: str, work: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of a pipe has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        _running.pop()
 
 
 def _place(error: ChatflowError, env: Mapping[str, str]) -> str | None:
