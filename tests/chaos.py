@@ -451,8 +451,8 @@ def torment(folder: Path, faults: int, seed: int, say: Any = print) -> dict[str,
     """The whole story in `folder`; returns what was done. Raises AssertionError where the run shows
     it.
     """
+    from megatron_chatflow.cli.compare import differences
     from tests.audit import BOUND, read_notes
-    from tools.compare_runs import differences
 
     it = Torment(folder, faults, seed, say)
     story = it.story

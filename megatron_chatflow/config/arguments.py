@@ -154,7 +154,7 @@ class CommandParser(argparse.ArgumentParser):
     def _report_flag(self, flag: str) -> None:
         for spelling in (flag, flag.replace("_", "-")):
             if spelling in self.unsupported:
-                self.errors.add(f"{flag}: {self.unsupported[spelling]}")
+                self.errors.add(f"{spelling}: {self.unsupported[spelling]}")
                 return
         guess = nearest(flag, self.flags())
         self.errors.add(

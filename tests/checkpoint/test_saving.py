@@ -69,7 +69,7 @@ def test_what_is_kept_are_the_newest_and_the_multiples(
 def test_an_asynchronous_save_has_the_bits_of_a_synchronous_one(
     pool: Pool, sample: Path, whole: Path
 ) -> None:
-    from tools.compare_runs import differences
+    from megatron_chatflow.cli.compare import differences
 
     run = sample / "async"
     out = ok(
@@ -105,7 +105,7 @@ def train_with_slow_copies(folder: Path, *words: str) -> tuple[int, str, str]:
 def test_the_next_iteration_changes_nothing_that_is_not_yet_copied(
     pool: Pool, sample: Path, whole: Path
 ) -> None:
-    from tools.compare_runs import differences
+    from megatron_chatflow.cli.compare import differences
 
     run = sample / "slow copies"
     out = ok(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_chatflow.cli.compare import main
 from tests.pool import Pool
 from tests.sample import train
-from tools.compare_runs import main
 
 TOOL = Path(__file__).parents[2] / "tools" / "compare_runs.py"
 

@@ -12,7 +12,8 @@ import pytest
 import sentencepiece
 
 from megatron_chatflow.checkpoint.lease import Lease
-from megatron_chatflow.cli.tokenizer import is_held_out, main
+from megatron_chatflow.cli.tokenizer import extend_main as main
+from megatron_chatflow.cli.tokenizer_extension import is_held_out
 from megatron_chatflow.tokenizer import load_tokenizer
 from tests.tokenizer import bases
 
@@ -219,7 +220,7 @@ def test_replacing_keeps_the_size_and_lists_what_is_gone(model, tmp_path, capsys
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--new-tokens", 0], "--new-tokens 0 is too few"),
+        (["--new-tokens", 0], "--new-tokens: '0' is not a positive whole number"),
         (["--new-tokens", 5, "--replace"], "--replace needs --base-input"),
         (
             ["--new-tokens", 5, "--replace", "--base-input", EN, "--characters"],
@@ -241,9 +242,9 @@ def test_replacing_keeps_the_size_and_lists_what_is_gone(model, tmp_path, capsys
         (["--new-tokens", 5, "--json-keys", "body"], "zh.jsonl, line 1: no key 'body'"),
         (
             ["--new-tokens", 5, "--base-inputs", EN],
-            "--base-inputs is unknown: did you mean --base-input?",
+            "unknown flag --base-inputs; did you mean --base-input?",
         ),
-        (["--new-tokens", "many"], "argument --new-tokens: invalid int value: 'many'"),
+        (["--new-tokens", "many"], "--new-tokens: 'many' is not a positive whole number"),
         (
             ["--new-tokens", 5, "--tokenizer-model", "absent.model"],
             "tokenizer_model absent.model cannot be read",

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_chatflow.cli.preprocess import _ProgressBar, main
+from megatron_chatflow.cli.preprocess import main
+from megatron_chatflow.cli.progress_bar import ProgressBar
 from megatron_chatflow.data import IndexedDataset, read_manifest
 from megatron_chatflow.data.preprocess.summary import PreprocessProgress
 
@@ -153,8 +154,8 @@ def test_too_little_memory_is_one_message(folder):
     result = subprocess.run(command, cwd=folder, capture_output=True, env=environment, timeout=60)
     assert result.returncode == 1
     assert result.stderr.decode() == (
-        "preprocess_data.py: not enough memory: try fewer --workers, or a smaller "
-        "--max-document-bytes; nothing was written: start it again\n"
+        "chatflow preprocess: not enough memory: try fewer --workers, or a smaller "
+        "--max-document-bytes; nothing was written: run the command again\n"
     )
 
 
@@ -163,15 +164,15 @@ def test_too_little_memory_is_one_message(folder):
     [
         (
             ["--partitions", "4"],
-            "--partitions is not taken: one run uses all --workers on all files",
+            "--partitions: one run uses all --workers on all files",
         ),
         (
             ["--find-optimal-num-workers"],
-            "--find-optimal-num-workers is not taken: the pipeline keeps every process busy",
+            "--find-optimal-num-workers: the pipeline keeps every process busy",
         ),
         (
             ["--vocab_extra_ids=1"],
-            "--vocab-extra-ids is not taken: extend the tokenizer itself; drop the flag",
+            "--vocab-extra-ids: extend the tokenizer itself; drop the flag",
         ),
         (
             ["--keep-newlines"],
@@ -180,9 +181,9 @@ def test_too_little_memory_is_one_message(folder):
                 "as they are; drop the flag"
             ),
         ),
-        (["--apend-eod"], "--apend-eod is unknown: did you mean --append-eod?"),
-        (["--append"], "--append is unknown: did you mean --append-eod?"),
-        (["--workers", "two"], "argument --workers: invalid int value: 'two'"),
+        (["--apend-eod"], "unknown flag --apend-eod; did you mean --append-eod?"),
+        (["--append"], "unknown flag --append; did you mean --append-eod?"),
+        (["--workers", "two"], "--workers: invalid int value: 'two'"),
         (
             ["--tokenizer-type", "SentencepieceTokenizer"],
             (
@@ -308,7 +309,7 @@ def test_an_interrupted_run_leaves_nothing_and_no_process(started, tmp_path, num
         started.send_signal(number)
     assert started.wait(20) == code
     told = started.stderr.read().decode()
-    if told == "preprocess_data.py: interrupted; nothing was written: start it again\n":
+    if told == "preprocess_data.py: interrupted; nothing was written: run the command again\n":
         assert list(tmp_path.iterdir()) == []
     else:  # on a slow machine the first state is saved already
         kept = "out/a_text_document.unfinished"
@@ -443,7 +444,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
     ):
         stream = io.StringIO()
         stream.isatty = lambda terminal=terminal: terminal
-        with _ProgressBar(stream) as bar:
+        with ProgressBar(stream) as bar:
             bar(progress)
             bar(progress)  # less than a second later
         assert stream.getvalue() == expected
@@ -451,7 +452,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
 
 def test_of_an_input_of_unknown_size_progress_tells_what_is_known():
     stream = io.StringIO()
-    with _ProgressBar(stream) as bar:
+    with ProgressBar(stream) as bar:
         bar(
             PreprocessProgress(
                 documents=1, bytes=1000, seconds=2.0, done=None, rate=500_000.0, left=None

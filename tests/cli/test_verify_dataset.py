@@ -52,7 +52,7 @@ def flip(path, offset, bits=1):
 def test_a_sound_corpus_is_exit_code_0(corpus):
     result = run(corpus, corpus)
     assert result.returncode == 0 and result.stderr == ""
-    assert result.stdout.splitlines() == [f"corpus {corpus}: sound, 1 documents, 1,000 tokens"] * 2
+    assert result.stdout.splitlines() == [f"corpus {corpus}: valid, 1 documents, 1,000 tokens"] * 2
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_sound_corpus_is_exit_code_0(corpus):
 def test_an_unsound_corpus_is_exit_code_1_and_says_why(corpus, damage, named):
     damage(corpus)
     result = run(corpus)
-    assert result.returncode == 1 and named in result.stdout and "sound," not in result.stdout
+    assert result.returncode == 1 and named in result.stdout and "valid," not in result.stdout
 
 
 def test_every_corpus_is_looked_at_also_after_an_unsound_one(corpus, tmp_path):
@@ -86,12 +86,16 @@ def test_every_corpus_is_looked_at_also_after_an_unsound_one(corpus, tmp_path):
         (tmp_path / f"b{suffix}").write_bytes(corpus.with_suffix(suffix).read_bytes())
     flip(tmp_path / "a.bin", 0)
     result = run(tmp_path / "a", tmp_path / "b")
-    assert result.returncode == 1 and f"corpus {tmp_path / 'b'}: sound" in result.stdout
+    assert result.returncode == 1 and f"corpus {tmp_path / 'b'}: valid" in result.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [([], "PREFIX"), (["nothing"], "there is no nothing.bin"), (["{}.idx"], "write {}\n")],
+    [
+        ([], "PREFIX"),
+        (["nothing"], "nothing.bin and nothing.idx do not exist"),
+        (["{}.idx"], "write {}\n"),
+    ],
 )
 def test_a_wrong_command_line_is_exit_code_2(corpus, arguments, named):
     result = run(*(argument.format(corpus) for argument in arguments))

@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_converted(
     shutil.copytree(folders(family), folder)
     damage(folder)
     ((code, _, err),) = pool.run(1, tool, "--load-dir", folder, "--save-dir", target)
-    assert (code, named in err, err.count("\n")) == (2, True, 1), err
+    assert (code, named in err) == (2, True), err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
@@ -189,7 +189,7 @@ def test_a_run_directory_that_cannot_be_converted(
     shutil.copytree(runs("qwen2"), run)
     damage(run)
     ((code, _, err),) = pool.run(1, tool, "--load-dir", run, "--save-dir", tmp_path / "back")
-    assert (code, named in err, err.count("\n")) == (2, True, 1), err
+    assert (code, named in err) == (2, True), err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
@@ -206,7 +206,7 @@ def test_a_folder_that_is_there_already_is_left_alone(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([], "--load-dir, --save-dir"),
+        ([], "--save-dir is missing"),
         (["--load-dir", "{}", "--save-dir", "out"], "neither config.json"),
         (
             ["--load-dir", "{}", "--save-dir", "out", "--target-tensor-parallel-size", "8"],
@@ -216,13 +216,13 @@ def test_a_folder_that_is_there_already_is_left_alone(
             ["--load-dir", "{}", "--save-dir", "out", "--loader", "llama"],
             "which way follows from --load-dir",
         ),
-        (["--load-dir", "{}", "--save-dir", "out", "--tp", "8"], "unknown argument '--tp'"),
+        (["--load-dir", "{}", "--save-dir", "out", "--tp", "8"], "unknown flag --tp"),
         (["--load-dir", "{}", "--save-dir", "out", "--new-rows", "zero"], "invalid choice: 'zero'"),
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2(tmp_path: Path, words: list[str], named: str) -> None:
     code, _, err = tool(*(word.format(tmp_path) for word in words))
-    assert (code, named in err, err.count("\n")) == (2, True, 1), err
+    assert (code, named in err) == (2, True), err
 
 
 def test_the_script_runs_from_any_folder(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_the_tools_name_bad_lines(tmp_path: Path) -> None:
     done = subprocess.run(call, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "not what a run writes" in done.stderr
     assert "Traceback" not in done.stderr
-    from tools.compare_runs import main
+    from megatron_chatflow.cli.compare import main
 
     (tmp_path / "metrics.jsonl").write_bytes(b"".join([*RUN[:5], b"17\n", *RUN[5:]]))
     assert main([str(tmp_path), str(tmp_path)]) == 2

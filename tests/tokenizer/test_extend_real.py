@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_chatflow.cli.tokenizer import is_held_out, main
+from megatron_chatflow.cli.tokenizer import extend_main as main
+from megatron_chatflow.cli.tokenizer_extension import is_held_out
 
 pytestmark = pytest.mark.slow
 

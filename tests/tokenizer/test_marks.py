@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.cli.tokenizer import main
+from megatron_chatflow.cli.tokenizer import extend_main as main
 from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import ExtensionResult, extend, open_vocabulary, replace

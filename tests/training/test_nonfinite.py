@@ -37,7 +37,7 @@ def train_with_bad_samples(
 def test_an_iteration_without_a_finite_loss_is_as_if_it_were_skipped(
     pool: Pool, sample: Path
 ) -> None:
-    from tools.compare_runs import differences
+    from megatron_chatflow.cli.compare import differences
 
     bad, skipped = sample / "one bad", sample / "skipped"
     results = pool.run(
@@ -124,7 +124,7 @@ def test_an_iteration_without_a_token_with_loss_takes_no_step_and_has_no_loss(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from tools.compare_runs import differences
+    from megatron_chatflow.cli.compare import differences
 
     empty, skipped = sample / "no loss", sample / "passed over"
     words = [*SHORT, "--log-interval", "1", "--weight-decay", "0.1"]
