@@ -315,7 +315,7 @@ def test_an_interrupted_run_leaves_nothing_and_no_process(started, tmp_path, num
         kept = "out/a_text_document.unfinished"
         assert told == (
             f"preprocess_data.py: interrupted; what is done is kept in {kept}: the same "
-            f"command with --resume goes on from there\n"
+            f"command with --resume continues from there\n"
         )
         assert [path.name for path in (tmp_path / "out").iterdir()] == [
             "a_text_document.unfinished"
@@ -412,7 +412,7 @@ def test_what_a_stopped_run_has_done_is_kept_and_the_same_input_and_resume_go_on
     if number == signal.SIGTERM:
         kept = (
             "what is done is kept in out/a_text_document.unfinished: the same command with "
-            "--resume goes on from there"
+            "--resume continues from there"
         )
         assert started.stderr.read().decode().endswith(f"preprocess_data.py: interrupted; {kept}\n")
     flags = ("--input", "-", "--output-prefix", "out/a", "--tokenizer-type", "ByteLevelTokenizer")
