@@ -4,6 +4,7 @@ knows. Imports no torch.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -58,6 +59,8 @@ def latest_iteration(run: Path) -> int | None:
 
 def complete_iterations(run: Path) -> list[int]:
     """The iterations of all checkpoints in a run directory, newest first."""
+    if not os.path.isdir(run):
+        return []
     found = (
         iteration_of(path.name) for path in run.glob("iter_*") if (path / "state.json").is_file()
     )

@@ -19,6 +19,7 @@ from megatron_chatflow.config import (
     resolve_model,
 )
 from megatron_chatflow.errors import ConfigError, ErrorCollector
+from megatron_chatflow.utils.user_files import absolute_path
 
 if TYPE_CHECKING:
     from megatron_chatflow.conversion.hf_model import Opened
@@ -132,7 +133,7 @@ def parse_with_source(
 def _folder(args: argparse.Namespace) -> str | None:
     """Return what --load or the --config file names; None where that cannot be read."""
     if getattr(args, "load", None):
-        return str(Path(args.load).expanduser().resolve())
+        return absolute_path(args.load)
     if getattr(args, "config", None):
         with ErrorCollector().collect():  # reported by `parse`
             return load_values(Path(args.config)).get("load")

@@ -22,7 +22,13 @@ from megatron_chatflow.config.schema import Config, section_of, sections
 from megatron_chatflow.config.schema.section import base_type, choices_of, type_hints
 from megatron_chatflow.config.unsupported_flags import REFUSED
 from megatron_chatflow.errors import ChatflowError, ConfigError, ErrorCollector
-from megatron_chatflow.utils.user_files import check_line, dump_yaml, load_yaml, read_text
+from megatron_chatflow.utils.user_files import (
+    absolute_path,
+    check_line,
+    dump_yaml,
+    load_yaml,
+    read_text,
+)
 
 
 @functools.cache
@@ -172,11 +178,9 @@ def _yaml_value(section: str, cls: type, name: Any, value: Any, folder: Path) ->
 def _absolute(name: str, value: Any, cls: type, folder: Path) -> Any:
     (meta,) = (f.metadata for f in dataclasses.fields(cls) if f.name == name)
     if meta.get("path") and value is not None:
-        return str((folder / Path(value).expanduser()).resolve())
+        return absolute_path(value, folder)
     if name == "data_path" and value is not None:
-        return [
-            v if _is_number(v) else str((folder / Path(v).expanduser()).resolve()) for v in value
-        ]
+        return [v if _is_number(v) else absolute_path(v, folder) for v in value]
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -121,8 +122,9 @@ def _is_in(folder: Path, name: str) -> bool:
 
 def _is_cached(path: Path) -> bool:
     """Whether a link is one of the Hugging Face cache: snapshots/REVISION/NAME to blobs/HASH."""
-    snapshots = path.parent.resolve().parent
-    return snapshots.name == "snapshots" and path.resolve().parent == snapshots.parent / "blobs"
+    snapshots = Path(os.path.realpath(path.parent)).parent
+    blobs = Path(os.path.realpath(path)).parent
+    return snapshots.name == "snapshots" and blobs == snapshots.parent / "blobs"
 
 
 def _locate(folder: Path) -> dict[str, Path]:

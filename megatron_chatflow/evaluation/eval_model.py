@@ -12,6 +12,7 @@ from typing import Any
 from megatron_chatflow.checkpoint.run_directory import iteration_of, read_state
 from megatron_chatflow.checkpoint.selection import ChosenWeights, choose_weights
 from megatron_chatflow.config import Config, resolve_model
+from megatron_chatflow.utils.user_files import absolute_path
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _load(chosen: ChosenWeights, model: list[Any]) -> None:
 
 def split_reference(path: str) -> tuple[Path, int | None]:
     """(run directory, iteration or None) of ``RUN`` or ``RUN/iter_0000100``."""
-    folder = Path(path).expanduser().resolve()
+    folder = Path(absolute_path(path))
     if (iteration := iteration_of(folder.name)) is not None:
         return folder.parent, iteration
     return folder, None

@@ -5,6 +5,7 @@ checkpoint.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def find_start(
         )
     if (
         where.save
-        and not (where.load and Path(where.load).resolve() == Path(where.save).resolve())
+        and not (where.load and os.path.realpath(where.load) == os.path.realpath(where.save))
         and complete_iterations(Path(where.save))
     ):
         raise ConfigError(

@@ -215,6 +215,14 @@ def _kind(text: str) -> str:
     return "int" if _INT.fullmatch(text) else "float" if _FLOAT.fullmatch(text) else "str"
 
 
+def absolute_path(path: str, folder: str | Path = ".") -> str:
+    """Return a path that a user wrote, relative to `folder`, as an absolute one without links.
+
+    A home directory or a link that cannot be resolved stays; opening the path reports it.
+    """
+    return os.path.realpath(os.path.join(folder, os.path.expanduser(path)))
+
+
 def control_character(text: str) -> str | None:
     """Return the first character that is a control character, ends a line, or is not UTF-8."""
     found = (c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs"))
