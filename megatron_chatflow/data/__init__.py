@@ -1,5 +1,6 @@
-"""How a sample is read: Megatron's `.bin/.idx`, text and instruction domains, the blend and its
-loader (see README.md).
+"""From corpora to batches: Megatron's `.bin/.idx`, the datasets of the domains, and their blend.
+
+See README.md.
 """
 
 from megatron_chatflow.data.blend.blended_dataset import BlendedDataset, open_blend, open_domains

@@ -1,4 +1,4 @@
-"""Tokenizers under Megatron's names, each exactly what its library gives (see README.md)."""
+"""Tokenizers under Megatron's names, each with exactly the ids of its library (see README.md)."""
 
 from megatron_chatflow.tokenizer.base import TokenBytes, Tokenizer
 from megatron_chatflow.tokenizer.factory import TOKENIZER_TYPES, load_tokenizer

@@ -1,4 +1,4 @@
-"""What every tokenizer here can do."""
+"""The interface that all tokenizers share."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Tokenizer(abc.ABC):
     """Text to token ids and back, exactly as the library underneath does it.
 
     Text is data: a control token spelled inside it (`</s>`, `<|endoftext|>`) is encoded as the
-    characters it is made of. Whoever wants a control token adds its id (`eod`, `bos`,
+    characters it is made of. Callers that want a control token add its id (`eod`, `bos`,
     `control_id`).
 
     Attributes:
         type: Megatron's name of the kind of tokenizer, as given to `load_tokenizer`.
         name: base name of the file or folder it was read from.
-        vocab_size: number of ids; every id lies in [0, vocab_size).
+        vocab_size: number of ids; every id is in [0, vocab_size).
         eod: id of the end-of-document token.
         bos: id of the begin-of-sequence token, or None.
         pad: id of the padding token, or None.
-        chat_template: Jinja text of the tokenizer's own chat template, or None.
+        chat_template: Jinja text of the tokenizer's chat template, or None.
     """
 
     chat_template: str | None = None
@@ -63,18 +63,18 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`; no begin or end token is added."""
+        """Return the ids of `text`; no begin or end token is added."""
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
-        """Returns `encode` of each text, computed on `num_threads` of the library's own threads."""
+        """Return `encode` of each text, computed on `num_threads` threads of the library."""
 
     @abc.abstractmethod
     def token_bytes(self) -> np.ndarray:
-        """Returns how many UTF-8 bytes of text each token stands for.
+        """Return how many UTF-8 bytes of text each token stands for.
 
-        The sum over `encode(text)` is `len(text.encode())`, but for what the tokenizer itself
-        changes: a space it puts before the text, characters it normalises or does not know. Where
+        The sum over `encode(text)` is `len(text.encode())`, except for what the tokenizer itself
+        changes: a space it puts before the text, characters it normalizes or does not know. Where
         `byte_space` has ids, these three in a row count 1, not 3.
 
         Returns:
@@ -82,20 +82,20 @@ class Tokenizer(abc.ABC):
         """
 
     def byte_space(self) -> tuple[int, int, int] | None:
-        """Returns the ids of the byte pieces that a space is written with; None where the
-        vocabulary has a piece for it.
+        """Return the ids of the byte pieces that a space is written with.
+
+        None where the vocabulary has a piece for it.
         """
         return None
 
     @abc.abstractmethod
     def control_id(self, spelling: str) -> int | None:
-        """Returns the id of the control token spelled so (such as `<|im_start|>`), or None when the
-        tokenizer has none.
-        """
+        """Return the id of a control token (such as `<|im_start|>`), or None when there is none."""
 
     def control_tokens(self) -> Mapping[str, int]:
-        """Returns the ids of the control tokens that a chat template may spell; none unless the
-        tokenizer declares them as such.
+        """Return the ids of the control tokens that a chat template may spell.
+
+        Empty unless the tokenizer declares them as such.
         """
         return {}
 
@@ -103,29 +103,32 @@ class Tokenizer(abc.ABC):
         """Return whether a token may reach from one character into the next one.
 
         Where it is False, and the pre-tokenizer agrees, texts can be encoded in two pieces
-        (`pieces.py`). A tokenizer of which that is not known returns True.
+        (`long_text.py`). A tokenizer for which that is not known returns True.
         """
         return True
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:
-        """Returns the text of `ids`, all of which lie in the vocabulary."""
+        """Return the text of `ids`, all of which are in the vocabulary."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`; ids beyond the vocabulary (a model's is padded) stand for
-        nothing and are left out.
+        """Return the text of `ids`.
+
+        Ids beyond the vocabulary (a model's is padded) have no text and are left out.
         """
         return self._decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     def fingerprint(self) -> str:
-        """Returns the sha256 (hex) of what decides the ids: the library, the content of the files,
-        the end-of-document id.
+        """Return the sha256 (hex) of what decides the ids.
+
+        That is the library, the content of the files, and the end-of-document id.
         """
         return self._fingerprint
 
     def identity(self) -> dict[str, Any]:
-        """Returns what a corpus's manifest says of its tokenizer: `type`, `name`, `hash`,
-        `vocab_size` and `eod`.
+        """Return the entry of a corpus's manifest for its tokenizer.
+
+        The keys are `type`, `name`, `hash`, `vocab_size` and `eod`.
         """
         return {
             "type": self.type,
@@ -141,14 +144,15 @@ class TokenBytes:
     """UTF-8 bytes of text that the tokens of a model stand for."""
 
     table: np.ndarray
-    """int64 [vocabulary], of each token by itself; zeros where no tokenizer is known."""
+    """int64 [vocabulary], of each single token; zeros where no tokenizer is known."""
     byte_space: tuple[int, int, int] | None = None
     """Three ids that stand for a single byte where they follow each other."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer | None, vocab_size: int) -> TokenBytes:
-        """Return the bytes of a tokenizer's tokens for a model with `vocab_size` ids, at least the
-        tokenizer's.
+        """Return the bytes of a tokenizer's tokens for a model with `vocab_size` ids.
+
+        The model has at least the ids of the tokenizer.
         """
         table = np.zeros(vocab_size, np.int64)
         if tokenizer is None:
@@ -163,9 +167,7 @@ def neighbors(texts: Iterable[str | bytes]) -> frozenset[str | bytes]:
 
 
 def digest(library: str, *parts: bytes | int | None) -> str:
-    """Returns the sha256 (hex) of the library's name and of each part, told apart from its
-    neighbours.
-    """
+    """Return the sha256 (hex) of the library's name and of each part, with their lengths."""
     result = hashlib.sha256(library.encode())
     for part in parts:
         content = part if isinstance(part, bytes) else repr(part).encode()
@@ -175,10 +177,10 @@ def digest(library: str, *parts: bytes | int | None) -> str:
 
 
 def read_bytes(tokenizer_type: str, setting: str, path: str) -> bytes:
-    """Reads a tokenizer's file whole.
+    """Read a tokenizer's file.
 
     Raises:
-        ValueError: it cannot be read; the sentence names `setting`.
+        TokenizerError: it cannot be read; the message names `setting`.
     """
     try:
         with open(path, "rb") as file:

@@ -2,9 +2,9 @@
 
 The classic algorithm: the pair that occurs most often becomes a token, everywhere, again and again.
 It starts not from bytes but from the tokens that the existing vocabulary makes of the text, so each
-new token is two tokens that really stand side by side, and can be reached (arXiv 2512.03989). The
-text is one array with links to the neighbours, and a merge is a few array operations over the
-places of its pair.
+new token is two tokens that really are neighbors, and can be reached (arXiv 2512.03989). The text
+is one array with links to the neighbors, and a merge is a few array operations over the places of
+its pair.
 """
 
 import heapq
@@ -25,8 +25,8 @@ class LearnedToken:
 
     Attributes:
         left: its first part; or the character that it is.
-        right: its second part; None of a character.
-        count: how often the parts stood side by side when it was learned.
+        right: its second part; None for a character.
+        count: how often the parts were neighbors when it was learned.
     """
 
     left: int
@@ -42,9 +42,9 @@ def continue_merges(
     by_count: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[LearnedToken]:
-    """Learns new tokens, the one that saves most tokens first.
+    """Learn new tokens, the one that saves most tokens first.
 
-    A pair saves a token wherever it stands; a character without a piece saves all its bytes but
+    A pair saves a token wherever it occurs; a character without a piece saves all its bytes but
     one.
 
     Args:
@@ -52,13 +52,13 @@ def continue_merges(
         text: UTF-8 of each symbol; that of the new ones is added to it.
         wanted: how many tokens to learn.
         allowed: whether a text may become a token.
-        by_count: characters come by how often they occur, not by what they save.
-        progress: told how many are learned.
+        by_count: sort characters by how often they occur, not by what they save.
+        progress: called with how many are learned.
 
     Returns:
         The new tokens, of which the i-th is the symbol `NEW_SYMBOL + i`; fewer than `wanted` when
         no other occurs twice. They depend on the runs and their counts alone, not on the order of
-        the runs: of equally good ones that with the smaller parts is the first.
+        the runs: of equally good ones, the one with the smaller parts is first.
     """
     state = _State(chunks, by_count, text)
     learned: list[LearnedToken] = []
@@ -76,11 +76,11 @@ def continue_merges(
 
 
 class _State:
-    """The text as linked symbols, and where each pair stands.
+    """The text as linked symbols, and where each pair is.
 
     A pair is stored as left << 32 | right, a character without a piece as minus its symbol. Every
-    place of a pair becomes known when the younger of its parts is born, so places are never added
-    to a pair; those that are gone are noticed by looking.
+    place of a pair becomes known when the younger of its parts is created, so places are never
+    added to a pair; places that no longer hold it are found by comparing symbols.
     """
 
     def __init__(self, chunks: Mapping[bytes, int], by_count: bool, text: SymbolText) -> None:
@@ -107,7 +107,7 @@ class _State:
             heapq.heappush(self._heap, (-gain, -symbol))
 
     def best(self) -> LearnedToken | None:
-        """The pair or character that saves most; None when there is none."""
+        """Return the pair or character that saves most; None when there is none."""
         while self._heap:
             gain, key = self._heap[0]
             count = self._counts.get(key)
@@ -124,12 +124,12 @@ class _State:
         return None
 
     def drop(self, token: LearnedToken) -> None:
-        """Forgets a pair or character that may not become a token."""
+        """Forget a pair or character that may not become a token."""
         key = _key(token)
         del self._counts[key], self._places[key]
 
     def apply(self, token: LearnedToken, new: int) -> None:
-        """Puts the symbol `new` wherever the token stands."""
+        """Put the symbol `new` wherever the token occurs."""
         key = _key(token)
         at = self._places[key]
         self.drop(token)
@@ -149,8 +149,9 @@ class _State:
         self._add_pairs(np.unique(np.concatenate([before[before >= 0], at[self._right[at] >= 0]])))
 
     def _standing(self, at: np.ndarray, left: int, right: int) -> np.ndarray:
-        """Those places, in order, at which the pair still stands; in a run of one symbol every
-        other, from the first.
+        """Return those places, in order, that still hold the pair: int64 [m].
+
+        In a run of one symbol that is every other place, from the first.
         """
         at = at[self._symbol[at] == left]
         at = at[self._right[at] >= 0]
@@ -162,8 +163,9 @@ class _State:
         return at[(np.arange(len(at)) - np.repeat(opens, lengths)) % 2 == 0]
 
     def _pairs_at(self, at: np.ndarray, least: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """The pairs that begin at the places, as in `_groups`; those with a character without a
-        piece are none.
+        """Yield the pairs that begin at the places, as `_groups` does.
+
+        Those with a character without a piece are left out.
         """
         left, right = self._symbol[at], self._symbol[self._right[at]]
         known = ((left < UNKNOWN_CHARACTER) | (left >= NEW_SYMBOL)) & (
@@ -190,8 +192,9 @@ class _State:
     def _groups(
         self, keys: np.ndarray, places: np.ndarray, least: int
     ) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Each key with how often it occurs and its places, ascending; those that occur less than
-        `least` times are left out.
+        """Yield each key with how often it occurs and its places, ascending.
+
+        Keys that occur less than `least` times are left out.
         """
         if not len(keys):
             return iter(())

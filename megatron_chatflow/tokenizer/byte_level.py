@@ -1,4 +1,4 @@
-"""Tokenizers without a file."""
+"""Tokenizers without a file: bytes, and text that is already numbers."""
 
 from collections.abc import Sequence
 
@@ -27,18 +27,23 @@ class ByteLevelTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`."""
         return list(text.encode())
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
         return [self.encode(text) for text in texts]
 
     def token_bytes(self) -> np.ndarray:
+        """See `Tokenizer.token_bytes`."""
         return (np.arange(self.vocab_size) < 256).astype(np.int32)
 
     def control_id(self, spelling: str) -> int | None:
+        """See `Tokenizer.control_id`."""
         return None
 
     def joins(self, before: str, after: str) -> bool:
+        """See `Tokenizer.joins`."""
         return False
 
     def _decode(self, ids: list[int]) -> str:
@@ -51,7 +56,7 @@ class NullTokenizer(Tokenizer):
     Args:
         type: Megatron's name.
         vocab_size: numbers from 0 to `vocab_size - 1` are tokens; the end-of-document id is
-        `vocab_size`.
+            `vocab_size`.
     """
 
     def __init__(self, type: str, vocab_size: int) -> None:
@@ -67,10 +72,10 @@ class NullTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
-        """Returns the numbers in `text`.
+        """Return the numbers in `text`.
 
         Raises:
-            ValueError: something in it is not a number of the vocabulary.
+            TokenizerError: something in it is not a number of the vocabulary.
         """
         result = []
         for word in text.split():
@@ -83,16 +88,19 @@ class NullTokenizer(Tokenizer):
         return result
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
         return [self.encode(text) for text in texts]
 
     def token_bytes(self) -> np.ndarray:
-        """Returns the digits of each number and a space."""
+        """Return the digits of each number and a space."""
         return np.array([len(str(i)) + 1 for i in range(self.eod)] + [0], np.int32)
 
     def control_id(self, spelling: str) -> int | None:
+        """See `Tokenizer.control_id`."""
         return None
 
     def joins(self, before: str, after: str) -> bool:
+        """See `Tokenizer.joins`."""
         return not (before.isspace() or after.isspace())
 
     def _decode(self, ids: list[int]) -> str:

@@ -1,5 +1,6 @@
-"""Byte-level BPE in Hugging Face's `tokenizer.json` (GPT-2, SmolLM2, Qwen, LLaMA-3), read and
-written as the JSON that it is.
+"""Byte-level BPE in Hugging Face's `tokenizer.json`, read and written as JSON.
+
+GPT-2, SmolLM2, Qwen and LLaMA-3 have such files.
 """
 
 import copy
@@ -35,16 +36,17 @@ _LONGEST = 16
 class ByteLevelVocabulary(Vocabulary):
     """The tokens of a byte-level BPE.
 
-    Its merges are a list of pairs, the first of which is done first. New ones stand at the end.
+    Its merges are a list of pairs, of which the first is merged first. New ones are added at the
+    end.
 
     Args:
         type: Megatron's name.
         path: the file, for messages.
         content: the `tokenizer.json`.
-        own_pattern: whether the pre-tokenizer is no longer the one that the file at `path` has.
+        own_pattern: whether the pre-tokenizer is no longer the one of the file at `path`.
 
     Raises:
-        ValueError: it is no byte-level BPE.
+        TokenizerError: it is not a byte-level BPE.
     """
 
     def __init__(self, type: str, path: str, content: bytes, own_pattern: bool = False) -> None:
@@ -84,6 +86,7 @@ class ByteLevelVocabulary(Vocabulary):
         ).model
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See `Vocabulary.encode`."""
         encoded = self._backend.encode_batch(list(texts), add_special_tokens=False)
         ids = np.concatenate(
             [np.array(document.ids, np.int32) for document in encoded] or [np.zeros(0, np.int32)]
@@ -98,11 +101,13 @@ class ByteLevelVocabulary(Vocabulary):
         return ids, ends
 
     def split(self, texts: Sequence[bytes]) -> list[list[int]]:
+        """See `Vocabulary.split`."""
         return [
             [token.id for token in self._merging.tokenize(self._spelled(text))] for text in texts
         ]
 
     def tokens_of(self, texts: Sequence[bytes]) -> list[list[int]]:
+        """See `Vocabulary.tokens_of`."""
         return [self._tokens_of(text) for text in texts]
 
     def _tokens_of(self, text: bytes) -> list[int]:
@@ -117,15 +122,18 @@ class ByteLevelVocabulary(Vocabulary):
         return [token.id for word in spelled for token in self._merging.tokenize(word)]
 
     def cut_scripts(self, scripts: Sequence[str]) -> list[str]:
+        """See `Vocabulary.cut_scripts`."""
         return cut_scripts(self._description["pre_tokenizer"], scripts)
 
     def with_joined_marks(self, scripts: Sequence[str]) -> "ByteLevelVocabulary":
+        """See `Vocabulary.with_joined_marks`."""
         if not scripts:
             return self
         step = join_marks(self._path, self._description["pre_tokenizer"], scripts)
         return self._with(self._description | {"pre_tokenizer": step}, own_pattern=True)
 
     def parts(self) -> list[tuple[int, ...]]:
+        """See `Vocabulary.parts`."""
         order = {merge: i for i, merge in reversed(list(enumerate(self._merges)))}
 
         def rank(left: str, right: str) -> float | None:
@@ -138,6 +146,7 @@ class ByteLevelVocabulary(Vocabulary):
         return result
 
     def may_be_added(self, target: TargetCharacters) -> Callable[[bytes], bool]:
+        """See `Vocabulary.may_be_added`."""
         added = {entry["content"].encode() for entry in self._description.get("added_tokens") or ()}
 
         def allowed(text: bytes) -> bool:
@@ -148,6 +157,7 @@ class ByteLevelVocabulary(Vocabulary):
         return allowed
 
     def changed(self, removed: Iterable[int], new: Sequence[NewToken]) -> "ByteLevelVocabulary":
+        """See `Vocabulary.changed`."""
         description = copy.deepcopy(self._description)
         model = description["model"]
         gone = set(removed)
@@ -172,6 +182,7 @@ class ByteLevelVocabulary(Vocabulary):
         return ByteLevelVocabulary(self.type, self._path, content, own_pattern)
 
     def lost(self, texts: Sequence[str], symbols: np.ndarray) -> set[str]:
+        """See `Vocabulary.lost`."""
         return (
             {char for char in set().union(*texts) if not self._missing.isdisjoint(char.encode())}
             if self._missing
@@ -179,6 +190,7 @@ class ByteLevelVocabulary(Vocabulary):
         )
 
     def save(self, folder: str, source: str) -> list[str]:
+        """See `Vocabulary.save`."""
         with open(os.path.join(folder, "tokenizer.json"), "wb") as file:
             file.write(self.content)
         copied = copy_companions(source, folder)
@@ -194,7 +206,7 @@ class ByteLevelVocabulary(Vocabulary):
         return ["tokenizer.json", *(() if has_config else ("tokenizer_config.json",)), *copied]
 
     def _bytes(self, token: str) -> bytes:
-        """The bytes that a token spells; an added token of the vocabulary is its own text."""
+        """Return the bytes that a token spells; an added token of the vocabulary is its text."""
         return (
             bytes(self._byte_of[char] for char in token)
             if self._byte_of.keys() >= set(token)
@@ -206,7 +218,7 @@ class ByteLevelVocabulary(Vocabulary):
 
 
 def byte_alphabet() -> list[str]:
-    """Returns the character by which a byte-level vocabulary spells each byte.
+    """Return the character by which a byte-level vocabulary spells each byte.
 
     A byte that is a printable character of Latin-1 stands for itself, the others take the
     characters from U+0100 on (GPT-2's encoder.py).
@@ -221,14 +233,13 @@ def byte_alphabet() -> list[str]:
 
 
 def _is_whole_or_begins_one(text: bytes, target: TargetCharacters) -> bool:
-    """Whether a text is whole characters, or the first bytes of one; with or without a space before
-    it.
+    """Return whether a text is complete characters, or the first bytes of one.
 
-    Bytes from within characters are in characters of many scripts, and a token of them would change
-    text that has nothing to do with the corpus. So would one of the first bytes of quotes, dashes,
-    emoji or, where the target is another script, of Latin letters and of marks that join any
-    letter, and one of such marks alone. All these join a letter of the target before them, byte by
-    byte.
+    A space may come before it. Bytes from within characters are in characters of many scripts, and
+    a token of them would change text that has nothing to do with the corpus. So would one of the
+    first bytes of quotes, dashes, emoji or, where the target is another script, of Latin letters
+    and of marks that join any letter, and one of such marks alone. All these join a letter of the
+    target before them, byte by byte.
     """
     body, latin = text.removeprefix(b" "), target.other_script
     if not body or _continues(body[0]):

@@ -1,8 +1,7 @@
-"""Vocabularies for a new language: extended by new tokens, or with new tokens in place of the least
-used ones.
+"""Vocabularies for a new language: extended, or with new tokens in place of the least used ones.
 
-Both continue the merges that the vocabulary has (arXiv 2512.03989). The new tokens merge after all
-old ones, so they can all be reached, and a text in which none of them occurs keeps its tokens.
+Both continue the merges of the vocabulary (arXiv 2512.03989). The new tokens merge after all old
+ones, so they can all be reached, and a text in which none of them occurs keeps its tokens.
 """
 
 import heapq
@@ -30,9 +29,7 @@ SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2T
 EXTENDABLE = (*SENTENCEPIECE, "HuggingFaceTokenizer")
 
 Texts = Callable[[], Iterable[Sequence[str]]]
-"""Gives the documents of a corpus from the first to the last, in batches, as often as it is
-called.
-"""
+"""Yields the documents of a corpus from the first to the last, in batches, at every call."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +37,14 @@ class ExtensionResult:
     """A changed vocabulary.
 
     Attributes:
-        vocabulary: as it is now.
+        vocabulary: the changed one.
         new: the new tokens, in the order in which they were learned.
         removed: ids whose old tokens are gone.
         other_script: whether the new tokens are of other scripts than Latin, so that Latin text
-        keeps its tokens. joined: scripts whose marks count as letters now and did not before.
+            keeps its tokens.
+        joined: scripts whose marks count as letters now and did not before.
         before: the old tokens with the marks of these scripts joined; the base where there are
-        none.
+            none.
     """
 
     vocabulary: Vocabulary
@@ -58,14 +56,14 @@ class ExtensionResult:
 
 
 def open_vocabulary(tokenizer_type: str, path: str) -> Vocabulary:
-    """Opens a tokenizer that `load_tokenizer` has opened before.
+    """Open a tokenizer that `load_tokenizer` has opened before.
 
     Args:
         tokenizer_type: Megatron's name.
         path: the `.model` or `tokenizer.json`.
 
     Raises:
-        ValueError: the tokenizer is of a kind that cannot be extended.
+        TokenizerError: the tokenizer is of a kind that cannot be extended.
     """
     if tokenizer_type not in EXTENDABLE:
         raise TokenizerError(
@@ -84,17 +82,18 @@ def extend(
     characters: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> ExtensionResult:
-    """Adds tokens behind the last id.
+    """Add tokens after the last id.
 
     Args:
         base: the vocabulary.
         corpus: text of the new language.
         count: how many tokens to add.
         characters: add single characters only, the most frequent first; in a byte-level vocabulary
-        also the bytes that several begin with. progress: told how many tokens are learned.
+            also the bytes that several begin with.
+        progress: called with how many tokens are learned.
 
     Raises:
-        ValueError: the corpus has fewer candidates, or characters of it would still be lost.
+        TokenizerError: the corpus has fewer candidates, or characters of it would still be lost.
     """
     target = _find_target(corpus)
     joined = [] if characters else base.cut_scripts(target.marked)
@@ -115,22 +114,22 @@ def replace(
     count: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> ExtensionResult:
-    """Puts new tokens in the place of the least used ones (after Csaki et al., arXiv 2311.05741);
-    the size stays.
+    """Put new tokens in the place of the least used ones (after Csaki et al., arXiv 2311.05741).
 
-    A token's use is its share of the tokens of the old language's text and its share of those of
-    the new one's, added, so that tokens which the new language needs stay too.
+    The size does not change. A token's use is its share of the tokens of the old language's text
+    and its share of those of the new one's, added, so that tokens which the new language needs are
+    kept too.
 
     Args:
         base: the vocabulary.
         corpus: text of the new language.
         base_corpus: text of the language whose tokens are to be kept.
         count: how many tokens to replace.
-        progress: told how many tokens are learned.
+        progress: called with how many tokens are learned.
 
     Raises:
-        ValueError: fewer tokens can be taken out, or the corpus has fewer candidates, or characters
-        of a corpus would be lost.
+        TokenizerError: fewer tokens can be removed, or the corpus has fewer candidates, or
+            characters of a corpus would be lost.
     """
     target = _find_target(corpus)
     joined = base.cut_scripts(target.marked)
@@ -152,7 +151,7 @@ def replace(
 
 
 def least_used(vocabulary: Vocabulary, usage: np.ndarray, wanted: int) -> list[int]:
-    """Chooses the least used tokens that nothing else needs.
+    """Choose the least used tokens that nothing else needs.
 
     A token that a kept one is merged from is kept, else that one could not be reached. So tokens
     are taken one by one, always the least used of those that no remaining token is merged from (of
@@ -202,9 +201,7 @@ def _learn(
     characters: bool,
     progress: Callable[[int], None],
 ) -> tuple[list[LearnedToken], SymbolText, list[str]]:
-    """Returns the new tokens, the text of each symbol, and the characters that would still be
-    lost.
-    """
+    """Return the new tokens, the text of each symbol, and the characters still lost."""
     text = SymbolText(vocabulary.text)
     chunks = SymbolRuns(target)
     lost: set[str] = set()
@@ -260,7 +257,7 @@ def _checked(vocabulary: Vocabulary, new: Sequence[NewToken]) -> Vocabulary:
 
 
 def _shares(vocabulary: Vocabulary, corpus: Texts) -> np.ndarray:
-    """The share of each id in the tokens of a corpus float64[size]."""
+    """Return the share of each id in the tokens of a corpus: float64 [size]."""
     counts = np.zeros(vocabulary.size, np.int64)
     for batch in corpus():
         symbols, _ = vocabulary.encode(batch)

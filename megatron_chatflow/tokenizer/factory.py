@@ -26,18 +26,20 @@ def load_tokenizer(
     merge_file: str | os.PathLike | None = None,
     vocab_size: int | None = None,
 ) -> Tokenizer:
-    """Loads a tokenizer; only the library that it needs is imported.
+    """Load a tokenizer; only the library that it needs is imported.
 
     Args:
         tokenizer_type: one of `TOKENIZER_TYPES`, spelled as in Megatron.
         tokenizer_model: the SentencePiece `.model`; the `tokenizer.json` or its folder
-        (HuggingFaceTokenizer); the JSON vocabulary (TikTokenizer). vocab_file: `vocab.json` of
-        GPT2BPETokenizer. merge_file: `merges.txt` of GPT2BPETokenizer. vocab_size: how many numbers
-        NullTokenizer knows; where TikTokenizer cuts its vocabulary. The other kinds do not read it.
+            (HuggingFaceTokenizer); the JSON vocabulary (TikTokenizer).
+        vocab_file: `vocab.json` of GPT2BPETokenizer.
+        merge_file: `merges.txt` of GPT2BPETokenizer.
+        vocab_size: how many numbers NullTokenizer knows; where TikTokenizer cuts its vocabulary.
+            The other kinds do not read it.
 
     Raises:
-        ValueError: the type is unknown, a file it needs is not given, missing or of another kind;
-        one sentence with the cure.
+        TokenizerError: the type is unknown, a file it needs is not given, missing or of another
+            kind; the message says what to do.
     """
     if tokenizer_type not in TOKENIZER_TYPES:
         raise TokenizerError(_unknown(tokenizer_type))

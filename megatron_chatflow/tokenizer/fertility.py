@@ -9,8 +9,9 @@ from megatron_chatflow.tokenizer.base import Tokenizer
 
 _WORD = re.compile(r"\S+")
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
-"""Letters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Japanese,
-Chinese.
+"""Letters of scripts that put no spaces between words.
+
+Thai, Lao, Burmese, Khmer, Japanese and Chinese.
 """
 
 _THREADS = 2
@@ -23,7 +24,7 @@ class Fertility:
 
     Attributes:
         tokens: tokens of all of them.
-        tokens_per_word: words stand between spaces; None for text without spaces between words.
+        tokens_per_word: words are separated by spaces; None for text without spaces between words.
         tokens_per_character: per Unicode character.
         bytes_per_token: UTF-8 bytes.
         round_trips: documents that decode to what they were.
@@ -61,18 +62,18 @@ class TokenizerComparison:
     examples: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as plain values."""
+        """Return it as plain values."""
         return dataclasses.asdict(self)
 
 
 def compare(
     before: Tokenizer, after: Tokenizer, texts: Sequence[str], examples: int = 3
 ) -> TokenizerComparison:
-    """Encodes documents with two tokenizers.
+    """Encode documents with two tokenizers and compare the results.
 
     Args:
-        before: the one.
-        after: the other.
+        before: the first tokenizer.
+        after: the second one.
         texts: documents, at least one character among them.
         examples: how many documents to spell out, evenly spread.
     """
@@ -114,8 +115,9 @@ def _example(before: Tokenizer, after: Tokenizer, text: str) -> dict[str, Any]:
 
 
 def _spelled(tokenizer: Tokenizer, text: str) -> str:
-    """The text with a bar between tokens; a character that is spelled in several tokens has their
-    number behind it.
+    """Return the text with a bar between tokens.
+
+    A character that is spelled in several tokens has their number after it.
     """
     ids = tokenizer.encode(text)
     pieces: list[str] = []

@@ -24,8 +24,7 @@ _USUAL_ENDS = (
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer of the `tokenizers` library, without padding, truncation and added begin or end
-    tokens.
+    """A tokenizer of the `tokenizers` library, without padding, truncation, begin and end tokens.
 
     Args:
         backend: the library's tokenizer; it is changed so that special tokens inside text are text.
@@ -72,17 +71,21 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`."""
         return self._encode([text])[0]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
-        """Returns `encode` of each text; with more than one thread on as many as the library takes
-        (all cores, or RAYON_NUM_THREADS).
+        """Return `encode` of each text.
+
+        With more than one thread it uses as many as the library takes (all cores, or
+        RAYON_NUM_THREADS).
         """
         return (
             [self.encode(text) for text in texts] if num_threads == 1 else self._encode(list(texts))
         )
 
     def token_bytes(self) -> np.ndarray:
+        """See `Tokenizer.token_bytes`."""
         length = _length_rule(self)
         added = self._backend.get_added_tokens_decoder()
         result = np.zeros(self.vocab_size, np.int32)
@@ -94,12 +97,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return result
 
     def byte_space(self) -> tuple[int, int, int] | None:
+        """See `Tokenizer.byte_space`."""
         first, second, third = map(self._vocab.get, BYTE_SPACE)
         if SPACE in self._vocab or first is None or second is None or third is None:
             return None
         return first, second, third
 
     def control_id(self, spelling: str) -> int | None:
+        """See `Tokenizer.control_id`."""
         return next(
             (
                 token
@@ -110,8 +115,7 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def joins(self, before: str, after: str) -> bool:
-        """Return whether an entry of a BPE vocabulary holds the two characters in any of its
-        spellings.
+        """Return whether an entry of a BPE vocabulary holds the two characters in any spelling.
 
         Models of other kinds are joined anywhere.
         """
@@ -136,6 +140,7 @@ class HuggingFaceTokenizer(Tokenizer):
         ]
 
     def control_tokens(self) -> Mapping[str, int]:
+        """See `Tokenizer.control_tokens`."""
         return self._control
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -151,15 +156,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer_json(type: str, path: str) -> HuggingFaceTokenizer:
-    """Reads a `tokenizer.json`, or the folder that holds one.
+    """Read a `tokenizer.json`, or the folder that holds one.
 
     Begin, end and padding tokens are those that `tokenizer_config.json` or
-    `special_tokens_map.json` beside it name; without them the end token is the only usual one
-    (`</s>`, `<|endoftext|>`, ...) among the special tokens.
+    `special_tokens_map.json` in the same folder names; without them the end token is the only usual
+    one (`</s>`, `<|endoftext|>`, ...) among the special tokens.
 
     Raises:
-        ValueError: the file is missing or is no `tokenizer.json`, or the end-of-document token
-        cannot be told.
+        TokenizerError: the file is missing or is not a `tokenizer.json`, or the end-of-document
+            token is ambiguous.
     """
     file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
     content = read_bytes(type, "tokenizer_model", file)
@@ -214,11 +219,11 @@ def load_tokenizer_json(type: str, path: str) -> HuggingFaceTokenizer:
 
 
 def load_gpt2(type: str, vocab_file: str, merge_file: str) -> HuggingFaceTokenizer:
-    """Reads GPT-2's `vocab.json` and `merges.txt`; documents end with `<|endoftext|>`.
+    """Read GPT-2's `vocab.json` and `merges.txt`; documents end with `<|endoftext|>`.
 
     Raises:
-        ValueError: a file is missing or of another kind, or `<|endoftext|>` is not in the
-        vocabulary.
+        TokenizerError: a file is missing or of another kind, or `<|endoftext|>` is not in the
+            vocabulary.
     """
     contents = [
         read_bytes(type, setting, path)
@@ -254,8 +259,9 @@ def load_gpt2(type: str, vocab_file: str, merge_file: str) -> HuggingFaceTokeniz
 
 
 def _declared_tokens(type: str, folder: str) -> dict[str, str]:
-    """Reads the names of the control tokens from the files beside a tokenizer.json; the first file
-    that names one wins.
+    """Read the names of the control tokens from the files next to a tokenizer.json.
+
+    The first file that names one wins.
     """
     result: dict[str, str] = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -276,8 +282,10 @@ def _declared_tokens(type: str, folder: str) -> dict[str, str]:
 
 
 def _chat_template(type: str, folder: str, declared: Mapping[str, str]) -> str | None:
-    """The text of chat_template.jinja, else what tokenizer_config.json holds under `chat_template`:
-    a text, or a list of named templates, of which `default` is taken."""
+    """Return the text of chat_template.jinja, or else of `chat_template` in tokenizer_config.json.
+
+    The latter is a text, or a list of named templates, of which `default` is taken.
+    """
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(path):
         try:
@@ -316,8 +324,9 @@ def _spelled_bytes(text: str) -> str:
 
 
 def _length_rule(tokenizer: HuggingFaceTokenizer) -> Any:
-    """Returns the function that gives the bytes of a vocabulary entry, after how the tokenizer's
-    decoder reads it.
+    """Return the function that gives the bytes of a vocabulary entry.
+
+    It follows the tokenizer's decoder.
     """
     description = load_json(tokenizer._backend.to_str())
     kinds = {step["type"] for step in _steps(description.get("decoder"))}

@@ -1,6 +1,6 @@
-"""Long texts are encoded a piece at a time: libraries take 10 to 50 times the memory of a text.
+"""Encode long texts in pieces: libraries take 10 to 50 times the memory of a text.
 
-Tokens must be those of the text at once, so a piece ends only at a seam: a place that no token of
+Tokens must be those of the complete text, so a piece ends only at a seam: a place that no token of
 the vocabulary reaches across (`Tokenizer.joins`), where in addition the text around it encodes to
 the same tokens with and without the cut. A text without seams is encoded at once.
 """

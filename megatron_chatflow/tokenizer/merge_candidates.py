@@ -1,4 +1,4 @@
-"""Encoded text to the runs of tokens in which new tokens are looked for."""
+"""Encoded text to the runs of tokens in which new tokens are learned."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,8 +16,9 @@ from megatron_chatflow.tokenizer.unicode_scripts import (
 )
 
 UNKNOWN_CHARACTER = 1 << 24
-"""Symbols from here on are characters that the vocabulary has no piece for: this number and the
-code point. Smaller ones are ids.
+"""Symbols from here on are characters that the vocabulary has no piece for.
+
+They are this number plus the code point. Smaller symbols are ids.
 """
 
 NEW_SYMBOL = 1 << 26
@@ -25,7 +26,7 @@ NEW_SYMBOL = 1 << 26
 
 
 class SymbolText(dict[int, bytes]):
-    """UTF-8 of each symbol; that of characters without a piece is made when it is asked for."""
+    """UTF-8 of each symbol; that of characters without a piece is made on demand."""
 
     def __missing__(self, symbol: int) -> bytes:
         assert UNKNOWN_CHARACTER <= symbol < NEW_SYMBOL, symbol
@@ -56,7 +57,7 @@ class TargetCharacters:
 
 
 def find_target(batches: Iterable[Sequence[str]]) -> TargetCharacters:
-    """Chooses the kinds of characters for the new tokens of a corpus."""
+    """Choose the kinds of characters for the new tokens of a corpus."""
     characters = Characters()
     letters = np.zeros(0, np.int64)
     seen: set[int] = set()
@@ -97,7 +98,7 @@ class SymbolRuns:
         text: SymbolText,
         within_characters: bool = False,
     ) -> None:
-        """Counts the runs of encoded documents.
+        """Count the runs of encoded documents.
 
         Args:
             symbols: tokens and characters without a piece int32[n].
@@ -140,8 +141,9 @@ class SymbolRuns:
 
 
 def _parts_of_one_character(opens: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Whether each symbol and the next one hold nothing but bytes of one character; `opens` says
-    where characters begin.
+    """Return whether each symbol and the next one hold only bytes of one character: bool [n - 1].
+
+    `opens` says where characters begin.
     """
     characters = np.add.reduceat(opens.astype(np.int64), first)
     closed = opens[np.minimum(last, len(opens) - 1)] | (last == len(opens))

@@ -1,9 +1,9 @@
-"""Split patterns of a byte-level `tokenizer.json`, changed so that marks count as letters.
+r"""Split patterns of a byte-level `tokenizer.json`, changed so that marks count as letters.
 
-GPT-2's pattern and most patterns after it take words as runs of `\\p{L}`, which combining marks
-(`\\p{M}`) are not. So they cut Thai, Hindi, Khmer, Hebrew with points and others within words, and
+GPT-2's pattern and most patterns after it take words as runs of `\p{L}`, which combining marks
+(`\p{M}`) are not. So they cut Thai, Hindi, Khmer, Hebrew with points and others within words, and
 no token can cross a cut. Here the marks of given scripts join the letters of the pattern, and the
-zero-width joiner and non-joiner join them behind a letter or a mark of these scripts. A text that
+zero-width joiner and non-joiner join them after a letter or a mark of these scripts. A text that
 has none of the two is split exactly as before: the changed parts match where the old ones did.
 """
 
@@ -27,7 +27,7 @@ _ATOM = re.compile(
 
 
 def steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yields the steps of a pre-tokenizer in order, those of sequences one by one."""
+    """Yield the steps of a pre-tokenizer in order, those of sequences one by one."""
     if step is not None and step["type"] == "Sequence":
         for inner in step["pretokenizers"]:
             yield from steps(inner)
@@ -36,7 +36,7 @@ def steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def cut_scripts(step: dict[str, Any] | None, scripts: Iterable[str]) -> list[str]:
-    """Returns those of the scripts whose words the pre-tokenizer cuts at marks or joiners."""
+    """Return those of the scripts whose words the pre-tokenizer cuts at marks or joiners."""
     if step is None:
         return []
     model = {"type": "BPE", "vocab": {}, "merges": []}
@@ -51,7 +51,7 @@ def cut_scripts(step: dict[str, Any] | None, scripts: Iterable[str]) -> list[str
 
 
 def join_marks(path: str, step: dict[str, Any], scripts: Sequence[str]) -> dict[str, Any]:
-    """Returns a pre-tokenizer of the same patterns, with the marks of the scripts as letters.
+    """Return a pre-tokenizer of the same patterns, with the marks of the scripts as letters.
 
     Args:
         path: of the tokenizer, for messages.
@@ -59,7 +59,7 @@ def join_marks(path: str, step: dict[str, Any], scripts: Sequence[str]) -> dict[
         scripts: names of scripts that it cuts at marks.
 
     Raises:
-        ValueError: its patterns are of another form.
+        TokenizerError: its patterns are of another form.
     """
     joined = [new for each in steps(step) for new in _joined(path, each, scripts)]
     result = {"type": "Sequence", "pretokenizers": joined}
@@ -107,7 +107,7 @@ def _with_marks(pattern: str, scripts: Sequence[str]) -> str:
 
 
 def _ranges(chars: Iterable[str]) -> str:
-    """Characters as the inside of a class of a regular expression, readable by all engines."""
+    """Return characters as the inside of a class of a regular expression, for all engines."""
     points = sorted(set(map(ord, chars)))
     opens = [p for p in points if p - 1 not in set(points)]
     stops = [p for p in points if p + 1 not in set(points)]

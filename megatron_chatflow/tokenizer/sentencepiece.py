@@ -17,7 +17,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     The end of a document is `<eod>` (or `<EOD>`) if the model has it, else the model's eos; for
     GPTSentencePieceTokenizer and Llama2Tokenizer it is always the eos, as in Megatron. Unlike the
-    Llama2Tokenizer of old Megatron none puts a begin token before a text.
+    Llama2Tokenizer of old Megatron, none puts a begin token before a text.
 
     Symbols that the model's maker declared as user-defined are found in text by the library itself;
     control symbols never are.
@@ -27,7 +27,7 @@ class SentencePieceTokenizer(Tokenizer):
         path: the `.model` file.
 
     Raises:
-        ValueError: the file cannot be read, is no SentencePiece model, or has no end token.
+        TokenizerError: the file cannot be read, is not a SentencePiece model, or has no end token.
     """
 
     def __init__(self, type: str, path: str) -> None:
@@ -62,15 +62,19 @@ class SentencePieceTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`."""
         return self._model.encode(text)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
         return self._model.encode(list(texts), num_threads=num_threads)
 
     def token_bytes(self) -> np.ndarray:
+        """See `Tokenizer.token_bytes`."""
         return np.array([self._bytes_of(i) for i in range(self.vocab_size)], np.int32)
 
     def byte_space(self) -> tuple[int, int, int] | None:
+        """See `Tokenizer.byte_space`."""
         space = self._id(SPACE)
         if space is not None and not self._model.IsUnused(space):
             return None
@@ -78,6 +82,7 @@ class SentencePieceTokenizer(Tokenizer):
         return None if first is None or second is None or third is None else (first, second, third)
 
     def control_id(self, spelling: str) -> int | None:
+        """See `Tokenizer.control_id`."""
         return self._id(spelling)
 
     def joins(self, before: str, after: str) -> bool:

@@ -1,5 +1,6 @@
-"""A SentencePiece BPE model as Hugging Face's `tokenizer.json`, which has a list of merges where
-SentencePiece has scores.
+"""A SentencePiece BPE model as Hugging Face's `tokenizer.json`.
+
+That file has a list of merges where SentencePiece has scores.
 """
 
 from typing import Any
@@ -11,18 +12,18 @@ _SPACE = "\u2581"
 
 
 def tokenizer_json(model: protocol.ModelProto) -> dict[str, Any] | None:
-    """Returns the content of the `tokenizer.json` that gives the same ids.
+    """Return the content of the `tokenizer.json` that gives the same ids.
 
-    `transformers` makes such a list by itself, but in the order of the ids, which is not that of
-    the scores where tokens were replaced.
+    `transformers` makes such a list too, but in the order of the ids, which is not that of the
+    scores where tokens were replaced.
 
     Two pieces merge where their text together is a piece, the one with the highest score first;
     SentencePiece takes the first in the text of equal scores, as runs of spaces have in LLaMA's
-    models. The same comes of it when the longest of them merges first: a run grows from its left
+    models. The result is the same when the longest of them merges first: a run grows from its left
     end.
 
     Returns:
-        None where the model normalises text in a way that is not known here.
+        None where the model normalizes text in a way that is not known here.
     """
     spec = model.normalizer_spec
     if (
@@ -99,8 +100,9 @@ def tokenizer_json(model: protocol.ModelProto) -> dict[str, Any] | None:
 
 
 def _begin(model: protocol.ModelProto) -> dict[str, Any] | None:
-    """Puts the begin token before a text, as LLaMA wants it, where the caller asks for special
-    tokens.
+    """Return the step that puts the begin token before a text, as LLaMA needs it.
+
+    It applies where the caller asks for special tokens.
     """
     bos = model.trainer_spec.bos_id
     if bos < 0:

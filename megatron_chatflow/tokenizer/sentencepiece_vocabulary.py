@@ -1,4 +1,4 @@
-"""SentencePiece BPE models, read and written as the protocol buffer that they are."""
+"""SentencePiece BPE models, read and written as protocol buffers."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ from megatron_chatflow.tokenizer.vocabulary_base import (
 
 _Piece = protocol.ModelProto.SentencePiece
 _LONGEST = 16
-"""Characters of a new token, as SentencePiece's own training has it."""
+"""Characters of a new token, as in SentencePiece's training."""
 
 
 class SentencePieceVocabulary(Vocabulary):
@@ -40,7 +40,7 @@ class SentencePieceVocabulary(Vocabulary):
         content: the `.model` file.
 
     Raises:
-        ValueError: it is no BPE model.
+        TokenizerError: it is not a BPE model.
     """
 
     def __init__(self, type: str, path: str, content: bytes) -> None:
@@ -88,6 +88,7 @@ class SentencePieceVocabulary(Vocabulary):
         self._byte = np.array([int(code, 16) for code in self._byte])
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See `Vocabulary.encode`."""
         encoded = self._whole.encode(list(texts), num_threads=len(os.sched_getaffinity(0)))
         ids = np.concatenate(
             [np.array(document, np.int32) for document in encoded] or [np.zeros(0, np.int32)]
@@ -102,9 +103,11 @@ class SentencePieceVocabulary(Vocabulary):
         return ids, ends | frozen | np.append(frozen[1:], False)
 
     def split(self, texts: Sequence[bytes]) -> list[list[int]]:
+        """See `Vocabulary.split`."""
         return self._bare.encode([text.decode() for text in texts])
 
     def parts(self) -> list[tuple[int, ...]]:
+        """See `Vocabulary.parts`."""
         ids = {piece.piece: i for i, piece in enumerate(self._model.pieces) if self._normal[i]}
         scores = {
             piece.piece: -piece.score for piece in self._model.pieces if piece.type == _Piece.NORMAL
@@ -119,6 +122,7 @@ class SentencePieceVocabulary(Vocabulary):
         return result
 
     def may_be_added(self, target: TargetCharacters) -> Callable[[bytes], bool]:
+        """See `Vocabulary.may_be_added`."""
         taken = {piece.piece for piece in self._model.pieces}
         normal = np.flatnonzero(self._normal).tolist()
         dead = [self.text[i].decode() for i in self.unreachable(normal)]
@@ -139,6 +143,7 @@ class SentencePieceVocabulary(Vocabulary):
         return allowed
 
     def changed(self, removed: Iterable[int], new: Sequence[NewToken]) -> "SentencePieceVocabulary":
+        """See `Vocabulary.changed`."""
         model = protocol.ModelProto()
         model.CopyFrom(self._model)
         score = np.float32(min(piece.score for piece in model.pieces))
@@ -158,6 +163,7 @@ class SentencePieceVocabulary(Vocabulary):
         )
 
     def lost(self, texts: Sequence[str], symbols: np.ndarray) -> set[str]:
+        """See `Vocabulary.lost`."""
         if self._model.trainer_spec.byte_fallback:
             return set()
         return {
@@ -166,6 +172,7 @@ class SentencePieceVocabulary(Vocabulary):
         }
 
     def save(self, folder: str, source: str) -> list[str]:
+        """See `Vocabulary.save`."""
         with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
             file.write(self.content)
         written = ["tokenizer.model"]
@@ -199,8 +206,9 @@ def _text_of(piece: _Piece) -> bytes:
 
 
 def _with_bytes(model: protocol.ModelProto) -> protocol.ModelProto:
-    """The model, made to spell what it does not know in bytes, which come behind the last id where
-    it has none.
+    """Return the model, made to spell what it does not know in bytes.
+
+    The bytes follow the last id where the model has none.
     """
     if model.trainer_spec.byte_fallback:
         return model
@@ -213,7 +221,7 @@ def _with_bytes(model: protocol.ModelProto) -> protocol.ModelProto:
 
 
 def _bare(model: protocol.ModelProto) -> protocol.ModelProto:
-    """The model without a space before the text and without normalisation."""
+    """Return the model without a space before the text and without normalization."""
     result = protocol.ModelProto()
     result.CopyFrom(model)
     spec = result.normalizer_spec
@@ -226,8 +234,9 @@ def _bare(model: protocol.ModelProto) -> protocol.ModelProto:
 def _characters(
     ids: np.ndarray, ends: np.ndarray, byte: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Puts the symbol of a character where its bytes are spelled; `byte` is 256 of tokens that are
-    none.
+    """Put the symbol of a character where its bytes are spelled: int32 and bool [m].
+
+    `byte` is 256 for tokens that are not bytes.
     """
     lead = (byte < 0x80) | ((byte >= 0xC0) & (byte < 0x100))
     at = np.flatnonzero(lead)
@@ -246,8 +255,6 @@ def _characters(
 
 
 def _below(score: np.float32) -> np.float32:
-    """The next whole number below a score; where float32 no longer holds it, the next number that
-    there is.
-    """
+    """Return the next integer below a score, or the next float32 where there is none."""
     lower = np.float32(score - np.float32(1))
     return lower if lower < score else np.nextafter(score, np.float32(-np.inf))

@@ -25,21 +25,21 @@ _MAX_VOCAB = 1 << 17
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A tiktoken vocabulary as Megatron's TikTokenizer reads it: special tokens take the first ids,
-    text tokens follow in the order of the file.
+    """A tiktoken vocabulary as Megatron's TikTokenizer reads it.
 
-    The file is a JSON list of `{"rank", "token_bytes", ...}` (split by Megatron's pattern v2, 1000
-    special ids, `</s>` = 2 ends a document), or Mistral's `tekken.json`, which brings its own
-    pattern and number of special ids.
+    Special tokens take the first ids, text tokens follow in the order of the file. The file is a
+    JSON list of `{"rank", "token_bytes", ...}` (split by Megatron's pattern v2, 1000 special ids,
+    `</s>` = 2 ends a document), or Mistral's `tekken.json`, which has its own pattern and number of
+    special ids.
 
     Args:
         type: Megatron's name.
         path: the JSON file.
-        vocab_size: special tokens included; what the file has, but at most 131072, when None.
+        vocab_size: special tokens included; when None, all that the file has, but at most 131072.
 
     Raises:
-        ValueError: the file cannot be read, is of another kind, or has fewer tokens than
-        `vocab_size`.
+        TokenizerError: the file cannot be read, is of another kind, or has fewer tokens than
+            `vocab_size`.
     """
 
     def __init__(self, type: str, path: str, vocab_size: int | None = None) -> None:
@@ -91,7 +91,7 @@ class TiktokenTokenizer(Tokenizer):
         """Return the ids of `text`.
 
         Raises:
-            ValueError: the library fails on it, as on white space of a million characters.
+            TokenizerError: the library fails on it, as on white space of a million characters.
         """
         try:
             return self._encoding.encode_ordinary(text)
@@ -105,17 +105,21 @@ class TiktokenTokenizer(Tokenizer):
             ) from None
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
         if num_threads == 1:
             return [self.encode(text) for text in texts]
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
 
     def token_bytes(self) -> np.ndarray:
+        """See `Tokenizer.token_bytes`."""
         return np.array([0] * self._num_special + self._lengths, np.int32)
 
     def control_id(self, spelling: str) -> int | None:
+        """See `Tokenizer.control_id`."""
         return self._special.get(spelling)
 
     def joins(self, before: str, after: str) -> bool:
+        """See `Tokenizer.joins`."""
         return before.encode()[-1:] + after.encode()[:1] in self._joined
 
     @cached_property
@@ -129,7 +133,7 @@ class TiktokenTokenizer(Tokenizer):
 def _parse(
     type: str, path: str, content: bytes
 ) -> tuple[list[Any], dict[str, Any], dict[int, str]]:
-    """Returns the text tokens, the file's own settings, and its special tokens by id."""
+    """Return the text tokens, the file's settings, and its special tokens by id."""
     try:
         parsed = load_json(content)
     except ChatflowError as error:

@@ -112,7 +112,7 @@ def _contradiction(token_map: TokenMap) -> str | None:
 def make_token_map(
     kind: str, base: Vocabulary, vocab_size: int, new: Sequence[NewToken]
 ) -> dict[str, Any]:
-    """Returns the content of `token_map.json`.
+    """Return the content of `token_map.json`.
 
     Each new token has the ids that the base tokenizer splits its text into, and of each of these
     the length in characters. A piece that holds bytes of a character counts its share of them: 1/3
@@ -145,7 +145,10 @@ def make_token_map(
 
 
 def _shares(text: bytes, pieces: Sequence[bytes]) -> list[float]:
-    """Characters of each piece; unknown tokens, which have no text, share what the others leave."""
+    """Return the characters of each piece.
+
+    Unknown tokens, which have no text, share what the others leave.
+    """
     share = _share_of_each_byte(text)
     unknown = sum(not piece for piece in pieces)
     left = len(text) - sum(map(len, pieces))
@@ -166,8 +169,9 @@ def _shares(text: bytes, pieces: Sequence[bytes]) -> list[float]:
 
 
 def _share_of_each_byte(text: bytes) -> list[float]:
-    """The part of a character that each byte is; one whose character begins before the text is
-    taken for a third.
+    """Return the part of a character that each byte is.
+
+    A byte whose character begins before the text counts as a third.
     """
     result: list[float] = []
     width = 3

@@ -1,5 +1,6 @@
-"""Kinds of characters: a new token never joins two, so it is a run of letters of one script,
-perhaps with the space before it.
+"""Kinds of characters: a new token never joins two of them.
+
+So it is a run of letters of one script, perhaps with the space before it.
 """
 
 import unicodedata
@@ -12,12 +13,13 @@ SPACE = "\u2581"
 """What SentencePiece writes for a space."""
 
 OTHER, BLANK, JOINER, WIDE = range(4)
-"""Digits, symbols, Western punctuation and controls; the space; marks that join whatever letter
-they stand behind; East Asian punctuation.
+"""Digits, symbols, Western punctuation and controls; the space; marks; East Asian punctuation.
+
+Marks (JOINER) join whatever letter they follow.
 """
 
 ZERO_WIDTH = "\u200c\u200d"
-"""The zero-width non-joiner and joiner, which stand inside words of Indic scripts and of Arabic."""
+"""The zero-width non-joiner and joiner, used inside words of Indic scripts and of Arabic."""
 
 _COMMON_MARKS = (
     (0x300, 0x370),
@@ -26,8 +28,9 @@ _COMMON_MARKS = (
     (0xFE00, 0xFE10),
     (0xFE20, 0xFE30),
 )
-"""Combining marks and variation selectors of letters and signs of any script: first, and one past
-the last.
+"""Combining marks and variation selectors of letters and signs of any script.
+
+First code point, and one past the last.
 """
 _LATIN_BLOCKS = (
     (0x2B0, 0x300),
@@ -36,8 +39,9 @@ _LATIN_BLOCKS = (
     (0xAB30, 0xAB70),
     (0x10780, 0x107C0),
 )
-"""Phonetic and modifier letters of text in Latin letters, next to the letters whose names begin
-with LATIN.
+"""Phonetic and modifier letters of text in Latin letters.
+
+In addition to the letters whose names begin with LATIN.
 """
 _COMMON = (
     (0x2000, 0x2C00),
@@ -67,8 +71,10 @@ class Letters:
 
     Attributes:
         letter: one of its letters.
-        marks: combining marks of its own; none of scripts that are read without them, such as Latin
-        and Chinese. signs: punctuation inside words. all: letters, marks and signs.
+        marks: combining marks of the script; none for scripts that are read without them, such as
+            Latin and Chinese.
+        signs: punctuation inside words.
+        all: letters, marks and signs.
     """
 
     letter: str
@@ -79,7 +85,7 @@ class Letters:
 
 @cache
 def letters_of(script: str) -> Letters:
-    """Returns the characters of words of a script, named as in `Characters`."""
+    """Return the characters of words of a script, named as in `Characters`."""
     kinds = _all_characters()
     chars = [
         chr(point)
@@ -105,7 +111,7 @@ class Characters:
 
     Attributes:
         names: name of each kind; from index 4 on they are scripts, in the order in which they were
-        met.
+            found.
     """
 
     def __init__(self) -> None:
@@ -113,7 +119,7 @@ class Characters:
         self._kinds = np.full(0x110000, _UNSEEN, np.uint16)
 
     def kinds(self, codepoints: np.ndarray) -> np.ndarray:
-        """Returns the kind of each code point: uint16, of the shape of `codepoints`."""
+        """Return the kind of each code point: uint16, of the shape of `codepoints`."""
         result = self._kinds[codepoints]
         unseen = np.unique(codepoints[result == _UNSEEN])
         if len(unseen):
@@ -138,12 +144,13 @@ class Characters:
 
 @cache
 def first_bytes(latin: bool) -> frozenset[bytes]:
-    """Returns what characters that are in text of any script begin with: their UTF-8 without the
-    last byte, and all that this begins with.
+    """Return what characters that are in text of any script begin with.
+
+    That is their UTF-8 without the last byte, and all that this begins with.
 
     Args:
         latin: with Latin, phonetic and modifier letters and common marks; else punctuation, symbols
-        and emoji alone.
+            and emoji only.
     """
     kinds = _all_characters()
     points = [point for first, stop in _COMMON for point in range(first, stop)]
@@ -162,9 +169,7 @@ def first_bytes(latin: bool) -> frozenset[bytes]:
 
 @cache
 def first_bytes_inside_words(scripts: frozenset[str], latin: bool) -> frozenset[bytes]:
-    """Returns those of `first_bytes` that letters of the scripts, their marks and zero-width
-    joiners begin with, too.
-    """
+    """Return those of `first_bytes` that letters, marks and joiners of scripts begin with, too."""
     points = [point for first, stop in _COMMON_MARKS for point in range(first, stop)]
     chars = {
         *ZERO_WIDTH,
@@ -176,7 +181,7 @@ def first_bytes_inside_words(scripts: frozenset[str], latin: bool) -> frozenset[
 
 
 def only_marks(text: str) -> bool:
-    """Returns whether a text has nothing but marks that join any letter, and spaces."""
+    """Return whether a text has nothing but marks that join any letter, and spaces."""
     return set(
         _all_characters().kinds(np.array([ord(char) for char in text], np.int64)).tolist()
     ) <= {BLANK, JOINER}
@@ -190,7 +195,7 @@ def _all_characters() -> Characters:
 
 
 def joins(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Returns whether a token may hold two neighbours of these kinds: bool, of the shape of both.
+    """Return whether a token may hold two neighbors of these kinds: bool, of the shape of both.
 
     A space opens a token and is not inside one. Digits and Western punctuation stay alone, so that
     numbers and code keep their tokens.
@@ -205,7 +210,7 @@ def joins(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def target_kinds(letters: np.ndarray, names: list[str]) -> tuple[frozenset[int], bool]:
-    """Chooses the kinds of characters that new tokens are made of.
+    """Choose the kinds of characters that new tokens are made of.
 
     A corpus of which a quarter of the letters are not Latin is one of another script: new tokens
     are then of the other scripts and of East Asian punctuation alone, so text that has none of

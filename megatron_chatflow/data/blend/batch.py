@@ -13,6 +13,7 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 KEEP = 4
+"""Buffers that a pool remembers at most."""
 _SMALLEST = 1 << 20
 
 
@@ -24,8 +25,9 @@ class BufferPool:
         self._lock = threading.Lock()
 
     def take(self, size: int) -> np.ndarray:
-        """Returns a buffer of `size` bytes with undefined content, uint8 [size]; keep it alive
-        through arrays that view it.
+        """Return a buffer of `size` bytes with undefined content: uint8 [size].
+
+        The caller keeps it in use by holding arrays that view it.
         """
         if size < _SMALLEST:
             return np.empty(size, np.uint8)
@@ -48,7 +50,7 @@ _POOL = BufferPool()
 
 
 def empty_batch(num_samples: int, seq_length: int) -> Batch:
-    """Allocates a batch; all but tokens and labels already holds what a plain text window has.
+    """Allocate a batch; all but tokens and labels is set as for a plain text window.
 
     Returns:
         tokens, labels, position_ids: int64 [num_samples, seq_length]; loss_mask: float32, 1;
@@ -75,14 +77,14 @@ def empty_batch(num_samples: int, seq_length: int) -> Batch:
 
 
 def first_outside(batch: Batch, vocab_size: int | None) -> int | None:
-    """Returns the first row of a batch with an id outside of the vocabulary; None where there is
-    none, or no vocabulary.
+    """Return the first row of a batch with an id outside of the vocabulary.
+
+    None where there is no such row, or no vocabulary is given.
     """
     if vocab_size is None or not batch["tokens"].size:
         return None
-    unsigned = [
-        batch[key].view(np.uint64) for key in ("tokens", "labels")
-    ]  # a negative id is a large one
+    # As unsigned numbers, negative ids are large.
+    unsigned = [batch[key].view(np.uint64) for key in ("tokens", "labels")]
     if all(ids.max() < vocab_size for ids in unsigned):
         return None
     return int(np.argmax(np.logical_or(*((ids >= vocab_size).any(1) for ids in unsigned))))
@@ -91,19 +93,23 @@ def first_outside(batch: Batch, vocab_size: int | None) -> int | None:
 def segments_of(
     starts: np.ndarray, num_samples: int, seq_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Counts segments and the positions within them.
+    """Number the segments of rows, and the positions within them.
 
     Args:
         starts: int64 [any], row * seq_length + column of each place where a segment starts; the
-        start of a row is one without saying. num_samples: rows n. seq_length: columns S.
+            start of a row always is one.
+        num_samples: rows n.
+        seq_length: columns S.
 
     Returns:
         segment_ids int32 [n, S] and position_ids int64 [n, S], both from 0 in each row.
     """
+    # Starts of all segments in the flattened rows, and their sizes: int64 [segments].
     total = num_samples * seq_length
     first_of_row = np.arange(0, total, seq_length)
     starts = np.union1d(first_of_row, starts)
     sizes = np.diff(starts, append=total)
+    # Segments are numbered from 0 in each row, positions from 0 in each segment.
     number = np.arange(len(starts)) - np.searchsorted(starts, first_of_row)[starts // seq_length]
     position = np.arange(total) - np.repeat(starts, sizes)
     return np.repeat(number.astype(np.int32), sizes).reshape(
@@ -112,8 +118,9 @@ def segments_of(
 
 
 def concatenated_ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (which, within) for the concatenation of range(counts[0]), range(counts[1]), ...:
-    int64 [sum(counts)] each.
+    """Return (which, within) for the concatenation of range(counts[0]), range(counts[1]), ...
+
+    Both are int64 [sum(counts)].
     """
     which = np.repeat(np.arange(len(counts)), counts)
     return which, np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,4 +1,4 @@
-"""The blend: a plan says which domain and ordinal each sample is, the domains read it."""
+"""The blend: a plan maps samples to domains and ordinals, the domains' datasets read them."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,20 +24,21 @@ _FIRST = np.zeros(1, np.int64)
 
 
 class BlendedDataset:
-    """A map-style dataset over all samples of a plan. Reading is thread-safe; nothing is stored but
-    the open domains.
+    """A map-style dataset over all samples of a plan.
+
+    Reading is thread-safe; nothing is stored but the open domains.
 
     Args:
         plan: sample number -> (domain, ordinal).
-        domains: a domain for each name of the plan.
+        domains: a dataset for each name of the plan.
 
     Raises:
-        ValueError: plan and domains have different names, another sequence length, or the plan
-        draws from a domain that is empty.
+        DataError: plan and domains have different names, another sequence length, or the plan draws
+            from a domain that is empty.
 
     Attributes:
         plan: as given.
-        domains: name -> domain, in the plan's order.
+        domains: name -> dataset, in the plan's order.
     """
 
     def __init__(self, plan: "BlendPlan", domains: Mapping[str, WindowDataset]) -> None:
@@ -61,17 +62,18 @@ class BlendedDataset:
 
     @property
     def epoch_samples(self) -> dict[str, int]:
-        """Windows an epoch of each domain."""
+        """Windows per epoch of each domain."""
         return {name: domain.num_samples for name, domain in self.domains.items()}
 
     def fingerprints(self) -> dict[str, str]:
-        """Returns the fingerprint of each domain's corpus (`IndexedDataset.fingerprint`), to see
-        that a run's data are still the same.
+        """Return the fingerprint of each domain's corpus (`IndexedDataset.fingerprint`).
+
+        By them a run determines that its data have not changed.
         """
         return {name: domain.dataset.fingerprint() for name, domain in self.domains.items()}
 
     def __getitem__(self, n: int) -> dict[str, np.ndarray]:
-        """Returns sample n: what `read` returns, without the first axis."""
+        """Return sample n: what `read` returns, without the first axis."""
         if not 0 <= n < len(self):
             raise IndexError(f"sample {n} of {len(self)}")
         block = self._block
@@ -87,8 +89,12 @@ class BlendedDataset:
         }
 
     def read(self, start: int, stop: int, rows: np.ndarray | None = None) -> Batch:
-        """Reads samples start .. stop - 1, or those of them that `rows` names (int [n], counted
-        from start).
+        """Read samples start .. stop - 1, or those of them that `rows` names.
+
+        Args:
+            start: first sample.
+            stop: the sample after the last one.
+            rows: int [n], counted from start; None: all.
 
         Returns:
             tokens, labels, position_ids: int64 [n, S]; loss_mask: float32 [n, S]; segment_ids:
@@ -103,7 +109,7 @@ class BlendedDataset:
         return self._read(*(located if rows is None else (part[rows] for part in located)))
 
     def provenance(self, n: int) -> dict:
-        """Returns where sample n comes from.
+        """Return where sample n comes from.
 
         Returns:
             `domain` (name), `ordinal`, `epoch`, `path` of the corpus, and `documents`: (document,
@@ -121,7 +127,7 @@ class BlendedDataset:
         return where | {"documents": domain.window_documents(windows)}
 
     def _locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns domain, ordinal and window of each sample of a range."""
+        """Return domain, ordinal and window of each sample of a range: int64 [n] each."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"samples {start} to {stop} of {len(self)}")
         domains, ordinals = self.plan.locate(start, stop)

@@ -1,4 +1,4 @@
-"""Which samples a data-parallel rank reads in an iteration, and reading them ahead of time."""
+"""The samples that a data-parallel rank reads in an iteration, read one iteration ahead."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,8 +12,7 @@ from megatron_chatflow.errors import DataError
 def rank_rows(
     global_batch_size: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
 ) -> np.ndarray:
-    """Returns which samples of a global batch a rank reads, micro-batch after micro-batch, in
-    Megatron's order.
+    """Return which samples of a global batch a rank reads, in Megatron's order.
 
     Micro-batch m of rank r is the samples (m * DP + r) * mbs .. + mbs.
 
@@ -21,7 +20,7 @@ def rank_rows(
         int64 [micro-batches, micro_batch_size], counted from the first sample of the global batch.
 
     Raises:
-        ValueError: the global batch cannot be divided so.
+        DataError: the global batch cannot be divided among ranks and micro-batches.
     """
     if global_batch_size < 1 or global_batch_size % (micro_batch_size * data_parallel_size):
         raise DataError(
@@ -35,12 +34,11 @@ def rank_rows(
 
 
 class BlendDataLoader:
-    """Reads the micro-batches of one rank; a background thread reads the iteration that is expected
-    next.
+    """Reads the micro-batches of one rank; a thread reads the iteration that is expected next.
 
     The prefetch is keyed by what it read: a request for exactly that is answered from it, any other
-    request is simply read. So it cannot shift the order, whatever the caller asks for. It holds one
-    iteration of the rank in memory besides the caller's own.
+    request is simply read. So it cannot shift the order, whatever is requested. It holds one
+    iteration of the rank in memory in addition to the caller's.
 
     Args:
         blend: where samples come from; any object with `len` and `read(start, stop, rows)`.
@@ -48,7 +46,7 @@ class BlendDataLoader:
         data_parallel_rank, data_parallel_size: which part of each global batch is read here.
 
     Raises:
-        ValueError: a size is not positive, or the rank is not in [0, data_parallel_size).
+        DataError: a size is not positive, or the rank is not in [0, data_parallel_size).
     """
 
     def __init__(
@@ -82,8 +80,7 @@ class BlendDataLoader:
         self.close()
 
     def iteration(self, start: int, global_batch_size: int) -> list[Batch]:
-        """Returns the rank's micro-batches of the iteration over samples start .. start +
-        global_batch_size - 1.
+        """Return the rank's micro-batches of one iteration.
 
         Args:
             start: first sample of the global batch (the samples consumed before).
@@ -93,8 +90,8 @@ class BlendDataLoader:
             Batches as `BlendedDataset.read`, [micro_batch_size, ...] each.
 
         Raises:
-            ValueError: the global batch cannot be divided among ranks and micro-batches.
-            IndexError: it goes beyond the plan.
+            DataError: the global batch cannot be divided among ranks and micro-batches.
+            IndexError: it is beyond the end of the plan.
             OSError: what reading raised, in the thread or here.
         """
         ahead, self._ahead = self._ahead, None
@@ -110,7 +107,7 @@ class BlendDataLoader:
         return batches
 
     def close(self) -> None:
-        """Ends the thread and drops what it read; the loader is not used after this."""
+        """End the thread and drop what it read; the loader cannot be used after this."""
         self._ahead = None
         self._thread.shutdown(cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""Whole documents of text files as windows for evaluation: the same text under any tokenizer."""
+"""Complete documents of text files as windows for evaluation: the same text for any tokenizer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_chatflow.tokenizer import Tokenizer
 
 
 class DocumentDataset:
-    """Documents, each by itself, packed into windows of S positions.
+    """Separate documents, packed into windows of S positions.
 
     Every token of every document is a label exactly once. A document begins after a token `start`,
-    which predicts its first one, and what is longer than S goes on in a window of its own, whose
-    first input is the last label before: no label is left out, and none is predicted from more than
-    S tokens. Attention and positions are confined to a document's piece.
+    which predicts its first one, and what is longer than S continues in another window, whose first
+    input is the last label before: no label is left out, and none is predicted from more than S
+    tokens. Attention and positions are confined to one piece of a document.
 
     Args:
         texts: the documents.
@@ -29,8 +29,8 @@ class DocumentDataset:
         num_samples: windows.
         num_documents: documents.
         bytes: UTF-8 bytes of the documents as given, whatever the tokenizer makes of them.
-        num_changed: documents that the tokenizer does not give back as they were (characters it
-        normalises or does not know).
+        num_changed: documents that the tokenizer does not decode to the same text (characters it
+            normalizes or does not know).
     """
 
     def __init__(
@@ -53,8 +53,9 @@ class DocumentDataset:
         self.num_samples = self._packing.num_windows
 
     def read_window(self, windows: np.ndarray) -> Batch:
-        """Reads windows by number, int64 [n]; see `empty_batch` for what comes back. The rest of a
-        window is padding without loss.
+        """Read windows by number, int64 [n]; `empty_batch` describes the result.
+
+        The rest of a window is padding without loss.
         """
         batch = empty_batch(len(windows), self.seq_length)
         for name in ("tokens", "labels", "loss_mask"):

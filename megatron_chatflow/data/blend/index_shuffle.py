@@ -1,14 +1,13 @@
-"""A shuffle that is computed, not stored: where element i of [0, n) goes is a function of (i, n,
-key).
+"""A shuffle that is computed, not stored: the place of element i is a function of (i, n, key).
 
-A generalised Feistel network (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): i
+A generalized Feistel network (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): i
 is written as two digits (left, right) in the mixed base a x b with a*b >= n, and each round adds a
-keyed hash of one digit to the other, which can always be undone; so the whole is a bijection of [0,
-a*b). An image outside [0, n) is sent through again ("cycle walking") until it lies inside, which
-makes it a bijection of [0, n). a*b exceeds n by less than sqrt(n) + 1, so few elements go twice
-(below n = 16 it is more, because digits of fewer than four values mix badly). The hash is the
-finaliser of splitmix64. Integer arithmetic only, but for a correctly rounded square root: every
-machine computes the same order.
+keyed hash of one digit to the other, which can always be undone; so it is a bijection of [0, a*b).
+An image outside [0, n) is sent through again ("cycle walking") until it is inside, which makes it a
+bijection of [0, n). a*b exceeds n by less than sqrt(n) + 1, so few elements are sent twice (below n
+= 16 it is more, because digits of fewer than four values mix badly). The hash is the finalizer of
+splitmix64. All is integer arithmetic, except for a correctly rounded square root: every machine
+computes the same order.
 """
 
 import hashlib
@@ -27,8 +26,9 @@ _30, _27, _31, _32 = (np.uint64(n) for n in (30, 27, 31, 32))
 
 @lru_cache(maxsize=1 << 14)
 def domain_key(seed: int, name: str, epoch: int) -> np.ndarray:
-    """Returns the key of one epoch of a domain, uint64 [ROUNDS], read only: a function of the three
-    arguments alone.
+    """Return the key of one epoch of a domain: uint64 [ROUNDS], read only.
+
+    It is a function of the three arguments alone.
     """
     digest = hashlib.blake2b(
         f"{int(seed)}\n{int(epoch)}\n{name}".encode(), digest_size=8 * ROUNDS
@@ -39,7 +39,7 @@ def domain_key(seed: int, name: str, epoch: int) -> np.ndarray:
 
 
 def permutation(index: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Sends elements of [0, n) to where the keyed permutation puts them.
+    """Return where the keyed permutation of [0, n) sends elements.
 
     Args:
         index: int64 [m], each in [0, n).
@@ -52,12 +52,14 @@ def permutation(index: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.n
     index, n = np.broadcast_arrays(np.asarray(index, np.int64), np.asarray(n, np.int64))
     assert np.all((index >= 0) & (index < n)), "index outside [0, n)"
     key = np.broadcast_to(key if key.ndim == 2 else key[:, None], (ROUNDS, len(index)))
+    # The base a x b of the two digits, about sqrt(n) each: uint64 [m].
     a = np.maximum(
         np.floor(np.sqrt(n.astype(np.float64))).astype(np.uint64) + np.uint64(1), _SMALLEST_BASE
     )
     n = n.astype(np.uint64)
     b = np.maximum((n + a - np.uint64(1)) // a, _SMALLEST_BASE)
     out = _shuffle(index.astype(np.uint64), a, b, key)
+    # Cycle walking: elements outside [0, n) are sent through again until none is left.
     outside = np.flatnonzero(out >= n)
     while len(outside):
         again = _shuffle(out[outside], a[outside], b[outside], key[:, outside])
@@ -69,18 +71,20 @@ def permutation(index: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.n
 def shuffled_windows(
     ordinals: np.ndarray, domains: np.ndarray, sizes: np.ndarray, names: Sequence[str], seed: int
 ) -> np.ndarray:
-    """Returns the window that each ordinal reads: a domain's windows in an order of its own for
-    each epoch.
+    """Return the window that each ordinal reads; each epoch of a domain has a different order.
 
     Args:
         ordinals: int64 [m], the position of each sample within its domain; `ordinal // size` is the
-        epoch. domains: int64 [m], which domain each sample belongs to. sizes: int64 [domains], the
-        windows an epoch of each domain; positive where used. names: the domains' names. seed: the
-        seed of the run.
+            epoch.
+        domains: int64 [m], which domain each sample belongs to.
+        sizes: int64 [domains], the windows per epoch of each domain; positive where used.
+        names: the domains' names.
+        seed: the seed of the run.
 
     Returns:
         int64 [m], each in [0, sizes[domain]).
     """
+    # One key per (epoch, domain) that occurs: [ROUNDS, pairs], then one per element: [ROUNDS, m].
     epochs, index = np.divmod(ordinals, sizes[domains])
     codes, inverse = np.unique(epochs * len(names) + domains, return_inverse=True)
     keys = [
@@ -94,6 +98,7 @@ def shuffled_windows(
 
 
 def _shuffle(x: np.ndarray, a: np.ndarray, b: np.ndarray, key: np.ndarray) -> np.ndarray:
+    # Feistel rounds: each digit in turn takes a keyed hash of the other, modulo its base.
     left, right = np.divmod(x, b)
     for i in range(0, ROUNDS, 2):
         left = _add(left, _hash(right, key[i]), a)
@@ -102,7 +107,7 @@ def _shuffle(x: np.ndarray, a: np.ndarray, b: np.ndarray, key: np.ndarray) -> np
 
 
 def _hash(x: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Returns 32 well mixed bits of (x, key), as uint64."""
+    """Return 32 well mixed bits of (x, key), as uint64."""
     x = x * _GOLDEN + key
     x = (x ^ (x >> _30)) * _MIX1
     x = (x ^ (x >> _27)) * _MIX2
@@ -110,6 +115,6 @@ def _hash(x: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def _add(digit: np.ndarray, bits: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Adds 32 random bits, scaled to [0, base), to a digit, modulo the base (below 2**32)."""
+    """Add 32 random bits, scaled to [0, base), to a digit, modulo the base (below 2**32)."""
     total = digit + ((bits * base) >> _32)
     return np.where(total >= base, total - base, total)

@@ -1,5 +1,6 @@
-"""An instruction domain: whole conversations packed into windows, trained on the answers alone or
-on prompts as well.
+"""Instruction domains: complete conversations packed into windows.
+
+They are trained on the answers only, or on prompts as well.
 """
 
 import dataclasses
@@ -14,19 +15,20 @@ from megatron_chatflow.data.corpus.verify import index_errors
 from megatron_chatflow.errors import DataError
 
 _BLOCK = 1 << 18
-"""Conversations that are looked at together at opening."""
+"""Conversations that are counted together when a corpus is opened."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Truncation:
-    """What a domain does not train on because windows are no longer than they are.
+    """What a domain does not train on because windows are too short for it.
 
     Attributes:
         conversations: all of the domain.
         left_out: conversations of two tokens or more without one with loss among their first S + 1,
-        which no window holds. cut: conversations longer than S + 1 tokens that windows hold,
-        without their end. tokens: tokens with loss, were windows long enough for all. lost_tokens:
-        of these, the ones that are in no window.
+            which no window holds.
+        cut: conversations longer than S + 1 tokens that windows hold, without their end.
+        tokens: tokens with loss, if windows were long enough for all.
+        lost_tokens: of these, the ones that are in no window.
     """
 
     conversations: int
@@ -40,28 +42,29 @@ class InstructDataset(WindowDataset):
     """The conversations of a corpus with sequence modes, packed into windows of S positions.
 
     A conversation of L tokens t takes L - 1 positions: tokens t[0] .. t[L-2], labels t[1] ..
-    t[L-1]. loss_mask is 1 where the label lies in a sequence of mode 0 (an answer), with
-    `train_on_prompt` everywhere. Each conversation is a segment of its own, its position_ids start
-    at 0, and no label belongs to another conversation than its token. What is longer than S + 1
-    tokens is cut there; where that leaves no label with loss, the conversation is left out, so
-    every window has one. What is left of a window is padded with token 0, loss_mask 0, and a
-    segment of its own.
+    t[L-1]. loss_mask is 1 where the label is in a sequence of mode 0 (an answer), with
+    `train_on_prompt` everywhere. Each conversation is a separate segment, its position_ids start at
+    0, and no label belongs to another conversation than its token. What is longer than S + 1 tokens
+    is cut there; where that leaves no label with loss, the conversation is left out, so every
+    window has one. The rest of a window is padded with token 0, loss_mask 0, and a separate
+    segment.
 
     The packing is a function of S and of the lengths of the conversations that are not left out,
-    the same in every epoch; it is made at every opening. The windows are shuffled as a text
-    domain's are.
+    the same in every epoch; it is made at every opening. The windows are shuffled as those of text
+    domains are.
 
     Args:
-        name, dataset, seq_length, seed, documents: as in `WindowDataset`.
+        name, dataset, documents, options: as in `WindowDataset`.
         train_on_prompt: whether labels in prompts (mode 1) carry loss as well.
 
     Attributes:
         packing: which conversations each window holds; conversations are numbered from
-        `documents[0]`. truncation: what is not trained on because it is longer than a window.
+            `documents[0]`.
+        truncation: what is not trained on because it is longer than a window.
 
     Raises:
-        ValueError: the corpus has no sequence modes, its sequences are not stored in order, or its
-        index is damaged.
+        DataError: the corpus has no sequence modes, its sequences are not stored in order, or its
+            index is damaged.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class InstructDataset(WindowDataset):
         if dataset.sequence_modes is None:
             raise DataError(
                 f"corpus {dataset.prefix}: it has no sequence modes, so prompts and answers "
-                f"cannot be told apart"
+                f"cannot be distinguished"
             )
         for problem in index_errors(dataset):
             raise DataError(f"corpus {dataset.prefix}: {problem}: preprocess it again")
@@ -93,8 +96,9 @@ class InstructDataset(WindowDataset):
         )
 
     def _count_trained(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the labels with loss of each conversation: in all of it, and in its first S + 1
-        tokens, int64 [conversations] each.
+        """Return the labels with loss of each conversation, in total and in its first S + 1 tokens.
+
+        Both are int64 [conversations].
         """
         whole = np.maximum(lengths.astype(np.int64) - 1, 0)
         kept = positions(lengths, self.seq_length)
@@ -107,8 +111,10 @@ class InstructDataset(WindowDataset):
         return trained, trained_kept
 
     def _count_answers(self, conversations: np.ndarray, size: np.ndarray) -> np.ndarray:
-        """Returns how many of the labels t[1] .. t[size] of each conversation are in answers, int64
-        [conversations].
+        """Return how many of the labels t[1] .. t[size] of each conversation are in answers.
+
+        Returns:
+            int64 [conversations].
         """
         counts = np.zeros(len(conversations), np.int64)
         for begin in range(0, len(conversations), _BLOCK):
@@ -125,11 +131,12 @@ class InstructDataset(WindowDataset):
         size = positions(self.dataset.document_starts(document + 1) - start, self.seq_length)
         shape = len(windows), self.seq_length
 
-        # The windows, one after the other, are a row of pieces: the conversations of a window, and
-        # its padding, which may be empty.
+        # The windows, one after the other, are a row of segments: the conversations of a window,
+        # then its padding, which may be empty. `sizes` are their positions, [segments].
         used = np.bincount(which, size, len(windows)).astype(np.int64)
         last = np.cumsum(np.bincount(which, minlength=len(windows)))
         sizes = np.insert(size, last, self.seq_length - used)
+        # For each position, [windows * S]: its token's place in the .bin, and whether it has loss.
         segment_ids, position_ids = segments_of((np.cumsum(sizes) - sizes)[sizes > 0], *shape)
         source = np.repeat(np.insert(start, last, 0), sizes) + position_ids.reshape(-1)
         trained = np.repeat(np.insert(np.ones(len(size), bool), last, False), sizes)
@@ -146,9 +153,7 @@ class InstructDataset(WindowDataset):
             batch["labels"][rows[window], used[window] :] = 0
 
     def window_documents(self, window: int) -> list[tuple[int, int, int]]:
-        """See `WindowDataset.window_documents`: the conversations of a window, each from its first
-        token.
-        """
+        """See `WindowDataset.window_documents`: conversations from their first token."""
         document, _ = self._conversations(np.array([window]))
         lengths = self.dataset.document_starts(document + 1) - self.dataset.document_starts(
             document
@@ -159,16 +164,19 @@ class InstructDataset(WindowDataset):
         ]
 
     def _conversations(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the documents of the windows, and for each which of the windows it lies in, int64
-        [conversations] each.
+        """Return the documents of the windows, and which of the windows each is in.
+
+        Both are int64 [conversations].
         """
         begin = self.packing.starts[windows]
         which, within = concatenated_ranges(self.packing.starts[windows + 1] - begin)
         return self.packing.order[begin[which] + within].astype(np.int64) + self.documents[0], which
 
     def _answers(self, document: np.ndarray, size: np.ndarray) -> np.ndarray:
-        """Returns for the labels t[1] .. t[size] of each document whether they are in an answer,
-        bool [sum(size)].
+        """Return whether the labels t[1] .. t[size] of each document are in an answer.
+
+        Returns:
+            bool [sum(size)].
         """
         _, labels, answer = self._labels(document, size)
         return np.repeat(answer, labels)
@@ -176,12 +184,13 @@ class InstructDataset(WindowDataset):
     def _labels(
         self, document: np.ndarray, size: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Looks at the sequences of documents one by one.
+        """Return the labels in each sequence of documents.
 
         Returns:
-            which document each belongs to, how many of its labels t[1] .. t[size] it has, int64
-            [sequences] each; and whether it is an answer, bool.
+            which document each sequence belongs to, and how many of its labels t[1] .. t[size] it
+            has: int64 [sequences] each; and whether it is an answer: bool [sequences].
         """
+        # All sequences of the documents, one after the other: [sequences].
         begin = self.dataset.document_indices[document]
         which, within = concatenated_ranges(self.dataset.document_indices[document + 1] - begin)
         sequence = begin[which] + within
@@ -189,6 +198,7 @@ class InstructDataset(WindowDataset):
             self.dataset.sequence_pointers[sequence] // self.dataset.dtype.itemsize
             - self.dataset.document_starts(document)[which]
         )
+        # Tokens first .. last - 1 of the document, of which 1 .. size are labels that are read.
         last = first + self.dataset.sequence_lengths[sequence]
         labels = np.minimum(last, size[which] + 1) - np.clip(first, 1, size[which] + 1)
         return which, np.maximum(labels, 0), self.dataset.sequence_modes[sequence] == 0

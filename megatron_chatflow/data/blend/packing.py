@@ -1,7 +1,7 @@
 """Which conversations share a window: best fit, longest first, on a histogram of lengths.
 
 All conversations of one length are alike to the packer, and so are all windows with the same
-content; so it moves whole groups of windows ("4,000 windows that hold one of 1,500 and two of 200")
+content; so it moves groups of windows ("4,000 windows that hold one of 1,500 and two of 200")
 instead of single conversations. The number of steps depends on how many different lengths there
 are, not on how many conversations (the idea of "histogram packing", Krell et al.,
 arXiv:2107.02027). The result is a function of (lengths, seq_length) alone.
@@ -20,8 +20,9 @@ class Packing:
         order: conversation numbers, window after window, int32 or int64 [packed conversations].
         starts: where in `order` each window starts, and the end, int64 [windows + 1].
         num_cut: conversations longer than a window, of which only the first seq_length + 1 tokens
-        are read. num_skipped: conversations given as fewer than two tokens long, which have no
-        label and are left out.
+            are read.
+        num_skipped: conversations given as fewer than two tokens long, which have no label and are
+            left out.
     """
 
     order: np.ndarray
@@ -36,14 +37,15 @@ class Packing:
 
 
 def positions(lengths: np.ndarray, seq_length: int) -> np.ndarray:
-    """Returns the positions that conversations of `lengths` tokens take: one fewer (the last token
-    is only a label), at most S.
+    """Return the positions that conversations of `lengths` tokens take.
+
+    That is one fewer (the last token is only a label), at most S.
     """
     return np.clip(lengths.astype(np.int64) - 1, 0, seq_length)
 
 
 def pack(lengths: np.ndarray, seq_length: int) -> Packing:
-    """Packs conversations into windows of `seq_length` positions, none split over two windows.
+    """Pack conversations into windows of `seq_length` positions, none split over two windows.
 
     Args:
         lengths: tokens of each conversation, integers [n].
@@ -53,12 +55,14 @@ def pack(lengths: np.ndarray, seq_length: int) -> Packing:
         The packing. Time is that of sorting n numbers, plus a term that depends on the number of
         different lengths.
     """
+    # Conversations by size, longest first: int32 or int64 [n]; those without a label are dropped.
     sizes = positions(lengths, seq_length)
     room = (seq_length - sizes).astype(np.uint16 if seq_length < 2**16 else np.int64)
     by_size = np.argsort(room, kind="stable")  # with 16 bits a radix sort
     by_size = by_size.astype(np.int32 if len(sizes) < 2**31 else np.int64)
     num_skipped = int(np.count_nonzero(sizes == 0))
     by_size = by_size[: len(sizes) - num_skipped]
+    # Windows are filled on the histogram of sizes [S + 1] alone, then given their conversations.
     order, starts = _lay_out(
         _group(np.bincount(sizes, minlength=seq_length + 1), seq_length), by_size
     )
@@ -67,8 +71,10 @@ def pack(lengths: np.ndarray, seq_length: int) -> Packing:
 
 @dataclasses.dataclass
 class _Group:
-    """`windows` windows alike; each holds `per_window` conversations from `by_size[first:]` on for
-    every entry of `content`.
+    """Several windows alike.
+
+    Each holds, for every entry (first, per_window) of `content`, `per_window` conversations from
+    `by_size[first:]` on.
     """
 
     windows: int
@@ -76,11 +82,10 @@ class _Group:
 
 
 def _group(histogram: np.ndarray, seq_length: int) -> list[_Group]:
-    """Best fit, longest first. Returns groups whose content adds up to the histogram (without size
-    0).
+    """Group conversations by best fit, longest first; the groups hold the entire histogram.
 
-    `open_groups[room]` holds the groups with that much room left; `occupied` has bit `room` set
-    where there are any, so that the tightest room that still fits is the lowest bit above.
+    `open_groups[room]` holds the groups with that many positions left; `occupied` has bit `room`
+    set where there are any, so the smallest room that still fits is the lowest bit above.
     """
     open_groups: dict[int, list[_Group]] = {}
     occupied = 0
@@ -96,10 +101,12 @@ def _group(histogram: np.ndarray, seq_length: int) -> list[_Group]:
         while left:
             above = occupied >> size
             if not above:
+                # No open window has room: new ones, with as many of this size as fit in each.
                 each = min(seq_length // size, left)
                 windows = left // each
                 put(_Group(windows, [(first, each)]), seq_length - size * each)
             else:
+                # The tightest group that still fits; what it does not need of it stays open.
                 room = size + (above & -above).bit_length() - 1
                 group = open_groups[room].pop()
                 if not open_groups[room]:
@@ -121,14 +128,13 @@ def _group(histogram: np.ndarray, seq_length: int) -> list[_Group]:
 
 
 def _lay_out(groups: list[_Group], by_size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Writes the conversations of each group window after window: `order` and `starts` of the
-    packing.
-    """
+    """Return `order` and `starts` of the packing: each group's conversations, window by window."""
     order = np.empty(len(by_size), by_size.dtype)
     counts = []
     at = 0
     for group in groups:
         width = sum(n for _, n in group.content)
+        # [windows, conversations per window]: each entry of the content fills some columns.
         block = order[at : at + group.windows * width].reshape(group.windows, width)
         column = 0
         for first, n in group.content:

@@ -1,4 +1,4 @@
-"""A text domain: fixed windows over the token stream."""
+"""Text domains: fixed windows over the token stream."""
 
 from functools import cached_property
 
@@ -14,20 +14,16 @@ class TextDataset(WindowDataset):
     """The documents of a text corpus, one after the other, cut into windows of S positions.
 
     Window w holds the tokens w*S .. (w+1)*S of the stream, and the labels are the next tokens. So
-    every token but the stream's first is a label exactly once an epoch. The last window may be
-    short; it is padded with token 0, loss_mask 0 and a segment of its own. Nothing is built: a
-    window's place in the file is arithmetic, and document boundaries, where they are asked for, are
+    every token but the stream's first is a label exactly once per epoch. The last window may be
+    short; it is padded with token 0, loss_mask 0 and a separate segment. Nothing is built: a
+    window's place in the file is arithmetic, and document boundaries, where they are needed, are
     found by bisection in the mapped index.
 
     Args:
-        name, dataset, seq_length, seed, documents: as in `WindowDataset`.
-        reset_position_ids: position_ids restart at the first token of each document.
-        reset_attention_mask: segment_ids count the documents in a window (attention is then
-        confined to them). eod_mask_loss: loss_mask is 0 where the token (not the label) is `eod`,
-        as in Megatron. eod: the end-of-document token.
+        name, dataset, documents, options: as in `WindowDataset`.
 
     Raises:
-        ValueError: the sequences are not stored in order, or `eod_mask_loss` without `eod`.
+        DataError: the sequences are not stored in order, or `eod_mask_loss` without `eod`.
     """
 
     def __init__(
@@ -93,8 +89,9 @@ class TextDataset(WindowDataset):
                 batch["position_ids"][row, stop:] = np.arange(self.seq_length - stop)
 
     def window_documents(self, window: int) -> list[tuple[int, int, int]]:
-        """See `WindowDataset.window_documents`: the S + 1 tokens that are input or label. O(log
-        documents).
+        """See `WindowDataset.window_documents`: the S + 1 tokens that are input or label.
+
+        Takes O(log documents).
         """
         start = self.begin + window * self.seq_length
         stop = min(start + self.seq_length + 1, self.end)
@@ -117,8 +114,9 @@ class TextDataset(WindowDataset):
         return text
 
     def _document_starts(self, windows: np.ndarray) -> np.ndarray:
-        """Returns where in the windows a document starts, as `segments` takes it; the windows' own
-        starts are left out.
+        """Return where in the windows a document starts, as `segments_of` takes it.
+
+        The windows' own starts are left out.
         """
         start = self.begin + windows * self.seq_length
         stop = np.minimum(start + self.seq_length, self.end)

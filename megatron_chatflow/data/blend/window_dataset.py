@@ -1,6 +1,4 @@
-"""What text and instruction domains have in common: numbered windows, read in another order each
-epoch; and the batch they fill.
-"""
+"""The base of the text and instruction datasets: numbered windows, shuffled in each epoch."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -20,13 +18,25 @@ class WindowOptions:
     """How the corpora of a curriculum become windows."""
 
     seq_length: int
+    """S, positions in a window."""
     seed: int
+    """Decides the order of the windows, together with the domain's name and the epoch."""
     split: str = "969,30,1"
+    """Megatron's `--split`, by documents (see `corpus/split.py`).
+
+    It does not cut a domain that has validation files of its own (`valid`): then all of `path` is
+    for training, all of `valid` for validation, and nothing for the test.
+    """
     subset: str = "train"
+    """"train", "valid" or "test"."""
     reset_position_ids: bool = False
+    """Text only: position_ids restart at the first token of each document."""
     reset_attention_mask: bool = False
+    """Text only: segment_ids count the documents in a window; attention is confined to them."""
     eod_mask_loss: bool = False
+    """Text only: loss_mask is 0 where the token (not the label) is `eod`, as in Megatron."""
     eod: int | None = None
+    """The end-of-document token."""
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:
@@ -34,18 +44,21 @@ class WindowOptions:
 
 
 class WindowDataset(ABC):
-    """A domain of `num_samples` windows; the sample with ordinal j is a window of epoch j //
-    num_samples.
+    """A domain as `num_samples` windows; ordinal j is read in epoch j // num_samples.
 
-    Attributes:
+    Args:
         name: the domain's name; it and the seed decide the order of the windows.
         dataset: the corpus.
+        documents: the documents [begin, end) of the corpus that belong to the domain's subset.
+        options: length of the windows, seed, and how text is masked.
+
+    Attributes:
+        name, dataset, documents: as given.
         seq_length: S, positions in a window.
         seed: seed of the run.
-        documents: the documents [begin, end) of the corpus that belong to the domain's subset.
-        num_samples: windows an epoch; 0 when there is nothing to read.
-        vocab_size: tokens of the vocabulary, before padding: what reads whole batches checks that
-        all ids are below it; None: nothing is checked.
+        num_samples: windows per epoch; 0 when there is nothing to read.
+        vocab_size: tokens of the vocabulary, before padding; reading batches checks that all ids
+            are below it. None: nothing is checked.
     """
 
     vocab_size: int | None = None
@@ -77,24 +90,22 @@ class WindowDataset(ABC):
         return f"{type(self).__name__}({self.name!r}, {self.dataset.prefix!r}, {size})"
 
     def epoch_of(self, ordinal: int) -> int:
-        """Returns the epoch in which the domain reads a sample, from 0."""
+        """Return the epoch, from 0, in which a sample is read."""
         return int(ordinal) // self.num_samples
 
     def window_of(self, ordinals: np.ndarray) -> np.ndarray:
-        """Returns the window that each ordinal reads, int64 [n] (see `permute.py`)."""
+        """Return the window that each ordinal reads, int64 [n] (see `index_shuffle.py`)."""
         ordinals = np.asarray(ordinals, np.int64)
         return shuffled_windows(
             ordinals, np.zeros_like(ordinals), np.array([self.num_samples]), (self.name,), self.seed
         )
 
     def read(self, ordinals: np.ndarray) -> Batch:
-        """Reads samples by ordinal, int64 [n]; see `empty_batch` for what comes back."""
+        """Read samples by ordinal, int64 [n]; `empty_batch` describes the result."""
         return self.read_window(self.window_of(ordinals))
 
     def read_window(self, windows: np.ndarray) -> Batch:
-        """Reads windows by their number in file order, int64 [n] in [0, num_samples): what
-        validation does.
-        """
+        """Read windows by their number in file order, int64 [n], as validation does."""
         windows = np.asarray(windows, np.int64)
         batch = empty_batch(len(windows), self.seq_length)
         if len(windows) and (windows.min() < 0 or windows.max() >= self.num_samples):
@@ -109,7 +120,7 @@ class WindowDataset(ABC):
         return batch
 
     def outside(self, batch: Batch, row: int, window: int, which: str) -> SampleError:
-        """Returns the error for a row of a batch that holds ids outside of the vocabulary.
+        """Return the error for a row of a batch that holds ids outside of the vocabulary.
 
         Args:
             batch: what was read.
@@ -135,24 +146,23 @@ class WindowDataset(ABC):
         )
 
     def provenance(self, ordinal: int) -> dict:
-        """Returns where a sample comes from: `epoch`, and `documents` as `window_documents`."""
+        """Return where a sample comes from: `epoch`, and `documents` as in `window_documents`."""
         (window,) = self.window_of(np.array([ordinal])).tolist()
         return {"epoch": self.epoch_of(ordinal), "documents": self.window_documents(window)}
 
     def fill(self, batch: Batch, rows: np.ndarray, windows: np.ndarray) -> None:
-        """Writes windows into rows of a batch made by `empty_batch`, some at a time: what is needed
-        meanwhile stays in the cache.
-        """
+        """Write windows into rows of a batch from `empty_batch`, in chunks that fit the cache."""
         step = max(1, _CHUNK_POSITIONS // self.seq_length)
         for at in range(0, len(rows), step):
             self.fill_chunk(batch, rows[at : at + step], windows[at : at + step])
 
     @abstractmethod
     def fill_chunk(self, batch: Batch, rows: np.ndarray, windows: np.ndarray) -> None:
-        """What `fill` does for at least one and not too many windows."""
+        """Write at least one and not too many windows, as `fill` does."""
 
     @abstractmethod
     def window_documents(self, window: int) -> list[tuple[int, int, int]]:
-        """Returns (document, first token, stop token), counted within the document, for all tokens
-        that a window reads.
+        """Return (document, first token, stop token) for all tokens that a window reads.
+
+        Tokens are counted within the document.
         """

@@ -1,8 +1,8 @@
 """Records to conversations, and which of their answers are trained on.
 
 Records are messages, ShareGPT's, instructions with a history, or prompts with completions. Nothing
-that a record says is dropped without notice: what cannot be written is refused by name, and keys
-that are not read are counted.
+in a record is dropped silently: what cannot be written is refused by name, and keys that are not
+read are counted.
 """
 
 import json
@@ -27,7 +27,7 @@ _ROLES = {
 MARKS = ("weight", "loss", "train", "trainable", "training", "train_on_turn", "loss_weight")
 """Keys of a message, or of a record for all of it: whether it is trained on (true, 1, false, 0)."""
 _BEYOND = ("tool_calls", "reasoning_content", "reasoning", "thinking")
-"""Keys of an assistant's message that only the tokenizer's own template can write."""
+"""Keys of an assistant's message that only the tokenizer's chat template can write."""
 _REFUSED = {
     **dict.fromkeys(
         ("mask", "masked", "loss_mask", "assistant_masks"),
@@ -57,7 +57,7 @@ _DEPTH = 100
 
 
 def parse_conversation(record: Mapping[str, Any]) -> Conversation:
-    """Reads a conversation in one of the forms
+    """Read a conversation in one of several forms.
 
         {"messages": [{"role", "content"}, ...]}
         {"conversations": [{"from", "value"}, ...]}
@@ -67,9 +67,9 @@ def parse_conversation(record: Mapping[str, Any]) -> Conversation:
         {"prompt", "completion"}
             texts, or lists of messages, of which the completion is trained on
 
-    each with `system` and `tools`. Messages are an optional system prompt, then user and assistant
-    in turn, the assistant last; an assistant may call tools, whose results follow. An answer is
-    trained on unless its message or the record says otherwise (`MARKS`), or it is empty.
+    Each may have `system` and `tools`. Messages are an optional system prompt, then user and
+    assistant in turn, the assistant last; an assistant may call tools, whose results follow. An
+    answer is trained on unless its message or the record says otherwise (`MARKS`), or it is empty.
 
     Raises:
         MalformedRecord: the record is none of these, or has what cannot be read; names the key.
@@ -103,7 +103,7 @@ def parse_conversation(record: Mapping[str, Any]) -> Conversation:
 
 
 def _messages(messages: Any, key: str, ignored: set[str]) -> Iterator[Message]:
-    """The messages under `key` as `{"role", "content", ...}`, with the marks under None."""
+    """Yield the messages under `key` as `{"role", "content", ...}`, with the marks under ""."""
     if not isinstance(messages, list) or not messages:
         raise MalformedRecord(
             f"{key!r} is no list of messages"
@@ -250,7 +250,7 @@ def _refuse(mapping: Mapping[str, Any], what: str) -> None:
 
 
 def _mark(mapping: Mapping[str, Any], what: str, default: bool | None) -> bool | None:
-    """Whether the marks of a message or record have it trained on; `default` without a mark."""
+    """Return whether the marks of a message or record say to train on it, or `default`."""
     found: dict[str, bool] = {}
     for key in MARKS:
         value = mapping.get(key)
@@ -269,7 +269,7 @@ def _mark(mapping: Mapping[str, Any], what: str, default: bool | None) -> bool |
 
 
 def _content(content: Any, what: str) -> str:
-    """The text of a message, or of its parts of type `text`."""
+    """Return the text of a message, or of its parts of type `text`."""
     if not isinstance(content, list):
         return checked_text(content, f"the content of {what}")
     texts = []
@@ -288,7 +288,7 @@ def _optional_text(record: Mapping[str, Any], key: str) -> str:
 
 
 def _parsed(value: Any, what: str) -> Any:
-    """JSON that is written as a text."""
+    """Return JSON that is written as a text."""
     if not isinstance(value, str):
         return value
     try:
@@ -298,7 +298,7 @@ def _parsed(value: Any, what: str) -> Any:
 
 
 def _calls(calls: Any, what: str) -> list[Any]:
-    """Tool calls with their arguments as objects, as templates expect them."""
+    """Return tool calls with their arguments as objects, as templates expect them."""
     calls = calls if isinstance(calls, list) else [calls]
     result = []
     for number, call in enumerate(calls):

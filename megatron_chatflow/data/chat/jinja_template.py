@@ -1,5 +1,6 @@
-"""The chat template that a Hugging Face tokenizer brings along: Jinja over messages, in a process
-of its own (`sandbox.py`).
+"""The chat template that comes with a Hugging Face tokenizer: Jinja over messages.
+
+It runs in a separate process (`template_sandbox.py`).
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ Rendered = tuple[str, list[tuple[int, int]]]
 
 
 def check_tokenizer_template(tokenizer: Tokenizer) -> None:
-    """Checks that the tokenizer has a chat template, and tries it with a short conversation.
+    """Check that the tokenizer has a chat template, and try it with a short conversation.
 
     Raises:
-        ValueError: it has none, or one that cannot be read, raises an error of Python's or wants
-        more than it may have.
+        DataError: it has none, or one that cannot be read, raises a Python error or exceeds a
+            limit.
     """
     if tokenizer.chat_template is None:
         raise DataError(
@@ -52,19 +53,17 @@ def check_tokenizer_template(tokenizer: Tokenizer) -> None:
 
 
 def apply_tokenizer_template(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
-    """The tokenizer's own chat template. What it encloses in `{% generation %}` are the answers;
-    without that, it is asked turn by turn: what it adds up to `add_generation_prompt` is the
-    prompt, what the answer adds the rest.
+    """Return the passages of a conversation in the tokenizer's chat template.
 
-    Control tokens that the template spells are set as ids; in what the messages say, none may be
-    spelled.
+    What it encloses in `{% generation %}` are the answers. Without that, it is rendered turn by
+    turn: what it adds up to `add_generation_prompt` is the prompt, what the answer adds is the
+    rest. Control tokens that the template spells are set as ids; the messages may not spell any.
 
     Raises:
         MalformedRecord: a message spells a control token, the template refuses the conversation,
-        leaves a part of it out, or renders an
-            earlier turn in another way when a later one follows, so that prompts and answers cannot
-            be told apart.
-        ValueError: the template wants more than it may have.
+            leaves a part of it out, or renders an earlier turn in another way when a later one
+            follows, so that prompts and answers cannot be distinguished.
+        DataError: the template exceeds a limit.
     """
     _refuse_control(conversation, tokenizer)
     if not _sandbox(tokenizer).marks:
@@ -80,8 +79,9 @@ def apply_tokenizer_template(conversation: Conversation, tokenizer: Tokenizer) -
 
 
 def tokenizer_template_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
-    """As `apply_tokenizer_template`, of a conversation whose last answer is empty: what asks for it, and last
-    what ends it.
+    """Return the passages of a conversation whose last answer is empty.
+
+    As `apply_tokenizer_template`: what asks for the answer, and last what ends it.
     """
     if not _sandbox(tokenizer).marks:
         return apply_tokenizer_template(conversation, tokenizer)
@@ -127,7 +127,7 @@ def _by_turns(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]
 
 
 def _split(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -> Iterator[Passage]:
-    """The text as passages; what is inside the spans is the answers."""
+    """Yield the text as passages; what is inside the spans is the answers."""
     at = 0
     for begin, end in [*spans, (len(text), len(text))]:
         for mode, piece in ((PROMPT, text[at:begin]), (ANSWER, text[begin:end])):
@@ -146,7 +146,7 @@ def _refuse_control(conversation: Conversation, tokenizer: Tokenizer) -> None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in messages and tools; `parse_conversation` has bounded their depth."""
+    """Yield every text in messages and tools; `parse_conversation` has bounded their depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -159,8 +159,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _refuse_omissions(conversation: Conversation, text: str, tokenizer: Tokenizer) -> None:
-    """Raises MalformedRecord where the template leaves out what a message says, its calls, or a
-    tool.
+    """Raise MalformedRecord where the template leaves out a message's text, its calls, or a tool.
 
     Short texts are found by chance, so a conversation of the same shape is written as well, once,
     in which every text is unmistakable.
@@ -186,7 +185,7 @@ def _omitted(conversation: Conversation, text: str) -> str | None:
 
 
 def _shape(conversation: Conversation) -> str:
-    """The conversation as JSON, with texts that say where they are."""
+    """Return the conversation as JSON, with texts that say where they are."""
 
     def named(call: dict[str, Any], name: str) -> dict[str, Any]:
         inner = {"name": name, "arguments": {}}
@@ -235,7 +234,7 @@ def _said(conversation: Conversation) -> Iterator[tuple[str, str]]:
 
 
 def _parts(text: str, tokenizer: Tokenizer) -> tuple[Part, ...]:
-    """Rendered text with the control tokens in it as ids."""
+    """Return rendered text with the control tokens in it as ids."""
     control = tokenizer.control_tokens()
     if not control:
         return (text,)
@@ -257,8 +256,9 @@ def _written(
 def _render(
     messages: Any, tools: Any, steps: list[tuple[int, bool]], tokenizer: Tokenizer
 ) -> list[Rendered]:
-    """What the template writes, with what Hugging Face gives it, but the time of day: a corpus must
-    not depend on it.
+    """Return what the template writes, with the values that Hugging Face gives it.
+
+    All but the time of day: a corpus must not depend on it.
     """
     spelled = {token: spelling for spelling, token in tokenizer.control_tokens().items()}
     names = {
@@ -286,9 +286,7 @@ def _sandbox(tokenizer: Tokenizer) -> TemplateSandbox:
 
 
 _opened = functools.lru_cache(maxsize=4)(TemplateSandbox)
-"""Processes end when this one does; those of templates that are no longer used, when the cache
-drops them.
-"""
+"""Processes end when this one does, or when the cache drops a template that is no longer used."""
 
 
 def _problem(tokenizer: Tokenizer, what: str) -> str:

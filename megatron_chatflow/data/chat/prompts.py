@@ -1,6 +1,4 @@
-"""What a model is to continue: text as it is, or a conversation in the chat template that its
-corpus was made with.
-"""
+"""What a model is to continue: plain text, or a conversation in a chat template."""
 
 from __future__ import annotations
 
@@ -36,17 +34,16 @@ class Prompt:
     ids: list[int]
     end_ids: frozenset[int]
     end_text: str = ""
-    """A text that ends it as well: an end mark that is no token of its own; empty where there is
-    none.
-    """
+    """A text that ends it as well: an end mark that is not a single token; empty without one."""
 
 
 def read_prompts(path: str) -> Iterator[tuple[str, Record]]:
-    """(where it stands, record) of each prompt of a file: objects of JSON lines, or the lines of a
-    .txt as ``{"prompt": line}``.
+    """Yield (place in the file, record) of each prompt of a file.
+
+    The file holds objects as JSON lines, or is a .txt whose lines are read as ``{"prompt": line}``.
 
     Raises:
-        ValueError: the file cannot be read, or a line is no JSON object; names file and line.
+        DataError: the file cannot be read, or a line is not a JSON object; names file and line.
     """
     try:
         sources = open_sources([path])
@@ -62,8 +59,9 @@ def read_prompts(path: str) -> Iterator[tuple[str, Record]]:
 
 
 def text_prompt(record: Record, tokenizer: Tokenizer, start: int | None = None) -> Prompt:
-    """The text under `prompt` (or `text`) as it is, after the token `start` where one is given;
-    ends with the end-of-document token.
+    """Return the text under `prompt` (or `text`) as tokens, after the token `start` if given.
+
+    It ends with the end-of-document token.
 
     Raises:
         MalformedRecord: there is no text, or it is empty.
@@ -76,16 +74,18 @@ def text_prompt(record: Record, tokenizer: Tokenizer, start: int | None = None) 
 
 
 def chat_prompt(record: Record, template: str, tokenizer: Tokenizer) -> Prompt:
-    """A conversation whose last message waits for an answer, token for token as `preprocess --kind
-    instruct` writes it up to the answer.
+    """Return a conversation whose last message waits for an answer.
+
+    It is token for token what `preprocess --kind instruct` writes up to the answer.
 
     Args:
         record: ``{"messages": [...]}`` that end with the user's, ``{"instruction", "input"}``, or
-        ``{"prompt"}``, which is an instruction. template: one of `CHAT_TEMPLATES`. tokenizer: the
-        model's.
+            ``{"prompt"}``, which is an instruction.
+        template: one of `CHAT_TEMPLATES`.
+        tokenizer: the model's.
 
     Raises:
-        MalformedRecord: it is no such conversation, or spells a control token of the template.
+        MalformedRecord: it is not such a conversation, or spells a control token of the template.
     """
     conversation = parse_conversation(_unanswered(record))
     passages = (
@@ -101,7 +101,7 @@ def chat_prompt(record: Record, template: str, tokenizer: Tokenizer) -> Prompt:
 
 
 def _unanswered(record: Record) -> Record:
-    """The record with an empty answer, which the templates want."""
+    """Return the record with an empty answer, which the templates need."""
     key = next((key for key in ("messages", "conversations") if record.get(key) is not None), None)
     if key is None:
         key = "instruction" if "instruction" in record or "prompt" not in record else "prompt"
@@ -123,8 +123,9 @@ def _unanswered(record: Record) -> Record:
 
 
 def _ends(answer: Passage, tokenizer: Tokenizer) -> tuple[frozenset[int], str]:
-    """What the template sets behind an empty answer: control tokens, else a text; and the
-    end-of-document token in any case.
+    """Return what the template sets after an empty answer: control tokens, else a text.
+
+    The end-of-document token is always included.
     """
     control = frozenset(part for part in answer.parts if isinstance(part, int))
     text = "".join(part for part in answer.parts if isinstance(part, str)).strip()

@@ -1,4 +1,4 @@
-"""Chat templates run in a process of their own, with limits of time, memory and output.
+"""Chat templates run in a separate process, with limits of time, memory and output.
 
 A template is text from elsewhere. The process gets one request per line and answers each with a
 line of JSON. It has Jinja's sandbox as `transformers` has it, a limit of CPU time for each
@@ -28,13 +28,13 @@ from megatron_chatflow.errors import DataError
 SECONDS = 5
 """CPU time of one rendering."""
 MEMORY = 512 << 20
-"""Bytes of memory that the process may map; 32 times the request comes on top."""
+"""Bytes of memory that the process may map, in addition to 32 times the request."""
 OUTPUT = 16 << 20
-"""Characters that a rendering may have; 32 times the request comes on top."""
+"""Characters that a rendering may have, in addition to 32 times the request."""
 TEMPLATE = 1 << 20
 """Characters that a template may have."""
 STOPPED_SECONDS = 30
-"""How long the process may be stopped (SIGSTOP): then it uses no CPU time, and never answers."""
+"""How long the process may be stopped (SIGSTOP), when it uses no CPU time and never answers."""
 _NO_DATE = "'strftime_now' is undefined"
 _ASKS_FOR_DATE = (
     "it asks for the date (strftime_now), on which a corpus must not depend; write a date into it"
@@ -55,7 +55,7 @@ class TemplateRefusal(Exception):
 
 
 class TemplateLimit(DataError):
-    """The template cannot be read, or wants more than it may have, for any conversation."""
+    """The template cannot be read, or exceeds a limit, for any conversation."""
 
 
 class TemplateSandbox:
@@ -94,7 +94,7 @@ class TemplateSandbox:
     def render(
         self, values: dict[str, Any], steps: list[tuple[int, bool]]
     ) -> list[tuple[str, list[tuple[int, int]]]]:
-        """Renders the first messages of a conversation, for each of `steps`.
+        """Render the first messages of a conversation, for each of `steps`.
 
         Args:
             values: what the template is given; `messages` among it.
@@ -105,14 +105,14 @@ class TemplateSandbox:
 
         Raises:
             TemplateRefusal: the template raises an error.
-            TemplateLimit: it wants more than it may have.
+            TemplateLimit: it exceeds a limit.
         """
         with self._lock:
             reply = self._ask({"values": values, "steps": steps})
         return [(text, [(begin, end) for begin, end in spans]) for text, spans in reply["rendered"]]
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         self._process.kill()
@@ -146,9 +146,7 @@ class TemplateSandbox:
 
 
 def _watch(reference: weakref.ref[TemplateSandbox]) -> None:
-    """End the process of a sandbox when it is stopped, so that the process waiting for it
-    continues.
-    """
+    """End the process of a sandbox when it is stopped, so that its caller continues."""
     from megatron_chatflow.utils.process import is_stopped
 
     seconds = 0
@@ -166,7 +164,7 @@ class _TooMuch(Exception):
 
 
 def _serve() -> None:
-    """The process: a template, then requests."""
+    """Run as the process: read a template, then answer requests."""
     for number in (
         signal.SIGINT,
         signal.SIGTERM,

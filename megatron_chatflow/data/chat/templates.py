@@ -1,6 +1,4 @@
-"""What records hold, and how they become documents: plain text, parallel text through a template,
-conversations through a chat template.
-"""
+"""Records to documents: plain text, parallel text and conversations, each by a template."""
 
 import re
 import string
@@ -32,8 +30,9 @@ class MalformedRecord(DataError):
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer. `input` is the material that the instruction speaks of, often
-    empty.
+    """A question and its answer.
+
+    `input` is the material that the instruction refers to, often empty.
     """
 
     instruction: str
@@ -43,11 +42,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation, as turns for the templates of this file and as messages for a tokenizer's
-    own.
+    """A conversation, as turns for the templates of this file and as messages for a tokenizer's.
 
     Attributes:
-        system: what the system prompt says; empty without one.
+        system: the system prompt; empty without one.
         turns: questions and answers; none where a template of this file cannot write them.
         messages: `role`, `content` and whatever else each has.
         trained: of each assistant's message, whether it is trained on.
@@ -66,17 +64,18 @@ class Conversation:
 
 
 ChatTemplate = Callable[[Conversation, Tokenizer], list[Passage]]
-"""A prompt and its answer for each assistant's message, in order. Raises MalformedRecord for a
-conversation that the template cannot hold.
+"""Returns a prompt and its answer for each assistant's message, in order.
+
+Raises MalformedRecord for a conversation that the template cannot hold.
 """
 
 
 def text_field(record: Mapping[str, Any], key: str) -> str:
-    """Returns the text under `key`.
+    """Return the text under `key`.
 
     Raises:
-        MalformedRecord: there is none, or it is no text, or no text that can be written as UTF-8 (a
-        lone surrogate).
+        MalformedRecord: there is none, or it is not text, or not text that can be written as UTF-8
+            (a lone surrogate).
     """
     if key not in record:
         raise MalformedRecord(f"no key {key!r}")
@@ -84,10 +83,10 @@ def text_field(record: Mapping[str, Any], key: str) -> str:
 
 
 def texts_field(record: Mapping[str, Any], key: str) -> str | list[str]:
-    """Returns the text under `key`, or the sentences where it holds a list of them.
+    """Return the text under `key`, or the sentences where it holds a list of them.
 
     Raises:
-        MalformedRecord: as `text_field`; or the list holds something else than texts.
+        MalformedRecord: as `text_field`; or the list holds something other than texts.
     """
     if not isinstance(record.get(key), list):
         return text_field(record, key)
@@ -97,10 +96,10 @@ def texts_field(record: Mapping[str, Any], key: str) -> str | list[str]:
 
 
 def checked_text(value: Any, what: str) -> str:
-    """Returns `value`, which the message calls `what`.
+    """Return `value`, which the message calls `what`.
 
     Raises:
-        MalformedRecord: it is no text, or has a lone surrogate.
+        MalformedRecord: it is not text, or has a lone surrogate.
     """
     if not isinstance(value, str):
         raise MalformedRecord(f"{what} is {json_kind(value)}, not text")
@@ -112,7 +111,7 @@ def checked_text(value: Any, what: str) -> str:
 
 
 def json_kind(value: Any) -> str:
-    """Returns what a parsed JSON value is, in words."""
+    """Return what a parsed JSON value is, in words."""
     return {
         type(None): "null",
         bool: "a boolean",
@@ -123,8 +122,9 @@ def json_kind(value: Any) -> str:
 
 
 def _chatflow(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
-    """`### Instruction:{instruction}{input}### Response:{output}`, without line ends, as in the
-    ChatFlow recipe; a system prompt stands before it.
+    """Write `### Instruction:{instruction}{input}### Response:{output}`, without line ends.
+
+    As in the ChatFlow recipe; a system prompt comes before it.
     """
     lead: tuple[Part, ...] = () if tokenizer.bos is None else (tokenizer.bos,)
     result = []
@@ -155,8 +155,9 @@ _ALPACA_INPUT = (
 
 
 def _alpaca(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
-    """Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca, `PROMPT_DICT`); a system
-    prompt takes the place of the first sentence.
+    """Write Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca, `PROMPT_DICT`).
+
+    A system prompt takes the place of the first sentence.
     """
     result = []
     for number, turn in enumerate(conversation.turns):
@@ -174,8 +175,9 @@ def _alpaca(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
 
 
 def _chatml(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
-    """`<|im_start|>role\\n{content}<|im_end|>\\n`; the marks are control tokens where the tokenizer
-    has them, else plain text.
+    r"""Write `<|im_start|>role\\n{content}<|im_end|>\\n`.
+
+    The marks are control tokens where the tokenizer has them, else plain text.
     """
     start, end = (_mark(tokenizer, mark) for mark in ("<|im_start|>", "<|im_end|>"))
     system: tuple[Part, ...] = (
@@ -194,7 +196,7 @@ def _chatml(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
 
 
 def question(turn: Turn) -> str:
-    """Returns instruction and input as one message."""
+    """Return instruction and input as one message."""
     return f"{turn.instruction}\n{turn.input}" if turn.input else turn.instruction
 
 
@@ -204,7 +206,7 @@ def _mark(tokenizer: Tokenizer, spelling: str) -> Part:
 
 
 def _plain(template: ChatTemplate) -> ChatTemplate:
-    """Refuses what a template of questions and answers cannot write."""
+    """Return a template that refuses what questions and answers cannot express."""
 
     def checked(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]:
         if conversation.beyond:
@@ -218,7 +220,7 @@ def _plain(template: ChatTemplate) -> ChatTemplate:
 
 
 def mark_untrained(passages: list[Passage], trained: Sequence[bool]) -> list[Passage]:
-    """Returns the passages with the answers that are not trained on as prompts.
+    """Return the passages with the answers that are not trained on as prompts.
 
     Raises:
         MalformedRecord: answers and messages cannot be matched.
@@ -258,15 +260,15 @@ ENDS_WITH_EOD = frozenset({"chatflow", "alpaca"})
 class ParallelTemplate:
     r"""A text with the fields of a record in braces, such as `{en}\n{zh}`.
 
+    Args:
+        template: `\n`, `\t` and `\\` may be written out, as a shell passes them on; `{{` and `}}`
+            stand for braces.
+
     Attributes:
         fields: names of the fields, in their order in the text.
 
-    Args:
-        template: `\n`, `\t` and `\\` may be written out, as a shell passes them on; `{{` and `}}`
-        stand for braces.
-
     Raises:
-        ValueError: it names no field, or has more than a name in braces.
+        DataError: it names no field, or has more than a name in braces.
     """
 
     def __init__(self, template: str) -> None:
@@ -294,15 +296,15 @@ class ParallelTemplate:
             )
 
     def fill(self, record: Mapping[str, Any]) -> str:
-        """Returns the text for one record.
+        """Return the text for one record.
 
         Raises:
-            MalformedRecord: a field is missing, or is no text.
+            MalformedRecord: a field is missing, or is not text.
         """
         return "".join(
             literal + (text_field(record, name) if name else "") for literal, name in self._pieces
         )
 
     def fill_all(self, columns: Sequence[Sequence[str]]) -> list[str]:
-        """Returns the texts for many records, given the values of each of `fields`."""
+        """Return the texts for many records, given the values of each of `fields`."""
         return [self._format % values for values in zip(*columns, strict=True)]

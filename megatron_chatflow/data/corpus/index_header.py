@@ -1,10 +1,10 @@
-"""The header of Megatron's `.idx`, in the format of `megatron.core.datasets.indexed_dataset`.
+r"""The header of Megatron's `.idx`, in the format of `megatron.core.datasets.indexed_dataset`.
 
     .bin   the tokens, sequence after sequence, no header
     .idx   offset  type            what
-           0       9 bytes         b"MMIDIDX\\0\\0"
+           0       9 bytes         b"MMIDIDX\0\0"
            9       uint64          version, 1
-           17      uint8           token type: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16 (not 6, 7: floats)
+           17      uint8           token type: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16
            18      uint64          S, the number of sequences
            26      uint64          D, the number of documents + 1
            34      int32  [S]      tokens of each sequence
@@ -33,7 +33,7 @@ CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 
 def best_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """Returns the token type for a vocabulary, by Megatron's rule (`DType.optimal_dtype`)."""
+    """Return the token type for a vocabulary, by Megatron's rule (`DType.optimal_dtype`)."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
@@ -46,11 +46,10 @@ class Header:
         num_sequences: S.
         num_documents: documents (D - 1).
         num_tokens: tokens in the `.bin`.
-        multimodal: whether sequence modes are there.
+        multimodal: whether the file has sequence modes.
         contiguous: whether the first sequence starts the `.bin`, and the last one and the last that
-        is not empty end it: what every
-            writer of Megatron makes, and as much as can be known without reading all pointers
-            (`verify` reads them).
+            is not empty end it. Every writer of Megatron makes such files, and no more can be known
+            without reading all pointers (`verify` reads them).
     """
 
     dtype: np.dtype
@@ -61,9 +60,7 @@ class Header:
     contiguous: bool
 
     def offsets(self) -> tuple[int, int, int, int, int]:
-        """Returns the byte offsets of lengths, pointers, document indices and modes in the `.idx`,
-        and the file's end.
-        """
+        """Return the byte offsets of lengths, pointers, documents and modes, and the file's end."""
         pointers = HEADER.size + 4 * self.num_sequences
         documents = pointers + 8 * self.num_sequences
         modes = documents + 8 * (self.num_documents + 1)
@@ -71,14 +68,17 @@ class Header:
 
 
 def read_header(prefix: str | os.PathLike) -> Header:
-    """Reads and checks the header of a corpus: one opened file at a time, six small reads (a few
-    more where the last sequence is empty).
+    """Read and check the header of a corpus.
+
+    It opens one file at a time and makes six small reads (a few more where the last sequence is
+    empty).
 
     Args:
         prefix: path of the corpus without `.bin` and `.idx`.
 
     Raises:
-        ValueError: a file is missing, foreign, truncated, or the two do not belong together.
+        DataError: a file is missing, of another format, truncated, or the two do not belong
+            together.
     """
     prefix = os.fspath(prefix)
     for suffix in (".idx", ".bin"):

@@ -19,14 +19,14 @@ _SAMPLE_TOKENS = 64
 class IndexedDataset:
     """A corpus in Megatron's format.
 
-    Opening reads the header alone; the arrays below are memory maps, made at the first use, and
-    hold no open file. Reading is thread-safe, and a pickled dataset is its path.
+    Opening reads the header only; the arrays below are memory maps, made at the first use, and hold
+    no open file. Reading is thread-safe, and a pickled dataset is its path.
 
     Args:
         prefix: path of the corpus without `.bin` and `.idx`.
 
     Raises:
-        ValueError: as `read_header`.
+        DataError: as `read_header`.
     """
 
     def __init__(self, prefix: str | os.PathLike) -> None:
@@ -89,26 +89,26 @@ class IndexedDataset:
 
     @cached_property
     def document_indices(self) -> np.ndarray:
-        """First sequence of each document, and at the end the number of sequences, int64
-        [num_documents + 1].
-        """
+        """First sequence of each document, then the number of sequences, int64 [documents + 1]."""
         _, _, begin, end, _ = self.header.offsets()
         return _view(self._index, begin, end, "<i8")
 
     @cached_property
     def sequence_modes(self) -> np.ndarray | None:
-        """Mode of each sequence (1 prompt, 0 answer), int8 [num_sequences]; None in a corpus
-        without modes.
-        """
+        """Mode of each sequence (1 prompt, 0 answer), int8 [num_sequences]; None without modes."""
         *_, begin, end = self.header.offsets()
         return self._index[begin:end].view(np.int8) if self.header.multimodal else None
 
     def read_array(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Reads a part of `sequence_lengths`, `sequence_pointers`, `document_indices` or
-        `sequence_modes` from the file.
+        """Read a part of one of the four arrays of the index from the file.
 
-        What goes through a whole corpus uses this: pages of a map would stay in the memory of the
+        What passes over an entire corpus uses this: pages of a map would stay in the memory of the
         process.
+
+        Args:
+            name: `sequence_lengths`, `sequence_pointers`, `document_indices` or `sequence_modes`.
+            start: first entry.
+            stop: the entry after the last one.
         """
         number = (
             "sequence_lengths",
@@ -121,12 +121,13 @@ class IndexedDataset:
         return np.fromfile(self.prefix + ".idx", dtype, stop - start, offset=offset)
 
     def sequence(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Returns `length` tokens of a sequence from `offset` on (by default all to its end), a
-        view, dtype [length].
+        """Return `length` tokens of a sequence from `offset` on, as a view, dtype [length].
+
+        By default all tokens to the end of the sequence.
 
         Raises:
             IndexError: there is no such sequence, or it has no such tokens.
-            ValueError: the index is damaged there.
+            DataError: the index is damaged there.
         """
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
@@ -146,8 +147,9 @@ class IndexedDataset:
         return self.tokens[start + offset : start + stop]
 
     def document(self, index: int) -> np.ndarray:
-        """Returns the tokens of a document, all its sequences one after the other, dtype [tokens];
-        raises as `sequence`.
+        """Return the tokens of a document, all its sequences one after the other, dtype [tokens].
+
+        Raises as `sequence`.
         """
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
@@ -159,14 +161,14 @@ class IndexedDataset:
         )
 
     def token_range(self, begin: int, end: int) -> tuple[int, int]:
-        """Returns the positions in `tokens` at which the documents `begin` and `end` start
-        (`num_documents`: the end of the `.bin`).
+        """Return the positions in `tokens` at which the documents `begin` and `end` start.
 
-        Reads a dozen numbers from the file and maps nothing, so that a thousand corpora can be
-        opened in little memory. Right for a contiguous corpus.
+        `num_documents` stands for the end of the `.bin`. Reads a dozen numbers from the file and
+        maps nothing, so that a thousand corpora can be opened in little memory. Correct for a
+        contiguous corpus.
 
         Raises:
-            ValueError: the index is damaged at one of the two.
+            DataError: the index is damaged at one of the two.
         """
         with open(self.prefix + ".idx", "rb", buffering=0) as file:
             first, last = (self._start(file, document) for document in (begin, end))
@@ -175,7 +177,7 @@ class IndexedDataset:
         return first, last
 
     def _start(self, file: BinaryIO, document: int) -> int:
-        """Where a document starts in `tokens`, seen to agree with its neighbours in the index."""
+        """Return where a document starts in `tokens`, after comparing neighbors in the index."""
         if document in (0, self.num_documents):
             return self.num_tokens if document else 0
         lengths, pointers, documents, *_ = self.header.offsets()
@@ -199,15 +201,16 @@ class IndexedDataset:
     def _damaged(self, where: str) -> NoReturn:
         raise DataError(
             f"corpus {self.prefix}: {self.prefix}.idx is damaged at {where}: see what "
-            f"tools/verify_dataset.py says of it"
+            f"tools/verify_dataset.py reports"
         )
 
     def document_starts(self, documents: np.ndarray) -> np.ndarray:
-        """Returns the position in `tokens` of the first token of each document, int64 [n]; of an
-        empty one, where it would be.
+        """Return the position in `tokens` of the first token of each document, int64 [n].
+
+        For an empty document it is where the token would be.
 
         Raises:
-            ValueError: the index is damaged at one of them.
+            DataError: the index is damaged at one of them.
         """
         sequences = self.document_indices[documents]
         wrong = (sequences < 0) | (sequences > self.num_sequences)
@@ -218,8 +221,9 @@ class IndexedDataset:
         return np.where(inside, pointers // self.dtype.itemsize, self.num_tokens)
 
     def documents_at(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the document that each position of `tokens` belongs to, int64 [n], by bisection.
-        Right for a contiguous corpus.
+        """Return the document that each position of `tokens` belongs to, int64 [n], by bisection.
+
+        Correct for a contiguous corpus.
         """
         sequences = _bisect(
             self.sequence_pointers, np.asarray(positions, np.int64) * self.dtype.itemsize
@@ -227,12 +231,11 @@ class IndexedDataset:
         return _bisect(self.document_indices, sequences)
 
     def fingerprint(self) -> str:
-        """Returns a hash of the content: header, file sizes, and a fixed number of samples of
-        lengths, documents, modes and tokens.
+        """Return a hash of header, file sizes, and a fixed number of samples of the content.
 
-        The path and the dates play no part, so a copy has the same fingerprint. Constant time: a
-        change that keeps all sizes and touches none of the samples is not seen (`verify` and the
-        manifest's hash of the source are for that).
+        The samples are of lengths, documents, modes and tokens. Path and dates are not part of it,
+        so a copy has the same fingerprint. Takes constant time: a change that keeps all sizes and
+        touches none of the samples is not found (`verify` and the manifest's checksums find it).
         """
         h = self.header
         digest = hashlib.sha256(
@@ -262,15 +265,17 @@ class IndexedDataset:
 
 
 def _view(index: np.ndarray, begin: int, end: int, dtype: str) -> np.ndarray:
-    """A part of the mapped index as numbers. They start at odd places of the file, and
-    `numpy.searchsorted` would copy them all.
+    """Return a part of the mapped index as numbers.
+
+    They are not aligned, so `numpy.searchsorted` would copy them all.
     """
     return index[begin:end].view(dtype)
 
 
 def _bisect(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Returns for each value the last i with ascending[i] <= value; the first entry must not exceed
-    any value.
+    """Return for each value the last i with ascending[i] <= value.
+
+    The first entry must not exceed any value.
     """
     low = np.zeros(len(values), np.int64)
     high = np.full(len(values), len(ascending), np.int64)

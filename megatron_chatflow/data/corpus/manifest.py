@@ -1,4 +1,4 @@
-"""The manifest of a corpus: `<prefix>.json`, what `.bin/.idx` cannot say about themselves."""
+"""The manifest of a corpus, `<prefix>.json`: what `.bin/.idx` do not contain."""
 
 import dataclasses
 import json
@@ -33,12 +33,15 @@ class Manifest:
 
     Attributes:
         tokenizer: `type`, `name`, `hash` (`Tokenizer.fingerprint()`), `vocab_size` and `eod` of the
-        tokenizer. dtype: numpy's name of the token type, as in the `.idx`. documents: number of
-        documents (conversations). tokens: number of tokens, end-of-document tokens included. bytes:
-        UTF-8 bytes of the text that was tokenized (for bits per byte). sources: the files that were
-        read. append_eod: whether each document ends with the tokenizer's end-of-document token.
-        conversations: whether the `.idx` has sequence modes (prompt, answer). crc32: checksums of
-        the `bin` and the `idx` (`file_crc32`); None where they were not taken.
+            tokenizer.
+        dtype: numpy's name of the token type, as in the `.idx`.
+        documents: number of documents (conversations).
+        tokens: number of tokens, end-of-document tokens included.
+        bytes: UTF-8 bytes of the text that was tokenized (for bits per byte).
+        sources: the files that were read.
+        append_eod: whether each document ends with the tokenizer's end-of-document token.
+        conversations: whether the `.idx` has sequence modes (prompt, answer).
+        crc32: checksums of the `bin` and the `idx` (`file_crc32`); None if they were not taken.
     """
 
     tokenizer: Mapping[str, Any]
@@ -53,8 +56,9 @@ class Manifest:
 
 
 def file_crc32(path: str) -> str:
-    """Returns the CRC-32 of a file, 8 hexadecimal digits. It finds every change of up to 32 bits in
-    a row, and misses one other in 2**32.
+    """Return the CRC-32 of a file, 8 hexadecimal digits.
+
+    It finds every change of up to 32 consecutive bits, and misses one other in 2**32.
     """
     crc = 0
     with open(path, "rb", buffering=0) as file:
@@ -64,14 +68,12 @@ def file_crc32(path: str) -> str:
 
 
 def manifest_path(prefix: str | os.PathLike) -> str:
-    """Returns where the manifest of the corpus `prefix` lies."""
+    """Return the path of the manifest of the corpus `prefix`."""
     return os.fspath(prefix) + ".json"
 
 
 def write_manifest(prefix: str | os.PathLike, manifest: Manifest) -> None:
-    """Writes `<prefix>.json` under a temporary name and renames it: it is there whole, or not at
-    all.
-    """
+    """Write `<prefix>.json` atomically."""
     content = {
         key: value for key, value in dataclasses.asdict(manifest).items() if value is not None
     }
@@ -80,14 +82,14 @@ def write_manifest(prefix: str | os.PathLike, manifest: Manifest) -> None:
 
 
 def read_manifest(prefix: str | os.PathLike) -> Manifest | None:
-    """Reads `<prefix>.json`.
+    """Read `<prefix>.json`.
 
     Returns:
         The manifest, or None when there is none (a corpus written by Megatron-LM).
 
     Raises:
-        ValueError: the file is not a manifest: not JSON, a key missing, unknown, or of the wrong
-        type.
+        DataError: the file is not a manifest: not JSON, a key missing, unknown, or of the wrong
+            type.
     """
     path = manifest_path(prefix)
     if not os.path.exists(path):
@@ -118,8 +120,9 @@ def read_manifest(prefix: str | os.PathLike) -> Manifest | None:
 
 
 def _fits(value: Any, expected: Any) -> bool:
-    """Whether a value of a manifest has its type; a truth value is no number, and no number is
-    negative.
+    """Return whether a value of a manifest has its type.
+
+    A boolean is not a number, and no number is negative.
     """
     return (
         isinstance(value, expected)

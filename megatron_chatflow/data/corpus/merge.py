@@ -1,4 +1,4 @@
-"""Several corpora to one: the pipeline behind `tools/merge_datasets.py`."""
+"""Merge several corpora into one: the pipeline behind `tools/merge_datasets.py`."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,12 +15,11 @@ _ALIKE = ("type", "hash", "vocab_size", "eod")
 
 
 def find_corpora(folder: str | os.PathLike) -> list[str]:
-    """Returns the prefix of each corpus in a folder, in the order of their names, as Megatron's
-    `merge_datasets.py` finds them.
+    """Return the prefix of each corpus in a folder, sorted, as Megatron's `merge_datasets.py` does.
 
     Raises:
-        ValueError: the folder does not exist, holds no corpus, or one of the two files of a corpus
-        is missing.
+        DataError: the folder does not exist, holds no corpus, or one of the two files of a corpus
+            is missing.
     """
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
@@ -53,10 +52,10 @@ def merge(
     output_prefix: str,
     progress: Callable[[str], None] = lambda prefix: None,
 ) -> tuple[IndexedDataset, Manifest | None]:
-    """Writes the documents of several corpora, in the given order, as one corpus.
+    """Write the documents of several corpora, in the given order, as one corpus.
 
-    Everything is checked before anything is written; files are copied piece by piece, and memory
-    does not depend on their sizes.
+    Everything is checked before anything is written; files are copied in chunks, and memory does
+    not depend on their sizes.
 
     Args:
         prefixes: the corpora.
@@ -68,9 +67,9 @@ def merge(
         corpora has one.
 
     Raises:
-        ValueError: the corpora do not go together (token type, sequence modes, tokenizer,
-        end-of-document tokens, only some with a
-            manifest), one is damaged, or the output is one of them.
+        DataError: the corpora do not fit together (token type, sequence modes, tokenizer,
+            end-of-document tokens, only some with a manifest), one is damaged, or the output is one
+            of them.
         OSError: the output cannot be written.
     """
     if not os.path.basename(output_prefix):
@@ -123,7 +122,7 @@ def _manifest(corpus: IndexedDataset) -> Manifest | None:
 def _merged(
     manifests: Sequence[Manifest | None], corpora: Sequence[IndexedDataset]
 ) -> Manifest | None:
-    """Returns the manifest of all corpora together."""
+    """Return the manifest of all corpora together."""
     having = [
         (manifest, corpus.prefix)
         for manifest, corpus in zip(manifests, corpora, strict=True)

@@ -1,9 +1,9 @@
 """Read-only memory maps that hold no file descriptor.
 
-Python's own `mmap` keeps a duplicate of the descriptor for the life of the map (an option only
-since 3.13), so a blend of a thousand corpora would hold two thousand of them, more than the usual
-`ulimit -n` of 1,024. The system call itself needs the descriptor only while it maps; so it is
-called directly here and the file is closed again.
+Python's `mmap` keeps a duplicate of the descriptor for the life of the map (an option only since
+3.13), so a blend of a thousand corpora would hold two thousand of them, more than the usual `ulimit
+-n` of 1,024. The system call needs the descriptor only while it maps; so it is called directly here
+and the file is closed again.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def map_file(path: str) -> np.ndarray:
-    """Maps a whole file.
+    """Map a complete file.
 
     Args:
         path: the file.

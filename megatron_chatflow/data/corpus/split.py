@@ -8,14 +8,16 @@ SUBSETS = ("train", "valid", "test")
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
-    """Reads Megatron's `--split`: up to three non-negative numbers with commas between, e.g.
-    "969,30,1".
+    """Read Megatron's `--split`: up to three non-negative numbers with commas between.
+
+    Args:
+        split: e.g. "969,30,1".
 
     Returns:
         The fractions of training, validation and test; missing ones are 0.
 
     Raises:
-        ValueError: not one to three non-negative numbers of which one is positive.
+        DataError: not one to three non-negative numbers of which one is positive.
     """
     try:
         weights = [float(part) for part in split.split(",")]
@@ -36,13 +38,12 @@ def parse_split(split: str) -> tuple[float, float, float]:
 
 
 def document_range(split: str, subset: str, num_documents: int) -> tuple[int, int]:
-    """Returns the documents [begin, end) of a subset, cut in file order and rounded as Megatron
-    does.
+    """Return the documents [begin, end) of a subset, cut in file order and rounded as in Megatron.
 
     Megatron-core (`blended_megatron_dataset_builder.py`) rounds the running sums of the fractions
     times the number of elements. Its elements are sequences for GPT; here they are documents, so
-    that no document is cut. With one sequence a document, as `preprocess_data.py` writes, it is the
-    same.
+    that no document is cut. With one sequence per document, as `preprocess_data.py` writes, it is
+    the same.
 
     Args:
         split: as `parse_split`.
@@ -50,7 +51,7 @@ def document_range(split: str, subset: str, num_documents: int) -> tuple[int, in
         num_documents: documents in the corpus.
 
     Raises:
-        ValueError: an unknown subset, or as `parse_split`.
+        DataError: an unknown subset, or as `parse_split`.
     """
     if subset not in SUBSETS:
         raise DataError(f"subset {subset!r}: write one of {', '.join(SUBSETS)}")

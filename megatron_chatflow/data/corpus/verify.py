@@ -1,6 +1,4 @@
-"""Reads a whole corpus and says what is wrong with it: all that opening it, which is quick, cannot
-see.
-"""
+"""Check an entire corpus: find all that opening it, which is fast, cannot find."""
 
 import os
 import zlib
@@ -25,21 +23,22 @@ def verify(
     progress: Callable[[int, int], None] = lambda done, total: None,
     vocab_size: int | None = None,
 ) -> list[str]:
-    """Checks lengths, pointers, documents, modes, and the tokens, against each other and against
-    the manifest; memory is bounded.
+    """Check lengths, pointers, documents, modes and tokens, against each other and the manifest.
+
+    Memory is bounded.
 
     Args:
         prefix: path of the corpus without `.bin` and `.idx`.
-        progress: called now and then with how many of how many bytes of the `.bin` were read.
-        vocab_size: tokens of the vocabulary that the corpus is to be read with; None: as the
-        manifest says.
+        progress: called now and then with the bytes of the `.bin` that were read, and all its
+            bytes.
+        vocab_size: tokens of the vocabulary that the corpus is to be read with; None: as in the
+            manifest.
 
     Returns:
-        A sentence for each error; empty when the corpus is sound.
+        A message for each error; empty when the corpus is valid.
 
     Raises:
-        ValueError: the corpus cannot even be opened (`read_header`), or its manifest cannot be
-        read.
+        DataError: the corpus cannot be opened (`read_header`), or its manifest cannot be read.
     """
     dataset = IndexedDataset(prefix)
     manifest = read_manifest(prefix)
@@ -61,12 +60,12 @@ def verify(
 
 
 def index_errors(dataset: IndexedDataset) -> list[str]:
-    """Returns what is wrong with the arrays of an index; nothing when it is sound."""
+    """Return what is wrong with the arrays of an index; nothing when it is valid."""
     return [error for error in (_sequences(dataset), _documents(dataset), _modes(dataset)) if error]
 
 
 def manifest_error(header: Header, manifest: Manifest, prefix: str) -> str | None:
-    """Returns how the manifest contradicts the index, or None."""
+    """Return how the manifest contradicts the index, or None."""
     actual = {
         "documents": header.num_documents,
         "tokens": header.num_tokens,
@@ -133,7 +132,7 @@ def _tokens(
     progress: Callable[[int, int], None],
     vocab_size: int | None,
 ) -> list[str]:
-    """Reads the `.bin` once: the tokens outside the vocabulary, and the checksum."""
+    """Read the `.bin` once: the tokens outside the vocabulary, and the checksum."""
     errors: list[str] = []
     first, count, smallest, largest = None, 0, 0, 0
     if vocab_size is None and manifest is not None:

@@ -1,4 +1,4 @@
-"""Megatron's `.bin/.idx` in numpy: writing (the layout is described in `indexed.py`)."""
+"""Megatron's `.bin/.idx` in numpy: writing. `index_header.py` describes the format."""
 
 import dataclasses
 import os
@@ -26,8 +26,7 @@ _CHUNK = 1 << 20
 
 
 class IndexPart(NamedTuple):
-    """The index of some documents; its arrays are given chunk after chunk, as often as they are
-    asked for.
+    """The index of some documents; its arrays are read in chunks, as often as needed.
 
     Attributes:
         num_sequences: sequences.
@@ -47,10 +46,10 @@ class IndexPart(NamedTuple):
 class IndexedDatasetBuilder:
     """Writes a corpus: documents in, `.bin` and `.idx` out.
 
-    Everything is written under temporary names beside the target; `finalize` brings it to the disk
-    and renames it, the `.idx` last: a corpus that has an `.idx` is whole. Leaving the `with` block
-    without `finalize` removes what was written. In memory are 4 bytes a sequence and 8 a document;
-    of corpora added whole (`add_index`), nothing.
+    Everything is written under temporary names next to the target; `finalize` flushes it to disk
+    and renames it, the `.idx` last: a corpus that has an `.idx` is complete. Leaving the `with`
+    block without `finalize` removes what was written. It holds 4 bytes per sequence and 8 per
+    document in memory, and nothing of corpora that are added as they are (`add_index`).
 
         with IndexedDatasetBuilder(prefix, best_dtype(vocab_size)) as builder:
             builder.add_document(tokens, [len(tokens)])
@@ -62,7 +61,7 @@ class IndexedDatasetBuilder:
         multimodal: whether each sequence has a mode (conversations: 1 prompt, 0 answer).
 
     Raises:
-        ValueError: the dtype is none of the format's integer types.
+        DataError: the dtype is none of the format's integer types.
     """
 
     def __init__(
@@ -102,17 +101,17 @@ class IndexedDatasetBuilder:
         return sum(part.num_sequences for part in self._parts) + len(self._lengths)
 
     def add_document(self, tokens: Numbers, lengths: Numbers, modes: Numbers | None = None) -> None:
-        """Adds a document.
+        """Add a document.
 
         Args:
             tokens: the tokens of all its sequences [n]; may be empty.
             lengths: tokens of each sequence; they add up to n. An empty list is a document without
-            sequences. modes: mode of each sequence; only in a multimodal corpus, where it defaults
-            to 0.
+                sequences.
+            modes: mode of each sequence; only in a multimodal corpus, where it defaults to 0.
 
         Raises:
-            ValueError: a token does not fit the dtype, the lengths do not add up, or the modes do
-            not match them.
+            DataError: a token does not fit the dtype, the lengths do not add up, or the modes do
+                not match them.
         """
         tokens = np.asarray(tokens)
         self._check_tokens(tokens)
@@ -136,17 +135,18 @@ class IndexedDatasetBuilder:
         sequences: np.ndarray,
         modes: np.ndarray | None = None,
     ) -> None:
-        """Adds many documents at once: one by one costs more than short texts take to encode.
+        """Add many documents at once: one by one costs more than short texts take to encode.
 
         Args:
             tokens: the tokens of all documents, one after the other, integers [n].
             lengths: tokens of each sequence, integers [sequences]; they add up to n.
             sequences: sequences of each document, integers [documents]; they add up to the number
-            of lengths. modes: mode of each sequence, integers [sequences]; only in a multimodal
-            corpus, where it defaults to 0.
+                of lengths.
+            modes: mode of each sequence, integers [sequences]; only in a multimodal corpus, where
+                it defaults to 0.
 
         Raises:
-            ValueError: as `add_document`.
+            DataError: as `add_document`.
         """
         tokens = np.asarray(tokens)
         self._check_tokens(tokens)
@@ -172,12 +172,13 @@ class IndexedDatasetBuilder:
             )
 
     def add_index(self, prefix: str | os.PathLike) -> None:
-        """Adds all documents of another corpus, which must stay as it is until `finalize`. Memory
-        does not depend on its size.
+        """Add all documents of another corpus, which must not change until `finalize`.
+
+        Memory does not depend on its size.
 
         Raises:
-            ValueError: it has another dtype, only one of the two has modes, or its index is damaged
-            or not in the order of its `.bin`.
+            DataError: it has another dtype, only one of the two has modes, or its index is damaged
+                or not in the order of its `.bin`.
         """
         other = IndexedDataset(prefix)
         if other.dtype != self.dtype:
@@ -210,12 +211,13 @@ class IndexedDatasetBuilder:
         self._start_part()
 
     def finalize(self, manifest: Manifest | None = None) -> None:
-        """Writes the index and gives the files their names, `.idx` last; what an older corpus of
-        this name left is removed before.
+        """Write the index and rename the files to their final names, `.idx` last.
+
+        Files of an older corpus of this name are removed first.
 
         Args:
             manifest: written as `<prefix>.json`, with the checksums of the two files, before the
-            `.idx` appears.
+                `.idx` appears.
         """
         sync_file(self._bin)
         self._bin.close()
@@ -237,7 +239,7 @@ class IndexedDatasetBuilder:
         sync_folder(os.path.dirname(self.prefix) or ".")
 
     def abort(self) -> None:
-        """Closes and removes the temporary files; nothing is left to remove after `finalize`."""
+        """Close and remove the temporary files; nothing is left to remove after `finalize`."""
         self._bin.close()
         for path in self._temporary.values():
             if os.path.exists(path):
@@ -284,9 +286,7 @@ class IndexedDatasetBuilder:
 def write_index(
     file: BinaryIO, dtype: np.dtype, multimodal: bool, parts: Sequence[IndexPart]
 ) -> None:
-    """Writes an `.idx` for parts whose tokens lie one after the other in the `.bin`, a chunk at a
-    time.
-    """
+    """Write an `.idx` for parts whose tokens follow one another in the `.bin`, chunk by chunk."""
     # Header, then lengths int32 [S], pointers int64 [S] (running sums of the lengths in bytes),
     # documents int64 [D] (0, then the end of each document), modes int8 [S].
     num_sequences = sum(part.num_sequences for part in parts)
@@ -318,7 +318,7 @@ def _chunks(numbers: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _stored_part(dataset: IndexedDataset) -> IndexPart:
-    """The index of a corpus, read from its file as often as it is needed, and never held."""
+    """Return the index of a corpus, read from its file as often as needed, and never held."""
 
     def read(name: str, start: int, stop: int) -> Iterator[np.ndarray]:
         return (

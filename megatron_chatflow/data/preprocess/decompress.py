@@ -1,4 +1,4 @@
-"""Compressed streams, told by their first bytes: gzip and Zstandard."""
+"""Compressed streams, recognized by their first bytes: gzip and Zstandard."""
 
 import gzip
 import io
@@ -11,13 +11,13 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _PIECE = 1 << 14
 _ZSTD_PIECE = 1 << 9
-"""Bytes that are unpacked at once: 512 can be 16 MB, as 4 bytes can be a block of 128 kB."""
+"""Bytes that are decompressed at once: 512 can be 16 MB, as 4 bytes can be a block of 128 kB."""
 _ZSTD_HEADER_BYTES = 18
 _ZSTD_WINDOW_LOG = 27
 """The library's limit, and that of the `zstd` command."""
 
 MAGIC_BYTES = 4
-"""How many of the first bytes are looked at."""
+"""How many of the first bytes are read to recognize the format."""
 
 
 class WindowTooLarge(Exception):
@@ -29,14 +29,15 @@ DAMAGED = (OSError, EOFError, zlib.error)
 
 
 def unpacked(stored: io.BufferedReader, name: str) -> io.BufferedIOBase:
-    """Returns what reads a stream's content, whether it is compressed or not.
+    """Return a reader of a stream's content, whether it is compressed or not.
 
     Args:
-        stored: the stream, at its start; its first read gives at least `MAGIC_BYTES` if there are
-        so many. name: of the input, for the sentence.
+        stored: the stream, at its start; its first read gives at least `MAGIC_BYTES` if it has as
+            many.
+        name: of the input, for the message.
 
     Raises:
-        ValueError: it is Zstandard, and the library that reads it is missing.
+        DataError: it is Zstandard, and the library that reads it is missing.
     """
     magic = stored.peek(MAGIC_BYTES)
     if magic.startswith(_GZIP_MAGIC):
@@ -47,10 +48,10 @@ def unpacked(stored: io.BufferedReader, name: str) -> io.BufferedIOBase:
 
 
 def import_zstandard(name: str) -> ModuleType:
-    """Returns the library for Zstandard.
+    """Return the library for Zstandard.
 
     Raises:
-        ValueError: it is not installed.
+        DataError: it is not installed.
     """
     try:
         import zstandard
@@ -63,8 +64,9 @@ def import_zstandard(name: str) -> ModuleType:
 
 
 class _Zstandard(io.RawIOBase):
-    """Unpacks frame after frame. The library's own reader takes a file that was cut off for one
-    that ends.
+    """Decompresses frame after frame.
+
+    The library's reader takes a file that was cut off for one that ends.
     """
 
     def __init__(self, stored: io.BufferedReader, library: ModuleType) -> None:

@@ -33,7 +33,7 @@ SHOWN = 10
 """How many malformed records are described in full."""
 
 Document = str | list[str]
-"""A text; or its sentences."""
+"""A text, or its sentences."""
 Ids = list[int] | array
 """Tokens of a text."""
 
@@ -47,7 +47,7 @@ class EncodeTask:
         keys: names of the corpora: the JSON keys of text; one name for the other kinds.
         template: fields in a text (parallel) or name of a chat template (instruct).
         append_eod: whether each document ends with the end-of-document token.
-        splitting: how texts become sentences; None: they do not.
+        splitting: how texts are split into sentences; None: they are not.
         dtype: numpy's name of the token type.
     """
 
@@ -59,7 +59,7 @@ class EncodeTask:
     dtype: str
 
     def columns(self) -> list[str] | None:
-        """Returns the fields of a record that are needed; None where that depends on the record."""
+        """Return the fields of a record that are needed; None where that depends on the record."""
         if self.kind == "instruct":
             return None
         return (
@@ -73,9 +73,9 @@ class EncodedDocuments:
 
     Attributes:
         tokens: all tokens [n].
-        lengths: tokens of each sequence int32[sequences].
-        modes: mode of each sequence int8[sequences].
-        sequences: sequences of each document int32[documents].
+        lengths: tokens of each sequence int32 [sequences].
+        modes: mode of each sequence int8 [sequences].
+        sequences: sequences of each document int32 [documents].
         bytes: UTF-8 bytes of the text.
         empty: documents left out because they encode to nothing.
     """
@@ -90,10 +90,10 @@ class EncodedDocuments:
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """What became of a chunk.
+    """The result of encoding a chunk.
 
     Attributes:
-        corpora: documents by key; none of text when only checked.
+        corpora: documents by key; empty for text when only checked.
         records: how many records there are, malformed ones included.
         malformed: how many records are malformed.
         shown: number and reason of the first `SHOWN` of them.
@@ -125,11 +125,11 @@ class Encoder:
         self._split = splitter(task.splitting) if task.splitting else None
 
     def encode(self, chunk: Chunk, check_only: bool = False) -> EncodedChunk:
-        """Encodes the records of a chunk.
+        """Encode the records of a chunk.
 
         Args:
-            chunk: whole records; blank lines are none.
-            check_only: look for malformed records; what is not needed for that is not done.
+            chunk: complete records; blank lines are not records.
+            check_only: check for malformed records; what is not needed for that is not done.
         """
         if chunk.too_long:
             return EncodedChunk({}, 1, 1, [(chunk.first, chunk.too_long)], too_long=1)
@@ -152,7 +152,7 @@ class Encoder:
         )
 
     def _all_texts(self, data: bytes, format: str) -> list[list[Document]] | None:
-        """Returns the documents of each key; None when a record needs a closer look."""
+        """Return the documents of each key; None when a record needs a closer look."""
         try:
             records = all_records(data, format)
             columns = [list(map(field, records)) for field in self._fields]
@@ -165,7 +165,7 @@ class Encoder:
         return [self._parallel.fill_all(columns)] if self._parallel else columns
 
     def _each_text(self, chunk: Chunk) -> tuple[list[list[Document]], list[tuple[int, str]]]:
-        """Returns the documents of each key, and what is malformed."""
+        """Return the documents of each key, and what is malformed."""
         documents, malformed = [], []
         for number, record in each_record(chunk):
             try:
@@ -175,7 +175,7 @@ class Encoder:
         return [[texts[i] for texts in documents] for i in range(len(self._task.keys))], malformed
 
     def _texts(self, record: Mapping[str, Any] | MalformedRecord) -> tuple[Document, ...]:
-        """Returns the document of a record under each key."""
+        """Return the document of a record under each key."""
         if isinstance(record, MalformedRecord):
             raise record
         if self._parallel is not None:
@@ -191,7 +191,7 @@ class Encoder:
         )
 
     def _encode_texts(self, texts: list[str]) -> EncodedDocuments:
-        """One sequence a document."""
+        """Encode documents of one sequence each."""
         encoded = self._ids(texts)
         kept = [ids for ids in encoded if ids]
         empty = (
@@ -213,8 +213,10 @@ class Encoder:
         )
 
     def _encode_sentences(self, documents: list[list[str]]) -> EncodedDocuments:
-        """One sequence a sentence; those that encode to nothing are left out, and the
-        end-of-document token belongs to a document's last.
+        """Encode documents of one sequence per sentence.
+
+        Sentences that encode to nothing are left out; the end-of-document token belongs to a
+        document's last sentence.
         """
         sentences = list(chain.from_iterable(documents))
         encoded = self._ids(sentences)
@@ -263,8 +265,9 @@ class Encoder:
     def _conversation(
         self, record: Mapping[str, Any] | MalformedRecord, ignored: Counter[str]
     ) -> list[Passage]:
-        """Returns a record's passages, none when no answer is trained on; counts the keys that
-        nothing reads.
+        """Return a record's passages, none when no answer is trained on.
+
+        Keys that nothing reads are counted in `ignored`.
         """
         if isinstance(record, MalformedRecord):
             raise record
@@ -279,8 +282,9 @@ class Encoder:
         return passages
 
     def _unread(self, conversation: Conversation) -> list[str]:
-        """Returns the keys that nothing reads; a tokenizer's own template is given those of
-        messages, and may.
+        """Return the keys that nothing reads.
+
+        A tokenizer's chat template is given those of messages, and may read them.
         """
         template = (
             (self._tokenizer.chat_template or "")
@@ -296,10 +300,10 @@ class Encoder:
     def encode_conversations(
         self, conversations: list[list[Passage]]
     ) -> tuple[EncodedDocuments, list[tuple[int, str]]]:
-        """Returns the tokens of conversations, and which are refused, and why.
+        """Return the tokens of conversations, and which are refused, and why.
 
-        Libraries find some control tokens in text whatever they are told (SentencePiece its
-        user-defined symbols); in a conversation that would let a user write the assistant's part.
+        Libraries find some control tokens in text in any case (SentencePiece its user-defined
+        symbols); in a conversation that would let a user write the assistant's part.
         """
         conversations = [[_merge(passage) for passage in passages] for passages in conversations]
         parts = [
@@ -355,8 +359,9 @@ class Encoder:
         ), refused
 
     def _ids(self, texts: list[str]) -> list[Ids]:
-        """Return the tokens of each text: lists, or arrays where there is much text, which take a
-        tenth of the memory.
+        """Return the tokens of each text.
+
+        They are lists, or arrays where there is much text, which take a tenth of the memory.
         """
         if sum(map(len, texts)) <= 2 * PIECE:
             return self._tokenizer.encode_batch(texts)
@@ -380,12 +385,12 @@ def _lengths(lists: Sequence[Sequence[Any]]) -> np.ndarray:
 
 
 def _size(texts: Sequence[str]) -> int:
-    """Returns the UTF-8 bytes of all texts."""
+    """Return the UTF-8 bytes of all texts."""
     return len("".join(texts).encode())
 
 
 def _merge(passage: Passage) -> Passage:
-    """Joins neighbouring texts, so that they are encoded as one."""
+    """Join neighboring texts, so that they are encoded as one."""
     parts: list[str | int] = []
     for part in passage.parts:
         if parts and isinstance(part, str) and isinstance(parts[-1], str):

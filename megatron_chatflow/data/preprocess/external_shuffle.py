@@ -1,9 +1,9 @@
-"""Documents in a random order, with the memory of a bucket of them.
+"""Shuffle documents on disk, in the memory of one bucket of them.
 
-Every document draws a key of 64 random bits, and the documents are put in the order of their keys:
-each order is as likely as any other, and it is a function of the seed and the number of documents
-alone. Two passes do it in files: the documents are dealt into buckets by the leading bits of their
-keys, each bucket at its final place; then each bucket is read, put in order, and written back.
+Every document draws a key of 64 random bits, and the documents are sorted by their keys: each order
+is as likely as any other, and it is a function of the seed and the number of documents alone. It
+takes two passes over files: the documents are dealt into buckets by the leading bits of their keys,
+each bucket at its final place; then each bucket is read, sorted, and written back.
 """
 
 import os
@@ -24,8 +24,11 @@ _DOCUMENTS = 1 << 16
 
 @dataclass(frozen=True)
 class _Block:
-    """Some documents: what each file holds of them, and how many numbers of it belong to each
-    document.
+    """Some documents.
+
+    Attributes:
+        values: what each file holds of them.
+        counts: how many numbers of each file belong to each document.
     """
 
     values: dict[str, np.ndarray]
@@ -35,14 +38,14 @@ class _Block:
 def shuffle(
     source: TokenFiles, path: str, seed: int, bucket_bytes: int = _BUCKET_BYTES
 ) -> TokenFiles:
-    """Writes the documents of a spool in a random order to a new one, and brings it to the disk.
+    """Write the documents of token files in a random order to new ones, and flush them to disk.
 
     Args:
-        source: flushed; it stays as it is.
-        path: of the new files; what is there is replaced.
-        seed: from 0.
-        bucket_bytes: tokens in a bucket, in bytes and about; or 1/4096 of all where that is more.
-        Memory is some four times as much.
+        source: flushed; it does not change.
+        path: of the new files; existing ones are replaced.
+        seed: at least 0.
+        bucket_bytes: about how many bytes of tokens a bucket has; or 1/4096 of all where that is
+            more. Memory is about four times as much.
     """
     dtypes = source.dtypes | {"keys": np.dtype(np.uint64)}
     buckets = min(_MAX_BUCKETS, 1 + source.counts.tokens * dtypes["bin"].itemsize // bucket_bytes)
@@ -82,8 +85,9 @@ def shuffle(
 
 
 def _blocks(source: TokenFiles, seed: int, max_tokens: int | None) -> Iterator[_Block]:
-    """Gives all documents in their order, about `max_tokens` tokens at a time; None: without their
-    tokens.
+    """Yield all documents in their order, about `max_tokens` tokens at a time.
+
+    None: all, without their tokens.
     """
     dtypes = source.dtypes | {"keys": np.dtype(np.uint64)}
     random = np.random.Philox(seed)
@@ -118,7 +122,7 @@ def _blocks(source: TokenFiles, seed: int, max_tokens: int | None) -> Iterator[_
 def _counts(
     sequences: np.ndarray, lengths: np.ndarray, names: dict[str, np.dtype]
 ) -> dict[str, np.ndarray]:
-    """Returns how many numbers of each file belong to each document, int64 [documents]."""
+    """Return how many numbers of each file belong to each document, int64 [documents]."""
     one = np.ones(len(sequences), np.int64)
     per_sequence = sequences.astype(np.int64)
     tokens = (
@@ -137,14 +141,12 @@ def _counts(
 
 
 def _bucket(keys: np.ndarray, buckets: int) -> np.ndarray:
-    """Returns the bucket of each key: keys in ascending order have buckets in ascending order."""
+    """Return the bucket of each key: keys in ascending order have buckets in ascending order."""
     return ((keys >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32)).astype(np.int64)
 
 
 def _bounds(source: TokenFiles, seed: int, buckets: int) -> dict[str, np.ndarray]:
-    """Returns where each bucket begins in each file, and where the last one ends: int64 [buckets +
-    1].
-    """
+    """Return where each bucket begins in each file, and the end: int64 [buckets + 1]."""
     sizes: dict[str, np.ndarray] = {}
     for block in _blocks(source, seed, None):
         bucket = _bucket(block.values["keys"], buckets)
@@ -155,7 +157,7 @@ def _bounds(source: TokenFiles, seed: int, buckets: int) -> dict[str, np.ndarray
 
 
 def _gather(values: np.ndarray, counts: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Returns the numbers of documents in another order."""
+    """Return the numbers of documents in another order."""
     if np.all(counts == 1):
         return values[order]
     ends = np.cumsum(counts)
@@ -172,7 +174,7 @@ def _gather(values: np.ndarray, counts: np.ndarray, order: np.ndarray) -> np.nda
 def _deal(
     file: BinaryIO, values: np.ndarray, counts: np.ndarray, dealt: np.ndarray, ends: np.ndarray
 ) -> None:
-    """Writes documents, in the order of their buckets, behind what the buckets hold.
+    """Write documents, in the order of their buckets, after what the buckets hold already.
 
     Args:
         file: the file.

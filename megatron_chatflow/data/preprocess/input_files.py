@@ -1,5 +1,6 @@
-"""What `preprocess` reads: files, patterns and standard input, compressed or not, in chunks of
-whole records.
+"""The input of `preprocess`: files, patterns and standard input, in chunks of complete records.
+
+Files may be compressed.
 """
 
 import glob
@@ -20,7 +21,7 @@ from megatron_chatflow.utils.user_files import check_line
 
 STDIN = "-"
 MAX_DOCUMENT_BYTES = 1 << 28
-"""Bytes of a record, unpacked, unless another limit is given."""
+"""Bytes of a record, decompressed, unless another limit is given."""
 FORMATS = ("jsonl", "text", "parquet")
 _BUFFER = 1 << 16
 _MOST_BLANK = 1 << 20
@@ -38,14 +39,14 @@ _UNREADABLE = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole records of a source: lines, or rows of a table.
+    """Complete records of a source: lines, or rows of a table.
 
     Attributes:
         first: number of the first record, from 1.
         next: number of the first one of the next chunk.
         data: lines, newline characters included (only the last of a source may lack one); or rows
-        as `parquet` packs them.
-            Nothing of a record that is longer than the limit: it is a chunk of its own.
+            as `parquet` encodes them. Nothing of a record that is longer than the limit: it is a
+            separate chunk.
         format: one of `FORMATS`.
         position: bytes of the source read so far, as stored (compressed).
         checksum: of all that was read of the source, this chunk included.
@@ -64,20 +65,22 @@ class Chunk:
 class InputSource:
     """One file or pipe, or the standard input. It is read once, from its start to its end.
 
-    Attributes:
-        path: as given.
-        name: base name of the file; of a pipe its path.
-        size: bytes as stored; None of a pipe and of the standard input.
-        modified: when it was last modified, in nanoseconds; None of a pipe and of the standard
-        input. format: one of `FORMATS`. limit: bytes of the longest record that is read.
-
     Args:
         path: the file, or `-`.
         format: one of `FORMATS`; None: by the name, `.parquet` is a table, `.txt` is text and all
-        else is JSON lines. limit: as above.
+            else is JSON lines.
+        limit: bytes of the longest record that is read.
+
+    Attributes:
+        path, limit: as given.
+        name: base name of the file; of a pipe its path.
+        size: bytes as stored; None for a pipe and for the standard input.
+        modified: when it was last modified, in nanoseconds; None for a pipe and for the standard
+            input.
+        format: one of `FORMATS`.
 
     Raises:
-        ValueError: the file is missing, is a folder, or is of a kind that is not read.
+        DataError: the file is missing, is a folder, or is of a kind that is not read.
     """
 
     def __init__(
@@ -156,21 +159,21 @@ class InputSource:
         return self._read
 
     def sha256(self) -> str:
-        """Returns the sha256 (hex) of the bytes read so far, as stored."""
+        """Return the sha256 (hex) of the bytes read so far, as stored."""
         return self._hash.hexdigest()
 
     def chunks(self, size: int, columns: Sequence[str] | None = None) -> Iterator[Chunk]:
-        """Reads the source once, in chunks of whole records of about `size` bytes, or as long as a
-        longer record is.
+        """Read the source once, in chunks of complete records of about `size` bytes.
 
-        Of a record longer than the limit the chunk comes before it is read any further.
+        A longer record makes a longer chunk. For a record longer than the limit, the chunk comes
+        before it is read any further.
 
         Args:
-            size: bytes of a chunk, unpacked.
+            size: bytes of a chunk, decompressed.
             columns: of a table, those that are needed; None for all.
 
         Raises:
-            ValueError: the file turns out to be damaged, or to lack a column.
+            DataError: the file turns out to be damaged, or to lack a column.
         """
         return self._rows(size, columns) if self.format == "parquet" else self._lines(size)
 
@@ -243,9 +246,7 @@ class InputSource:
             yield from chunks(held)
 
     def _parts(self, data: bytearray) -> Iterator[tuple[bytearray, bool]]:
-        """Split lines at those that are longer than the limit; says of each part whether it is
-        one.
-        """
+        """Split lines at those longer than the limit; yield each part and whether it is one."""
         begin = at = 0
         while len(data) - at > self.limit:
             end = data.find(b"\n", at)
@@ -260,8 +261,9 @@ class InputSource:
             yield (data[begin:] if begin else data), False
 
     def _line_blocks(self, size: int) -> Iterator[bytes | None]:
-        """Blocks of lines; those of a JSON array are its elements, and None one that is longer than
-        the limit.
+        """Yield blocks of lines.
+
+        Those of a JSON array are its elements; None stands for one that is longer than the limit.
         """
         blocks = self._blocks(size)
         begin = b""
@@ -308,8 +310,9 @@ class InputSource:
 
 
 class _Tee(io.RawIOBase):
-    """Passes a file's bytes on, the first few of them together, and keeps their count and hash in
-    the source.
+    """Passes on a file's bytes, and keeps their count and hash in the source.
+
+    The first few bytes are passed on together.
     """
 
     def __init__(self, file: BinaryIO, source: InputSource) -> None:
@@ -332,12 +335,13 @@ class _Tee(io.RawIOBase):
 def open_sources(
     inputs: Sequence[str], format: str | None = None, limit: int = MAX_DOCUMENT_BYTES
 ) -> list[InputSource]:
-    """Returns the sources that paths, glob patterns and `-` name: in the order given, a pattern's
-    matches by name.
+    """Return the sources that paths, glob patterns and `-` name, in the order given.
+
+    A pattern's matches are sorted by name.
 
     Raises:
-        ValueError: a file is missing or not readable here, a pattern matches nothing, or a file is
-        named twice.
+        DataError: a file is missing or not readable here, a pattern matches nothing, or a file is
+            named twice.
     """
     paths: list[str] = []
     for item in inputs:

@@ -24,7 +24,7 @@ class BrokenArray(DataError):
 
 
 def is_array(block: bytes) -> bool:
-    """Returns whether text that begins so is a JSON array."""
+    """Return whether text that begins like this is a JSON array."""
     return block.lstrip()[:1] == b"["
 
 
@@ -134,7 +134,7 @@ def _after_string(begin: bytes, blocks: Iterator[bytes], number: int) -> bytes:
 
 
 def _on_one_line(element: bytes) -> bytes:
-    """Return an element without line breaks; one within a string stays an error, as in JSON."""
+    """Return an element without line breaks; one within a string remains an error, as in JSON."""
     element = element.strip()
     if b"\n" in element or b"\r" in element:
         element = _BREAK.sub(

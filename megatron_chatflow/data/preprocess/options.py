@@ -1,4 +1,4 @@
-"""What `preprocess` is told, and what follows from it."""
+"""The options of `preprocess`, and what follows from them."""
 
 import os
 from dataclasses import dataclass
@@ -25,29 +25,41 @@ WORKERS_PER_CORE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """What to read, how, and where to write it; the names are those of the flags of
-    `tools/preprocess_data.py`.
+    r"""What to read, how, and where to write it.
+
+    The names are those of the flags of `tools/preprocess_data.py`.
 
     Attributes:
         input: files, glob patterns, `-` for the standard input.
         output_prefix: the corpora are `<output_prefix>_<key>_document` (text; `_sentence` with
-        `split_sentences`),
-            `<output_prefix>_text_document` (parallel) or `<output_prefix>_document` (instruct).
+            `split_sentences`), `<output_prefix>_text_document` (parallel) or
+            `<output_prefix>_document` (instruct).
         tokenizer_type: see `load_tokenizer`, as for the four that follow.
+        tokenizer_model: as for `load_tokenizer`.
+        vocab_file: as for `load_tokenizer`.
+        merge_file: as for `load_tokenizer`.
+        vocab_size: as for `load_tokenizer`.
         kind: `text`, `parallel` or `instruct`.
         json_keys: keys of a record that become a corpus each (text).
         template: `{en}\\n{zh}` (parallel); `chatflow`, `alpaca`, `chatml` or `tokenizer` (instruct,
-        default chatflow). append_eod: end each document with the end-of-document token (chatflow
-        and alpaca do so in any case). split_sentences: make each sentence a sequence (text).
-        keep_newlines: a sentence keeps the white space that follows it. shuffle: write the
-        documents in a random order. seed: of that order; 1234 when None. workers: processes that
-        encode; 1 encodes in this one. skip_malformed: leave malformed records out, rather than
-        write nothing. max_malformed: with `skip_malformed`, the share of malformed records beyond
-        which nothing is written; 0.05 when None. max_document_bytes: bytes of the longest record
-        that is read, unpacked; a longer one is malformed. input_format: `jsonl`, `text` or
-        `parquet`; by the file's name when None. lang: language of the text, for the manifest and
-        for `split_sentences` (default there `english`). log_interval: documents between two reports
-        of progress. resume: go on where an earlier run with these settings was killed.
+            default chatflow).
+        append_eod: end each document with the end-of-document token (chatflow and alpaca do so in
+            any case).
+        split_sentences: make each sentence a sequence (text).
+        keep_newlines: a sentence keeps the white space that follows it.
+        shuffle: write the documents in a random order.
+        seed: of that order; 1234 when None.
+        workers: processes that encode; 1 encodes in this one.
+        skip_malformed: leave malformed records out, rather than write nothing.
+        max_malformed: with `skip_malformed`, the share of malformed records beyond which nothing is
+            written; 0.05 when None.
+        max_document_bytes: bytes of the longest record that is read, decompressed; a longer one is
+            malformed.
+        input_format: `jsonl`, `text` or `parquet`; by the file's name when None.
+        lang: language of the text, for the manifest and for `split_sentences` (default there
+            `english`).
+        log_interval: documents between two reports of progress.
+        resume: continue where an earlier run with these options was killed.
     """
 
     input: tuple[str, ...]
@@ -75,12 +87,12 @@ class PreprocessOptions:
     resume: bool = False
 
     def tokenizer_arguments(self) -> dict[str, Any]:
-        """Returns the arguments of `load_tokenizer`."""
+        """Return the arguments of `load_tokenizer`."""
         names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
         return {name: getattr(self, name) for name in names}
 
     def prefixes(self) -> dict[str, str]:
-        """Returns the prefix of each corpus by its key."""
+        """Return the prefix of each corpus by its key."""
         if self.kind == "text":
             level = "sentence" if self.split_sentences else "document"
             return {key: f"{self.output_prefix}_{key}_{level}" for key in self.json_keys}
@@ -91,19 +103,19 @@ class PreprocessOptions:
         )
 
     def unfinished(self) -> str:
-        """Returns the folder that holds what is written until all is."""
+        """Return the folder that holds the output until all of it is written."""
         return next(iter(self.prefixes().values())) + ".unfinished"
 
     def chosen_seed(self) -> int | None:
-        """Returns the seed of the order; None: the order of the input."""
+        """Return the seed of the order; None: the order of the input."""
         return (DEFAULT_SEED if self.seed is None else self.seed) if self.shuffle else None
 
     def most_malformed(self) -> float:
-        """Returns the share of malformed records beyond which nothing is written."""
+        """Return the share of malformed records beyond which nothing is written."""
         return DEFAULT_MAX_MALFORMED if self.max_malformed is None else self.max_malformed
 
     def chosen_template(self) -> str | None:
-        """Returns the template, by default that of the kind."""
+        """Return the template, by default that of the kind."""
         return (
             DEFAULT_CHAT_TEMPLATE
             if self.kind == "instruct" and self.template is None
@@ -111,10 +123,10 @@ class PreprocessOptions:
         )
 
     def splitting(self) -> SentenceSplitting | None:
-        """Returns how texts become sentences on this machine.
+        """Return how texts are split into sentences on this machine.
 
         Raises:
-            ValueError: the language is unknown.
+            DataError: the language is unknown.
         """
         return (
             choose_splitting(self.lang or "english", self.keep_newlines)
@@ -123,10 +135,10 @@ class PreprocessOptions:
         )
 
     def task(self, tokenizer: Tokenizer, splitting: SentenceSplitting | None) -> EncodeTask:
-        """Returns what the workers are told.
+        """Return the task of the workers.
 
         Raises:
-            ValueError: the template is the tokenizer's own, and it has none.
+            DataError: the template is the tokenizer's, and it has none.
         """
         if self.kind == "instruct" and self.chosen_template() == TOKENIZER_TEMPLATE:
             from megatron_chatflow.data.chat.jinja_template import check_tokenizer_template
@@ -144,10 +156,10 @@ class PreprocessOptions:
 
 
 def check(settings: PreprocessOptions) -> None:
-    """Checks the settings against each other.
+    """Check the options against each other.
 
     Raises:
-        ValueError: one of them is wrong; one sentence.
+        DataError: one of them is wrong.
     """
     kind, template = settings.kind, settings.template
     for flag, words in (
@@ -247,10 +259,10 @@ def check(settings: PreprocessOptions) -> None:
 
 
 def check_sources(settings: PreprocessOptions, sources: list[InputSource]) -> None:
-    """Checks the settings against the inputs.
+    """Check the options against the inputs.
 
     Raises:
-        ValueError: plain text where records with keys are needed.
+        DataError: plain text where records with keys are needed.
     """
     for source in sources:
         if source.format == "text" and (settings.kind != "text" or settings.json_keys != ("text",)):

@@ -1,6 +1,4 @@
-"""Parquet files: rows in batches, packed as Arrow's stream format on the way to the process that
-encodes them.
-"""
+"""Parquet files: rows in batches, in Arrow's stream format on the way to the encoding process."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -15,10 +13,10 @@ _MOST_NESTED_ROWS = 64
 
 
 def check(path: str) -> None:
-    """Looks whether a file is parquet, and whether it can be read here.
+    """Check that a file is parquet, and that it can be read here.
 
     Raises:
-        ValueError: it is not, or the library is missing.
+        DataError: it is not, or the library is missing.
     """
     _open(path)
 
@@ -26,10 +24,10 @@ def check(path: str) -> None:
 def batches(
     path: str, size: int, columns: Sequence[str] | None, limit: int
 ) -> Iterator[tuple[int, bytes | None, float]]:
-    """Reads a file from its first row to its last, never more than a batch at a time.
+    """Read a file from its first row to its last, never more than a batch at a time.
 
-    A table can be a thousand times as large as its file: a text that comes again and again is
-    stored once. So texts stay numbers in a dictionary until they are cut into batches.
+    A table can be a thousand times as large as its file: a text that is repeated is stored once. So
+    texts remain numbers in a dictionary until they are cut into batches.
 
     Args:
         path: the file.
@@ -38,11 +36,11 @@ def batches(
         limit: bytes of the longest row.
 
     Yields:
-        Number of rows, the rows (`records` unpacks them), share of the file's rows that were given
+        Number of rows, the rows (`records` decodes them), share of the file's rows that were given
         so far. A row that is longer than the limit comes alone, as None.
 
     Raises:
-        ValueError: a column is missing, or the file is damaged.
+        DataError: a column is missing, or the file is damaged.
     """
     file = _open(path)
     names = file.schema_arrow.names
@@ -78,9 +76,7 @@ def batches(
 
 
 def _cuts(sizes: list[int], size: int, limit: int) -> Iterator[tuple[int, bool]]:
-    """Give the numbers of rows that are about `size` bytes together, and whether it is one row
-    beyond the limit.
-    """
+    """Yield how many rows make about `size` bytes, and whether it is one row beyond the limit."""
     count = total = 0
     for row in sizes:
         if count and (row > limit or total + row > size):
@@ -121,7 +117,7 @@ def _is_text(arrow: ModuleType, type: Any) -> bool:
 
 
 def records(data: bytes) -> list[dict[str, Any]]:
-    """Returns the rows of a batch.
+    """Return the rows of a batch.
 
     Raises:
         UnicodeDecodeError: a text is not UTF-8.
@@ -130,9 +126,7 @@ def records(data: bytes) -> list[dict[str, Any]]:
 
 
 def rows(data: bytes) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    """Gives the rows of a batch one by one, and the error in place of one with a text that is not
-    UTF-8.
-    """
+    """Yield the rows of a batch one by one, and the error for a row with text that is not UTF-8."""
     table = _table(data)
     for number in range(table.num_rows):
         try:

@@ -1,10 +1,10 @@
 """Text to `.bin/.idx`: the pipeline behind `tools/preprocess_data.py`.
 
-The input is read (and unpacked) in chunks of whole records, processes parse and encode them, and
-what they return is written in the order of the input: the output is the same for every number of
-workers, and memory is bounded by the chunks in flight. Everything is written into a folder beside
-the output, from which a killed run can go on (`unfinished.py`); nothing appears under the final
-names before everything is there.
+The input is read (and decompressed) in chunks of complete records, processes parse and encode them,
+and what they return is written in the order of the input: the output is the same for every number
+of workers, and memory is bounded by the chunks in flight. Everything is written into a folder next
+to the output, from which a killed run can be resumed (`resume_state.py`); nothing appears under the
+final names before everything is written.
 """
 
 import dataclasses
@@ -58,8 +58,9 @@ _MOST_IGNORED = 1000
 """Names of keys that are counted separately, for each source."""
 _CHECKPOINT_SECONDS = 1.0
 _CHECKPOINT_SHARE = 0.02
-"""How often the state is saved: about every second, and less often where that would take more than
-this share of the time.
+"""How often the state is saved: about every second.
+
+Less often where that would take more than this share of the time.
 """
 
 
@@ -68,18 +69,19 @@ def preprocess(
     progress: Callable[[PreprocessProgress], None] = lambda _: None,
     note: Callable[[str], None] = lambda _: None,
 ) -> PreprocessSummary:
-    """Encodes the input and writes the corpora with their manifests.
+    """Encode the input and write the corpora with their manifests.
 
     Args:
         settings: what to do.
         progress: called about every `log_interval` documents.
-        note: told what the user should know, a sentence at a time.
+        note: called with each message for the user.
 
     Raises:
-        ValueError: a setting, an input file or the tokenizer is wrong, or there is an unfinished
-        run that `resume` does not fit. MalformedInput: a record is malformed and `skip_malformed`
-        is off (all input was looked through for the count), more than the share
-            `max_malformed` of them is, or no document is left to write.
+        DataError: a setting, an input file or the tokenizer is wrong, or there is an unfinished run
+            that `resume` does not fit.
+        MalformedInput: a record is malformed and `skip_malformed` is off (all input was read for
+            the count), more than the share `max_malformed` of them is, or no document is left to
+            write.
         WorkerDied: a worker was killed.
         OSError: the output cannot be written.
     """
@@ -125,7 +127,7 @@ def _begin(
     sources: list[InputSource],
     note: Callable[[str], None],
 ) -> ResumeState:
-    """Returns the state to go on from, or a new one."""
+    """Return the state to resume from, or a new one."""
     folder = settings.unfinished()
     if has_state(folder):
         if not settings.resume:
@@ -162,7 +164,7 @@ def _begin(
 def _decides(
     settings: PreprocessOptions, task: EncodeTask, tokenizer: Tokenizer, sources: list[InputSource]
 ) -> dict[str, Any]:
-    """Returns what the output depends on, by flag or in words, as JSON holds it."""
+    """Return what the output depends on, by flag or in words, as JSON values."""
     return {
         "version of megatron_chatflow": __version__,
         "--kind": task.kind,
@@ -192,7 +194,7 @@ def _without_punkt(splitting: SentenceSplitting) -> str:
 
 @dataclass
 class _Run:
-    """A run at work: its state, and what is counted since this process began."""
+    """A run in progress: its state, and what is counted since this process began."""
 
     settings: PreprocessOptions
     task: EncodeTask
@@ -208,13 +210,13 @@ class _Run:
     due: float = 0.0
 
     def path(self, key: str, shuffled: bool | None = None) -> str:
-        """Returns where the files of a corpus are until they are published."""
+        """Return where the files of a corpus are until they are published."""
         name = os.path.basename(self.settings.prefixes()[key])
         shuffled = self.settings.shuffle if shuffled is None else shuffled
         return os.path.join(self.settings.unfinished(), name + ".shuffled" * shuffled)
 
     def write(self) -> None:
-        """Reads the rest of the sources and writes everything that is to be published."""
+        """Read the rest of the sources and write everything that is to be published."""
         with ExitStack() as stack:
             corpora = {
                 key: stack.enter_context(
@@ -264,7 +266,7 @@ class _Run:
                 self._report(share)
 
     def _chunks(self) -> Iterator[SourceChunk]:
-        """Gives the chunks that are not in the state yet."""
+        """Yield the chunks that are not in the state yet."""
         place = self.state.place
         for number, source in enumerate(self.sources):
             if number < place.source:
@@ -338,7 +340,7 @@ class _Run:
         )
 
     def _check_result(self) -> None:
-        """Refuses a run that has nothing to publish."""
+        """Refuse a run that has nothing to publish."""
         malformed, empty = sum(self.state.malformed), sum(self.state.empty)
         if self.failed:
             raise MalformedInput(

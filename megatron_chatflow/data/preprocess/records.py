@@ -1,6 +1,4 @@
-"""A chunk to records: all at once where every one is as it should be, one by one where one is
-not.
-"""
+"""Chunks of input to records: all at once where every record is valid, else one by one."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +14,9 @@ _TEXT_CHUNK = 1 << 22
 
 
 def all_records(data: bytes, format: str) -> list[Mapping[str, Any]]:
-    """Returns the records of a chunk: several times as fast as `each_record`, and only where
-    nothing is wrong or unusual.
+    """Return the records of a chunk, several times as fast as `each_record`.
+
+    It handles only chunks in which nothing is wrong or unusual.
 
     Raises:
         DataError, ValueError, RecursionError: a record needs a closer look.
@@ -38,8 +37,9 @@ def all_records(data: bytes, format: str) -> list[Mapping[str, Any]]:
 
 
 def each_record(chunk: Chunk) -> Iterator[tuple[int, Mapping[str, Any] | MalformedRecord]]:
-    """Gives the records of a chunk with their numbers, or what is wrong with them; blank lines are
-    none.
+    """Yield the records of a chunk with their numbers, or what is wrong with them.
+
+    Blank lines are not records.
     """
     if chunk.too_long:
         yield chunk.first, MalformedRecord(chunk.too_long)
@@ -84,14 +84,15 @@ def _record(line: bytes, format: str) -> Mapping[str, Any]:
 
 
 def read_texts(paths: Sequence[str], keys: Sequence[str] = ("text",)) -> Iterator[str]:
-    """Gives the documents of files, those without a letter or mark left out.
+    """Yield the documents of text files; those without a letter or mark are left out.
 
     Args:
-        paths: JSON lines, parquet or plain text, packed or not, as `preprocess` takes them;
-        patterns too. keys: of a record; the text under each is a document.
+        paths: JSON lines, parquet or plain text, compressed or not, as `preprocess` takes them;
+            patterns too.
+        keys: of a record; the text under each is a document.
 
     Raises:
-        ValueError: a file cannot be read, or a record holds no text; it names file and line.
+        DataError: a file cannot be read, or a record holds no text; it names file and line.
     """
     for source in open_sources(paths):
         fields = ("text",) if source.format == "text" else keys

@@ -1,13 +1,12 @@
-"""The folder of a run that is not finished: what was written so far, and the note of how far that
-is.
+"""The folder of an unfinished run: what was written so far, and how far that is.
 
     <first corpus>.unfinished/
       lock           held by the process that writes
-      state.json     how far everything was when it was last on the disk; replaced at once
-      <corpus>.*     the files of a spool, then what will be the corpus
+      state.json     how far everything was at the last flush to disk; replaced atomically
+      <corpus>.*     token files, then what will be the corpus
 
-A run that ends well moves its corpora to their places and removes the folder. One that is killed
-leaves it, and another can go on from the note.
+A run that succeeds moves its corpora to their places and removes the folder. One that is killed
+leaves it, and another run can resume from the state.
 """
 
 import dataclasses
@@ -58,13 +57,16 @@ class ResumeState:
     Attributes:
         run: what decides the output; by flag.
         place: how far the input was read.
-        read: of each source that was read to its end its size, its sha256 and when it was last
-        modified. records: records of each source, malformed ones included. malformed: malformed
-        records of each source. too_long: those of them that are longer than `--max-document-bytes`.
-        empty: documents that encode to nothing, of each source. ignored: of each source, how many
-        records have each key that nothing reads. shown: description of the first malformed records.
-        counts: what each corpus holds, by its key. whole: whether the corpora are whole, and only
-        need to be moved to their places.
+        read: of each source that was read to its end, its size, its sha256 and when it was last
+            modified.
+        records: records of each source, malformed ones included.
+        malformed: malformed records of each source.
+        too_long: those of them that are longer than `--max-document-bytes`.
+        empty: documents that encode to nothing, of each source.
+        ignored: of each source, how many records have each key that nothing reads.
+        shown: description of the first malformed records.
+        counts: what each corpus holds, by its key.
+        whole: whether the corpora are complete, and only need to be moved to their places.
     """
 
     run: dict[str, Any]
@@ -82,11 +84,10 @@ class ResumeState:
 
 @contextmanager
 def locked_folder(folder: str) -> Iterator[None]:
-    """Makes the folder if there is none and holds its lock; at the end removes it unless it holds a
-    state.
+    """Make the folder and hold its lock; at the end remove it unless it holds a state.
 
     Raises:
-        ValueError: another process holds the lock.
+        DataError: another process holds the lock.
     """
     with _made(os.path.dirname(folder)), _lock(folder):
         try:
@@ -142,9 +143,7 @@ def _lock(folder: str) -> BinaryIO:
 
 @contextmanager
 def _made(folder: str) -> Iterator[None]:
-    """Makes the folder if there is none, and takes it away again if nothing is left in it after an
-    error.
-    """
+    """Make a folder; remove it after an error if nothing is left in it."""
     if not folder or os.path.isdir(folder):
         yield
         return
@@ -158,19 +157,19 @@ def _made(folder: str) -> Iterator[None]:
 
 
 def has_state(folder: str) -> bool:
-    """Returns whether a run left something to go on from."""
+    """Return whether a run left a state to resume from."""
     return os.path.exists(os.path.join(folder, _STATE))
 
 
 def load_state(folder: str, run: dict[str, Any]) -> ResumeState:
-    """Reads how far an earlier run came.
+    """Read how far an earlier run came.
 
     Args:
         folder: of the run.
         run: what decides the output of this run.
 
     Raises:
-        ValueError: the note is damaged, or the run was another one; the sentence names both cures.
+        DataError: the state is damaged, or the run was another one; the message names both fixes.
     """
     fix = f"or delete {folder} to start over"
     try:
@@ -195,22 +194,24 @@ def load_state(folder: str, run: dict[str, Any]) -> ResumeState:
 
 
 def save_state(folder: str, state: ResumeState) -> None:
-    """Replaces the note at once, and brings it to the disk. What it speaks of must be there
-    already.
+    """Replace the state atomically and flush it to disk.
+
+    What it describes must be on the disk already.
     """
     text = json.dumps(dataclasses.asdict(state), ensure_ascii=False)
     write_atomically(Path(folder, _STATE), text)
 
 
 def discard_state(folder: str) -> None:
-    """Gives the run up: `locked_folder` then removes the folder."""
+    """Give the run up: `locked_folder` then removes the folder."""
     with suppress(FileNotFoundError):
         os.unlink(os.path.join(folder, _STATE))
 
 
 def publish_corpus(path: str, prefix: str) -> None:
-    """Moves a whole corpus to its place, `.idx` last; it may have been begun before. What an older
-    corpus of this name left is removed.
+    """Move a complete corpus to its place, `.idx` last; an earlier call may have been interrupted.
+
+    Files of an older corpus of this name are removed.
 
     Args:
         path: `<path>.bin`, `.json` and `.idx` are the corpus; they are on the disk.
@@ -227,9 +228,7 @@ def publish_corpus(path: str, prefix: str) -> None:
 
 
 def skip_source(source: InputSource, read: dict[str, Any], chunk_size: int) -> None:
-    """Passes over a source that was read to its end, and looks at its content only if it was
-    modified since.
-    """
+    """Skip a source that was read to its end; compare its content if it was modified since."""
     if source.modified is not None and source.modified == read["modified"]:
         return
     for _ in source.chunks(chunk_size):
@@ -241,8 +240,9 @@ def skip_source(source: InputSource, read: dict[str, Any], chunk_size: int) -> N
 def rest_of_source(
     source: InputSource, place: InputPosition, columns: list[str] | None, chunk_size: int
 ) -> Iterator[Chunk]:
-    """Gives the chunks of a source from a place on; what stands before is read, and compared by its
-    checksum.
+    """Yield the chunks of a source from a position on.
+
+    What comes before is read, and compared by its checksum.
     """
     chunks = source.chunks(chunk_size, columns)
     seen, unread = "", None

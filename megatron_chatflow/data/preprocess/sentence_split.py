@@ -1,5 +1,6 @@
-"""Text to sentences: NLTK's Punkt where its data is on this machine, else rules. Nothing is ever
-downloaded.
+"""Text to sentences: NLTK's Punkt where its data is on this machine, else rules.
+
+Nothing is ever downloaded.
 """
 
 import re
@@ -37,18 +38,18 @@ NLTK_LANGUAGES = (
 """Languages that Punkt has a model for."""
 
 Cuts = Callable[[str], Iterator[int]]
-"""Finds where a text can be cut, in ascending order."""
+"""Yields where a text can be cut, in ascending order."""
 
 
 @dataclass(frozen=True)
 class SentenceSplitting:
-    """How documents become sentences.
+    """How documents are split into sentences.
 
     Attributes:
         lang: the language, in Megatron's words (`english`).
         method: `punkt`, or the name of a rule: `ideographic`, `thai`, `general`.
-        keep_newlines: whether a sentence keeps the white space that follows it; without, the white
-        space between sentences is left out.
+        keep_newlines: whether a sentence keeps the white space that follows it; otherwise, the
+            white space between sentences is left out.
     """
 
     lang: str
@@ -57,10 +58,10 @@ class SentenceSplitting:
 
 
 def choose_splitting(lang: str, keep_newlines: bool) -> SentenceSplitting:
-    """Returns how a language is split on this machine.
+    """Return how a language is split on this machine.
 
     Raises:
-        ValueError: the language is unknown.
+        DataError: the language is unknown.
     """
     if lang in NLTK_LANGUAGES:
         return SentenceSplitting(lang, "punkt" if _punkt(lang) else "general", keep_newlines)
@@ -73,8 +74,9 @@ def choose_splitting(lang: str, keep_newlines: bool) -> SentenceSplitting:
 
 
 def splitter(splitting: SentenceSplitting) -> Callable[[str], list[str]]:
-    """Returns the function that takes a text apart into its sentences; white space alone is
-    none.
+    """Return the function that splits a text into its sentences.
+
+    White space alone is not a sentence.
     """
     cuts = _punkt(splitting.lang) if splitting.method == "punkt" else _RULES[splitting.method]
     assert cuts is not None, "the data of NLTK was there when the run began"
@@ -104,9 +106,9 @@ _IDEOGRAPHIC = re.compile(rf"[。！？；｡]+[{_CLOSING}]*\s*|\n\s*")
 
 
 def _ideographic(text: str) -> Iterator[int]:
-    """After 。！？； with the quotes and brackets that they close, and at line ends.
+    """Yield cuts after 。！？； with the quotes and brackets that they close, and at line ends.
 
-    A straight quote closes when an odd number of them stands before it in the sentence.
+    A straight quote closes when an odd number of them precedes it in the sentence.
     """
     start = 0
     for match in _IDEOGRAPHIC.finditer(text):
@@ -123,10 +125,10 @@ _THAI = re.compile(
 
 
 def _thai(text: str) -> Iterator[int]:
-    """At line ends, after .!? and white space, and at spaces between two Thai letters: Thai has no
-    sentence mark and sets no other spaces there.
+    """Yield cuts at line ends, after .!? and white space, and at spaces between two Thai letters.
 
-    Spaces around numbers and foreign words are no ends.
+    Thai has no sentence mark and sets no other spaces there. Spaces around numbers and foreign
+    words are not cuts.
     """
     return (match.end() for match in _THAI.finditer(text))
 
@@ -161,7 +163,7 @@ _LONGEST = 20
 
 
 def _general(text: str) -> Iterator[int]:
-    """After .!?… and white space, unless a lower-case letter follows; and at empty lines.
+    """Yield cuts at empty lines, and after .!?… and white space unless a small letter follows.
 
     A full stop does not end a sentence after one letter, one or two digits, a word with a full stop
     inside, or a common abbreviation.

@@ -1,5 +1,6 @@
-"""A corpus that is being written: files that only grow, so that a run that was killed can be taken
-up where they were last on the disk.
+"""A corpus while it is written: files that only grow, so that a killed run can be resumed.
+
+It continues from where they were last flushed to disk.
 """
 
 import zlib
@@ -18,10 +19,12 @@ _CHUNK = 1 << 20
 
 @dataclass
 class CorpusCounts:
-    """What a spool holds.
+    """The size of the corpus that token files hold.
 
     Attributes:
-        documents, sequences, tokens: how many.
+        documents: number of documents.
+        sequences: number of sequences.
+        tokens: number of tokens.
         bytes: UTF-8 bytes of the text.
         crc32: of the tokens as stored.
     """
@@ -34,14 +37,15 @@ class CorpusCounts:
 
 
 class TokenFiles:
-    """The files `<path>.bin` (tokens), `.lengths` and `.modes` (of each sequence) and `.sequences`
-    (of each document).
+    """The files `<path>.bin`, `.lengths`, `.modes` and `.sequences` of a corpus.
+
+    They hold the tokens, length and mode of each sequence, and the sequences of each document.
 
     Args:
         path: of the files, without their endings.
         dtype: type of a token.
         conversations: whether sequences have modes.
-        counts: what to keep of files that are there; what stands behind it is cut off.
+        counts: what to keep of files that exist; anything after it is cut off.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class TokenFiles:
             file.close()
 
     def append(self, corpus: EncodedDocuments) -> None:
-        """Adds documents."""
+        """Add documents."""
         for name, values in (
             ("bin", corpus.tokens),
             ("lengths", corpus.lengths),
@@ -88,12 +92,12 @@ class TokenFiles:
         )
 
     def sync(self) -> None:
-        """Brings everything to the disk."""
+        """Flush everything to disk."""
         for file in self._files.values():
             sync_file(file)
 
     def numbers(self, name: str) -> int:
-        """Returns how many numbers the file of that name holds."""
+        """Return how many numbers the file of that name holds."""
         return {
             "bin": self.counts.tokens,
             "lengths": self.counts.sequences,
@@ -102,19 +106,20 @@ class TokenFiles:
         }[name]
 
     def read(self, name: str, start: int, count: int) -> np.ndarray:
-        """Returns `count` numbers of a file from number `start` on; what was appended must have
-        been flushed.
+        """Return `count` numbers of a file from number `start` on.
+
+        What was appended must have been flushed.
         """
         dtype = self.dtypes[name]
         return np.fromfile(self._name(name), dtype, count, offset=start * dtype.itemsize)
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
-        """Gives all numbers of a file, a piece at a time."""
+        """Yield all numbers of a file, chunk by chunk."""
         total = self.numbers(name)
         return (self.read(name, at, min(_CHUNK, total - at)) for at in range(0, total, _CHUNK))
 
     def write_index(self, path: str) -> None:
-        """Writes the `.idx` to the disk."""
+        """Write the `.idx` and flush it to disk."""
         part = IndexPart(
             self.counts.sequences,
             self.counts.documents,
@@ -136,7 +141,7 @@ class TokenFiles:
 
 
 def _running(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Gives the running sums of numbers that come in pieces."""
+    """Yield the running sums of numbers that come in chunks."""
     total = 0
     for chunk in chunks:
         sums = np.cumsum(chunk, dtype=np.int64) + total

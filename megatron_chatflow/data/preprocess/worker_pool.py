@@ -1,4 +1,4 @@
-"""Encoding on several processes, in the order of the input."""
+"""Encode on several processes, in the order of the input."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.utils.process import is_stopped
 
 _AHEAD = 3
-"""Chunks handed to each of the other processes before this one encodes one itself."""
+"""Chunks given to each of the other processes before this one encodes one itself."""
 _MAX_PENDING = 8
 """Chunks in memory, for each process."""
 _MAX_PENDING_BYTES = 1 << 25
@@ -34,7 +34,7 @@ SourceChunk = tuple[int, Chunk]
 
 @dataclass(frozen=True)
 class ChunkEnd:
-    """The end of a chunk that is encoded: number of its source, and as in `Chunk`."""
+    """The end of an encoded chunk: number of its source, and as in `Chunk`."""
 
     source: int
     next: int
@@ -45,8 +45,9 @@ class ChunkEnd:
 EncodeChunks = Callable[
     [Iterable[SourceChunk], Callable[[], bool]], Iterator[tuple[ChunkEnd, EncodedChunk]]
 ]
-"""Encodes chunks; asks its second argument whether only to look for malformed records, from now on;
-yields what became of them, in order.
+"""Encodes chunks and yields the results in order.
+
+It calls its second argument to ask whether, from now on, only to check for malformed records.
 """
 
 
@@ -58,11 +59,11 @@ class WorkerDied(RuntimeError):
 def encoder_pool(
     workers: int, tokenizer: Tokenizer, tokenizer_arguments: Mapping[str, Any], task: EncodeTask
 ) -> Iterator[EncodeChunks]:
-    """Yields what encodes chunks, on `workers` processes of which this one is one; the others end
-    with the `with` block.
+    """Yield a function that encodes chunks on `workers` processes, including this one.
 
-    This process reads the chunks and hands them out; when the others have enough to do it encodes
-    one itself, and always the first: no process is started for a small input.
+    The other processes end with the `with` block. This process reads the chunks and distributes
+    them; when the others have enough to do it encodes one itself, and always the first: no process
+    is started for a small input.
 
     Args:
         workers: number of processes.
@@ -71,8 +72,8 @@ def encoder_pool(
         task: what documents are made of.
 
     Raises:
-        WorkerDied: a worker was killed, or is stopped for `STOPPED_SECONDS`. One that is slow is
-        waited for.
+        WorkerDied: a worker was killed, or is stopped for `STOPPED_SECONDS`. A slow one is waited
+            for.
     """
     encoder = Encoder(tokenizer, task)
     others = workers - 1
@@ -130,7 +131,7 @@ def encoder_pool(
 
 
 def _result(future: "Future[EncodedChunk]", pool: ProcessPoolExecutor) -> EncodedChunk:
-    """Wait for a result, and look about every second whether a worker is stopped."""
+    """Wait for a result, and check about every second whether a worker is stopped."""
     seconds: Counter[int] = Counter()
     while True:
         try:
@@ -150,7 +151,7 @@ def _result(future: "Future[EncodedChunk]", pool: ProcessPoolExecutor) -> Encode
 
 
 def _end(pool: ProcessPoolExecutor) -> None:
-    """End the workers, of which one that is stopped would never exit."""
+    """End the workers; one that is stopped would never exit otherwise."""
     processes = list(pool._processes.values())
     pool.shutdown(wait=False, cancel_futures=True)
     end = time.monotonic() + _EXIT_SECONDS
@@ -168,11 +169,10 @@ def _done(result: EncodedChunk) -> "Future[EncodedChunk]":
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """No signal breaks into the pool while it starts a worker, which would leave one that nobody
-    ends.
+    """Block signals while the pool starts a worker, so that none is left running.
 
-    Workers that start in here never see Ctrl-C or SIGHUP: these reach the whole process group, and
-    ending them is for this process to do.
+    Workers that start in here never receive Ctrl-C or SIGHUP: these reach the entire process group,
+    and this process ends its workers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
