@@ -456,7 +456,7 @@ def torment(folder: Path, faults: int, seed: int, say: Any = print) -> dict[str,
 
     it = Torment(folder, faults, seed, say)
     story = it.story
-    with small_disk(24) as (disk, can_fill):
+    with small_disk(96) as (disk, can_fill):
         story.run = disk / "run"
         if not can_fill:
             say("the disk is not filled: a tmpfs cannot be mounted here (not root?)")
