@@ -77,6 +77,12 @@ class SampleError(DataError):
     exit_code = EXIT_FAILED
 
 
+class RunError(ChatflowError):
+    """Work that has begun cannot continue: the disk is full, or the lease of the folder is lost."""
+
+    exit_code = EXIT_FAILED
+
+
 def is_shared(error: BaseException) -> bool:
     """Return whether every rank of a job raises this error, so that no rank has to report it."""
     return isinstance(error, ChatflowError) and not isinstance(error, SampleError)

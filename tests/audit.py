@@ -89,12 +89,12 @@ def recording_loader(notes: Path) -> type:
     this rank in `notes`.
     """
     from megatron_chatflow.data.blend.dataloader import rank_rows
-    from megatron_chatflow.training import trainer
+    from megatron_chatflow.training import train_loop
 
     notes.mkdir(parents=True, exist_ok=True)
     path = notes / f"rank{os.environ.get('RANK', '0')}.jsonl"
 
-    class Recording(trainer.BlendDataLoader):
+    class Recording(train_loop.BlendDataLoader):
         def iteration(self, start: int, global_batch_size: int) -> list[Any]:
             batches = super().iteration(start, global_batch_size)
             rows = rank_rows(
@@ -120,9 +120,9 @@ def audited_train(folder: Path, notes: Path, *words: str) -> tuple[int, str, str
     """`train` on this rank; what its loader hands out goes to a file of this rank in `notes`, a
     folder for each launch.
     """
-    from megatron_chatflow.training import trainer
+    from megatron_chatflow.training import train_loop
 
-    with mock.patch.object(trainer, "BlendDataLoader", recording_loader(notes)):
+    with mock.patch.object(train_loop, "BlendDataLoader", recording_loader(notes)):
         return train(folder, *words)
 
 

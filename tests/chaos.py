@@ -87,14 +87,14 @@ def rank_main(
     os.dup2(handle, 2)
     sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1)
     from megatron_chatflow.__main__ import main
-    from megatron_chatflow.training import trainer
+    from megatron_chatflow.training import train_loop
     from tests.audit import recording_loader
     from tests.fault_points import kill_at
 
     if fault:
         kill_at(*fault)
     try:
-        trainer.BlendDataLoader = recording_loader(notes)
+        train_loop.BlendDataLoader = recording_loader(notes)
         code = main(["train", "--config", str(folder / "run.yaml"), *words])
     except BaseException:
         traceback.print_exc()
@@ -352,7 +352,7 @@ class Torment:
         said = launch.text()
         assert "Traceback" not in said, said
         if self.kept and "loaded" in said:
-            assert f"going on after iteration {self.kept}" in said, f"not from {self.kept}:\n{said}"
+            assert f"resuming after iteration {self.kept}" in said, f"not from {self.kept}:\n{said}"
         assert set(codes) <= {0, 1, 3, -9}, f"{codes}\n{said}"
         self.look()
         return set(codes) == {0}

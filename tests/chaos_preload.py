@@ -13,6 +13,7 @@ for name in (
     "training.data_setup",
     "checkpoint.state_dict",
     "training.trainer",
+    "training.train_loop",
     "training.lr_check",
 ):
     importlib.import_module(f"megatron_chatflow.{name}")

@@ -85,7 +85,7 @@ def _work(pipe: Any) -> None:
 
     torch.set_num_threads(1)
     cuda_shim.install()
-    import megatron_chatflow.training.trainer  # noqa: F401  as the ranks before have it
+    import megatron_chatflow.training.train_loop  # noqa: F401  so that every job finds it loaded
 
     pipe.send("ready")
     while (job := pipe.recv()) is not None:

@@ -228,7 +228,7 @@ class RunDirectory(RuleBasedStateMachine):
             world.instants[re.sub(r"[0-9a-f]{6,}|\d+", "N", note.read_text().strip())] += 1
         assert code in ((-9, 0, 1) if killed else (0,)), said
         if code != -9 or "loaded" in said:
-            from_ = re.search(r"going on after iteration (\d+)", said)
+            from_ = re.search(r"resuming after iteration (\d+)", said)
             assert from_ is None or int(from_[1]) == begin, (begin, said)
             assert (from_ is not None) == (begin > 0) or killed or begin == stop, (begin, said)
         self.observe(begin, stop, version, set(skipped), step is not None, keep, killed, said)

@@ -22,18 +22,18 @@ import datetime
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.lease_holder import Holder, kernel, read_holder
-from megatron_chatflow.errors import EXIT_FAILED, ChatflowError, ConfigError
+from megatron_chatflow.errors import ConfigError, RunError
 from megatron_chatflow.utils.files import make_folder
 
 BEAT = 5.0
@@ -45,13 +45,13 @@ WATCH = 15.0
 PATIENCE = 10.0
 """Seconds in which a lock must become free whose holder's process has ended."""
 
+logger = logging.getLogger(__name__)
+
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
 
 
-class LeaseLostError(ChatflowError):
+class LeaseLostError(RunError):
     """The folder is no longer this run's: its lease was taken over or removed."""
-
-    exit_code = EXIT_FAILED
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,16 @@ class Lease:
         """Whether this process held the lease and was found to have lost it."""
         return self._lost is not None
 
-    def acquire(self, say: Callable[[str], None] = lambda _: None) -> None:
+    def acquire(self) -> None:
         """Make the folder if it does not exist, and take its lease.
 
-        Args:
-            say: prints a line if it must first be waited whether an earlier holder lives.
+        Logs a line if it must first wait to see whether an earlier holder is alive.
 
         Raises:
             ConfigError: a living process holds it; the message names it.
             OSError: the folder cannot be written.
         """
-        while not self._take(say):
+        while not self._take():
             pass
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -167,12 +166,12 @@ class Lease:
                 folder.rmdir()
         self._made = []
 
-    def _take(self, say: Callable[[str], None]) -> bool:
+    def _take(self) -> bool:
         """Whether the lease was taken; False where another process was faster, to look again."""
         self._make_folder()
         old, token = _newest(self._prefix), None
         if old is not None:
-            dead = self._wait_for_end(_path(self._prefix, old), say)
+            dead = self._wait_for_end(_path(self._prefix, old))
             if dead is None:
                 return False
             token = dead.holder and dead.holder.token
@@ -256,7 +255,7 @@ class Lease:
             with suppress(OSError):  # tried again; a save checks for itself
                 os.utime(self._file)
 
-    def _wait_for_end(self, path: Path, say: Callable[[str], None]) -> _Seen | None:
+    def _wait_for_end(self, path: Path) -> _Seen | None:
         """Wait until it is known that the holder is dead; None where its file is gone by then.
 
         Raises ConfigError where it lives.
@@ -286,7 +285,7 @@ class Lease:
                 if watched >= WATCH and (age > DEAD or watched >= DEAD):
                     return seen
                 if watched > 1 and not reported:
-                    say(
+                    logger.info(
                         f"{self._setting} {self.folder}: held by {holder or 'another process'}; "
                         f"its last heartbeat is {max(0.0, age):.0f} s old; waiting up to "
                         f"{DEAD:.0f} s for another"

@@ -13,6 +13,7 @@ from megatron_chatflow.cli.run_command import run_command
 from megatron_chatflow.config import CommandParser
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.utils.files import disk_errors
+from megatron_chatflow.utils.logging import configure_logging
 
 DESCRIPTION = """Convert weights of the LLaMA family (LLaMA 2 and 3, Mistral, SmolLM2, Qwen2) from
 Hugging Face to a run directory, or back.
@@ -146,9 +147,10 @@ def _convert(arguments: argparse.Namespace) -> int:
     from megatron_chatflow.distributed.process_groups import hide_engine_warnings
 
     hide_engine_warnings()
+    configure_logging()
     check_target(save)
     with disk_errors(save), Lease.beside(save, "save-dir") as lease:
-        lease.acquire(_say)
+        lease.acquire()
         use = _write(arguments, methods, is_run)
     _say(f"{save}: written in {time.perf_counter() - begin:.1f} s; {use}")
     return 0

@@ -38,11 +38,11 @@ def main(argv: Sequence[str]) -> int:
     from megatron_chatflow.curriculum import check_exhaustion, forecast, share_curve
     from megatron_chatflow.report.plan_table import plan_table
     from megatron_chatflow.training.data_setup import check_tokens, make_plan, open_inputs
-    from megatron_chatflow.training.setup import find_start
+    from megatron_chatflow.training.resume_point import resolve_resume_point
 
     inputs = open_inputs(config)
     if config.checkpoint.load:
-        plan = find_start(config, inputs, plan_only=True).blend.plan
+        plan = resolve_resume_point(config, inputs, plan_only=True).blend.plan
     else:
         plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
     checked = check_tokens(inputs)

@@ -13,6 +13,7 @@ from megatron_chatflow.config import CommandParser
 from megatron_chatflow.config.arguments import positive_int
 from megatron_chatflow.errors import ConfigError, ErrorCollector
 from megatron_chatflow.utils.files import disk_errors
+from megatron_chatflow.utils.logging import configure_logging
 from megatron_chatflow.utils.user_files import check_name
 
 EPILOG = """examples:
@@ -192,10 +193,11 @@ def extend_main(argv: Sequence[str] | None = None, prog: str = "chatflow tokeniz
 
 def _extend(argv: Sequence[str], prog: str) -> int:
     settings = parse_arguments(argv, prog)
+    configure_logging(stream="stderr")
     from megatron_chatflow.checkpoint.lease import Lease
     from megatron_chatflow.cli.tokenizer_extension import extend_tokenizer
 
     with disk_errors("the output"), Lease.beside(Path(settings.output), "output") as lease:
-        lease.acquire(note)
+        lease.acquire()
         extend_tokenizer(settings)
     return 0

@@ -1,111 +1,132 @@
-"""The checkpoints of a run: what goes into one, when a failed one is no matter, and that the last
-iteration has one.
-"""
+"""The checkpoints of a run: when one is saved, what it holds besides tensors, and failed saves."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from megatron_chatflow.checkpoint import state_dict
-from megatron_chatflow.checkpoint.saver import SaveError, Saver
+from megatron_chatflow.checkpoint.saver import Saved, SaveError, Saver
 from megatron_chatflow.training.batch_schedule import batches_state
-from megatron_chatflow.training.metrics_reporter import Reporter
+from megatron_chatflow.training.callbacks import Callback, CallbackList, IterationResult
 from megatron_chatflow.training.resume_plan import data_identity
 from megatron_chatflow.training.resume_settings import settings_to_save
-from megatron_chatflow.training.setup import Run
+from megatron_chatflow.training.train_state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
-class Keeper:
-    """Saves a run; without a saver it does nothing. Every method is called by every rank alike."""
+class CheckpointCallback(Callback):
+    """Saves a run every --save-interval iterations and at its end; without a saver does nothing."""
 
-    def __init__(self, run: Run, reporter: Reporter, saver: Saver | None) -> None:
-        self._run, self._reporter, self._where, self._saver = (
-            run,
-            reporter,
-            run.config.checkpoint,
-            saver,
-        )
-        self._kept = run.iteration
-        """The last iteration that has a checkpoint, or needs none: those that the run began
-        with.
-        """
+    def __init__(self, saver: Saver | None, callbacks: CallbackList) -> None:
+        """Save with `saver`; `callbacks` are notified of what is saved."""
+        self._saver, self._callbacks = saver, callbacks
+        self._saved_iteration = 0
+        """The last iteration that has a checkpoint, or needs none: those before this launch."""
 
-    def save(self) -> None:
-        """Save the run as it is now; with --async-save only begin to. Raises SaveError under
-        --exit-on-failed-save.
-        """
-        if self._saver is None:
-            return
-        self.poll(wait=True)
-        try:
-            self._begin()
-        except SaveError as error:
-            self._failed(error)
-        self.poll(wait=not self._where.async_save)
+    def on_fit_start(self, state: TrainState) -> None:
+        """Note where the run begins."""
+        self._saved_iteration = state.iteration
 
-    def settle(self) -> None:
-        """To be called before anything changes that a checkpoint holds: while one is begun, its
-        tensors are still being copied.
-        """
+    def before_update(self, state: TrainState) -> None:
+        """Wait until the tensors of a checkpoint that is being written have been copied."""
         if self._saver is not None:
             self._saver.settle()
 
-    def poll(self, *, wait: bool = False) -> None:
-        """Publish what has been written meanwhile; with `wait`, what is being written. Raises
-        SaveError under --exit-on-failed-save.
-        """
-        if self._saver is not None:
-            try:
-                self._tell(self._saver.poll(wait=wait))
-            except SaveError as error:
-                self._failed(error)
+    def on_step_end(self, state: TrainState, result: IterationResult) -> None:
+        """Publish what has been written meanwhile.
 
-    def finish(self) -> None:
-        """Have the last iteration saved and published. Raises SaveError where that fails."""
+        Raises:
+            SaveError: it could not be written, under --exit-on-failed-save.
+        """
+        self._poll(state)
+
+    def on_iteration_end(self, state: TrainState) -> None:
+        """Save if --save-interval or --exit-interval is due; with --async-save only begin to.
+
+        Raises:
+            SaveError: it cannot be written, under --exit-on-failed-save.
+        """
+        if state.exit_reason is not None or self._saver is None:
+            return
+        intervals = (
+            state.config.training.exit_interval,
+            state.config.checkpoint.save_interval,
+        )
+        if not any(interval and state.iteration % interval == 0 for interval in intervals):
+            return
+        self._poll(state, wait=True)
+        try:
+            self._begin(state, self._saver)
+        except SaveError as error:
+            self._report_failure(state, error)
+        self._poll(state, wait=not state.config.checkpoint.async_save)
+
+    def on_fit_end(self, state: TrainState) -> None:
+        """Have the last iteration saved and published.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
         if self._saver is None:
             return
-        self.poll(wait=True)
-        if self._kept != self._run.iteration:
-            self._begin()
-            self._tell(self._saver.poll(wait=True))
+        self._poll(state, wait=True)
+        if self._saved_iteration != state.iteration:
+            self._begin(state, self._saver)
+            self._report(state, self._saver.poll(wait=True))
 
-    def _begin(self) -> None:
-        run, optimizer = self._run, None if self._where.no_save_optim else self._run.optimizer
-        self._reporter.flush()
-        self._saver.begin(
-            run.iteration,
-            state_dict.sharded_state(run.model, optimizer, run.average),
-            _state(run) | self._reporter.lineage,
+    def _poll(self, state: TrainState, *, wait: bool = False) -> None:
+        """Publish what has been written; with `wait`, also what is being written."""
+        if self._saver is not None:
+            try:
+                self._report(state, self._saver.poll(wait=wait))
+            except SaveError as error:
+                self._report_failure(state, error)
+
+    def _begin(self, state: TrainState, saver: Saver) -> None:
+        optimizer = None if state.config.checkpoint.no_save_optim else state.optimizer
+        record: dict[str, Any] = {}
+        self._callbacks.on_checkpoint_start(state, record)
+        saver.begin(
+            state.iteration,
+            state_dict.sharded_state(state.model, optimizer, state.average),
+            _run_record(state) | record,
         )
 
-    def _tell(self, saved: Any) -> None:
+    def _report(self, state: TrainState, saved: Saved | None) -> None:
         if saved is None:
             return
-        self._kept = int(saved.folder.name.removeprefix("iter_"))
-        aside = f", {saved.stall:.2f} s of it without training" if self._where.async_save else ""
-        self._reporter.say(f" saved {saved.folder} in {saved.seconds:.1f} s{aside}")
+        self._saved_iteration = int(saved.folder.name.removeprefix("iter_"))
+        stall = f", {saved.stall:.2f} s of it without training"
+        logger.info(
+            f" saved {saved.folder} in {saved.seconds:.1f} s"
+            + stall * bool(state.config.checkpoint.async_save)
+        )
+        self._callbacks.on_checkpoint_saved(state, saved)
 
-    def _failed(self, error: SaveError) -> None:
-        if self._where.exit_on_failed_save:
+    def _report_failure(self, state: TrainState, error: SaveError) -> None:
+        if state.config.checkpoint.exit_on_failed_save:
             raise error
-        self._reporter.say(
-            f" {error}; the training goes on, the checkpoints before are as they were "
+        logger.info(
+            f" {error}; training continues, earlier checkpoints are unchanged "
             f"(--exit-on-failed-save stops instead)"
         )
 
 
-def _state(run: Run) -> dict[str, Any]:
-    """What a checkpoint knows beside its tensors."""
+def _run_record(state: TrainState) -> dict[str, Any]:
+    """Return what a checkpoint records of the run besides its tensors."""
+    config = state.config
     return {
-        "iteration": run.iteration,
-        "consumed_train_samples": run.consumed,
-        "optimizer": not run.config.checkpoint.no_save_optim,
-        "ema_decay": run.config.training.ema_decay,
-        "only_new_rows": run.only_new_rows,
-        "validated": run.validated,
-        "opt_param_scheduler": run.scheduler.state_dict(),
-        "settings": settings_to_save(run.config, run.inputs.vocab_size, run.schedule),
-        "data": data_identity(run.config, run.inputs),
-        "batches": batches_state(run.batches),
-        "plan": run.plan.to_json(),
+        "iteration": state.iteration,
+        "consumed_train_samples": state.consumed,
+        "optimizer": not config.checkpoint.no_save_optim,
+        "ema_decay": config.training.ema_decay,
+        "only_new_rows": state.only_new_rows,
+        "validated": state.validated,
+        "opt_param_scheduler": state.scheduler.state_dict(),
+        "settings": settings_to_save(config, state.inputs.vocab_size, state.schedule),
+        "data": data_identity(config, state.inputs),
+        "batches": batches_state(state.batches),
+        "plan": state.plan.to_json(),
     }

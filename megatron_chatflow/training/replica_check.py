@@ -1,4 +1,4 @@
-"""Whether the data-parallel replicas of the weights are the same, and finite.
+"""Whether the data-parallel replicas of the weights are equal and finite.
 
 Nothing else compares them. With the distributed optimizer a step gathers every weight from the rank
 that owns it, so what changed elsewhere is overwritten, and what changed at its owner becomes that
@@ -14,23 +14,43 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_chatflow.checkpoint import state_dict
 from megatron_chatflow.distributed.launch import node_name
+from megatron_chatflow.errors import RunError
+from megatron_chatflow.training.callbacks import Callback, IterationResult
+from megatron_chatflow.training.train_state import TrainState
 
 _MOST = 4
 """Weights, and differences, that a message names."""
 
 
-class ReplicaError(RuntimeError):
+class ReplicaError(RunError):
     """Weights that must be the same on several ranks are not, or are not finite."""
 
 
+class ReplicaCheckCallback(Callback):
+    """Compares the replicas every --check-weight-hash-across-dp-replicas-interval iterations."""
+
+    def on_step_end(self, state: TrainState, result: IterationResult) -> None:
+        """Compare if it is due.
+
+        Raises:
+            ReplicaError: on every rank.
+        """
+        interval = state.config.training.check_weight_hash_across_dp_replicas_interval
+        if interval and state.iteration % interval == 0:
+            state_dict.gather_weights(state.model)
+            check_replicas(state.model, state.iteration)
+
+
 def check_replicas(model: list[MegatronModule], iteration: int) -> None:
-    """Compare the hashes of this rank's weights with those of its data-parallel group, as
-    megatron-core's `check_param_hashes_across_dp_replicas` does; and look whether they are finite.
+    """Check that this rank's weights are finite and equal to those of its data-parallel group.
 
-    Called by every rank, with complete weights (`checkpoint.gather_weights`).
+    Compares hashes, as megatron-core's `check_param_hashes_across_dp_replicas` does. Called by
+    every rank, with complete weights (`state_dict.gather_weights`).
 
-    Raises ReplicaError, on every rank, naming the ranks and the weights.
+    Raises:
+        ReplicaError: on every rank; names the ranks and the weights.
     """
     group = parallel_state.get_data_parallel_group()
     ranks = dist.get_process_group_ranks(group)
@@ -53,10 +73,10 @@ def check_replicas(model: list[MegatronModule], iteration: int) -> None:
     if messages:
         more = len(messages) - _MOST
         raise ReplicaError(
-            f"after iteration {iteration} the data-parallel replicas are not in order: "
+            f"after iteration {iteration} the data-parallel replicas differ or are not finite: "
             + "; ".join(messages[:_MOST])
             + (f"; and {more} more" if more > 0 else "")
-            + "; a device or its memory may be at fault: look at that node, and resume from the "
+            + "; a device or its memory may be broken: check that node, and resume from the "
             "last checkpoint"
         )
 

@@ -1,5 +1,6 @@
-"""When a run exits before its end: a signal, or its time is over. All ranks exit after the same
-iteration.
+"""When a run exits before its end: a signal, or its time is over.
+
+All ranks exit after the same iteration.
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ import torch
 
 from megatron_chatflow.checkpoint.lease import Lease, LeaseLostError
 from megatron_chatflow.errors import EXIT_PREEMPTED
+from megatron_chatflow.training.callbacks import Callback, IterationResult
+from megatron_chatflow.training.train_state import TrainState
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 KEPT_IGNORED = (signal.SIGINT, signal.SIGHUP)
 """Signals that stay ignored where the process was started so: in the background, or by nohup."""
-SAME = 3.0
+SAME_SIGNAL = 3.0
 """Seconds within which further signals count as the first one: SLURM sends it to every process and
 torchrun passes its own on."""
 SAME_INTERRUPT = 0.5
 """The same for SIGINT, which a person at a terminal sends twice on purpose."""
 
 
-class Stop:
+class StopRequest:
     """Handles SIGTERM, SIGUSR1, SIGINT and SIGHUP while it is open.
 
     The first asks the run to save and exit; another one, later, ends the process at once. It must
-    do so in a collective too, where Python's own handlers wait. So a thread of its own reads the
-    signals, from the socket into which the interpreter writes every signal as it comes.
+    do so in a collective too, where Python's own handlers wait. So a separate thread reads the
+    signals, from the socket into which the interpreter writes every signal when it arrives.
     """
 
     def __init__(self, minutes: float | None, lease: Lease | None = None) -> None:
@@ -42,11 +45,11 @@ class Stop:
             lease: that of the run directory, on rank 0: losing it ends the run.
         """
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
-        self.lease = lease
+        self._lease = lease
         self._signal: signal.Signals | None = None
         self._first = 0.0
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopRequest:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -68,32 +71,48 @@ class Stop:
         while number := self._reader.recv(1):
             if number[0] not in SIGNALS:
                 continue
-            now, same = time.monotonic(), SAME_INTERRUPT if number[0] == signal.SIGINT else SAME
+            now, same = (
+                time.monotonic(),
+                SAME_INTERRUPT if number[0] == signal.SIGINT else SAME_SIGNAL,
+            )
             if self._signal is None:
                 self._signal, self._first = signal.Signals(number[0]), now
             elif now - self._first > same:
                 os._exit(EXIT_PREEMPTED)
 
-    @property
-    def lease_lost(self) -> bool:
-        """Whether this process, rank 0, was found to have lost the lease of the run directory."""
-        return self.lease is not None and self.lease.lost
+    def _lease_lost(self) -> bool:
+        return self._lease is not None and self._lease.lost
 
     def agreed(self, device: torch.device) -> str | None:
-        """Why to exit now, the same on every rank; None to continue. Called by every rank.
+        """Return why to exit now, the same on every rank; None to continue. Called by every rank.
 
         Raises:
             LeaseLostError: the run directory is another run's by now; on every rank alike.
         """
         over = self._end is not None and time.monotonic() > self._end
-        mine = [int(self._signal or 0), int(over), int(self.lease_lost)]
+        mine = [int(self._signal or 0), int(over), int(self._lease_lost())]
         answer = torch.tensor(mine, dtype=torch.int32, device=device)
         torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
         number, over, lost = answer.tolist()
         if lost:
-            if self.lease_lost:
-                self.lease.check()  # raises, with the reason
+            if self._lease is not None and self._lease_lost():
+                self._lease.check()  # raises, with the reason
             raise LeaseLostError("rank 0 has lost the lease of the run directory")
         if number:
             return signal.Signals(number).name
         return "exit_duration_in_mins" if over else None
+
+
+class StopCallback(Callback):
+    """Ends the run after the iteration in which its stop request was made."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def on_fit_start(self, state: TrainState) -> None:
+        """Agree on whether to begin."""
+        state.exit_reason = self._stop.agreed(state.device)
+
+    def on_step_end(self, state: TrainState, result: IterationResult) -> None:
+        """Agree on whether to continue."""
+        state.exit_reason = self._stop.agreed(state.device)

@@ -11,39 +11,36 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_chatflow.model.forward import reduce_sums, run_schedule
 from megatron_chatflow.training.new_token_phase import NewRows
-from megatron_chatflow.training.optimizer_step import update
 from megatron_chatflow.utils.seeding import seed_from
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step leaves behind, the same on every rank."""
+    """What one step gives, the same on every rank."""
 
     sums: np.ndarray
     """Float64 [domains, 3]: loss, tokens, bytes of each domain (`model.forward.SUMS`)."""
     grad_norm: float
     """Global norm of the gradients before clipping."""
     skipped: str | None = None
-    """Why the weights were left as they were; None where the step was taken."""
-
-
-class NonFiniteError(RuntimeError):
-    """Losses or gradient norms are NaN or infinite, or no token has loss, in more iterations in a
-    row than are skipped.
-    """
+    """Why the weights are unchanged; None where the step was taken."""
 
 
 def seed_iteration(seed: int, iteration: int) -> None:
-    """Make dropout a function of (seed, iteration, place in the layout): nothing random outlives an
-    iteration, so resuming restores it.
+    """Make dropout a function of (seed, iteration, position in the layout).
+
+    Nothing random outlives an iteration, so a run that is resumed has the same dropout.
     """
-    place = f"{seed}/{iteration}/{parallel_state.get_pipeline_model_parallel_rank()}/{parallel_state.get_data_parallel_rank()}"
+    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+    data_rank = parallel_state.get_data_parallel_rank()
+    place = f"{seed}/{iteration}/{pipeline_rank}/{data_rank}"
     number = seed_from(place, num_bytes=4)
     torch.manual_seed(number)
     model_parallel_cuda_manual_seed(number)
@@ -62,10 +59,23 @@ def train_step(
     settle: Callable[[], None],
     only: NewRows | None = None,
 ) -> StepResult:
-    """Forward, backward, reduce, clip, step; of the `only` rows where these are given. With
-    `check_finite` a loss or a gradient norm that is not finite leaves weights and optimizer as they
-    were, and so does in any case a batch without a token with loss, whose gradient is zero.
-    `settle` is called before they change."""
+    """Forward, backward, reduce, clip, and take a step.
+
+    Weights and optimizer are unchanged where no token of the batch has loss, whose gradient is
+    zero, and with `check_finite` where a loss or the gradient norm is not finite.
+
+    Args:
+        forward_step: of `model.forward.make_forward_step`.
+        model: this rank's model chunks.
+        optimizer: over their parameters.
+        micro_batches: this rank's part of the global batch.
+        shape: as `model.forward.schedule_shape` gives it.
+        num_domains: rows of the sums.
+        device: of this rank.
+        check_finite: whether a value that is not finite skips the step.
+        settle: called before weights or optimizer change.
+        only: the rows to train; None for all weights.
+    """
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -87,3 +97,26 @@ def train_step(
         if check_finite and not math.isfinite(grad_norm)
         else None,
     )
+
+
+@torch.no_grad()
+def update(optimizer: ChainedOptimizer, *, check_finite: bool) -> float:
+    """Clip the gradients and step, as `optimizer.step()` does.
+
+    With `check_finite` nothing is changed where the norm is not finite.
+
+    Returns:
+        The global norm of the gradients before clipping, the same on every rank.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if check_finite and not math.isfinite(norm):
+        return norm
+    for part in optimizer.chained_optimizers:
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=norm
+            )
+    optimizer.step_with_ready_grads()
+    return norm

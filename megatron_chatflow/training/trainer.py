@@ -1,256 +1,269 @@
-"""The loop: read, step, validate, save."""
+"""A run from its configuration to its last checkpoint, in named phases.
+
+What can be refused without torch is refused before torch is loaded, and everything is checked
+before anything is written. The resume point is resolved twice: at first alone, so that an error is
+reported at once, and again when the ranks are connected and the run directory is theirs, since
+another run may have saved there meanwhile, and a checkpoint is read completely by all ranks only
+then.
+"""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import logging
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from megatron.core.num_microbatches_calculator import (
-    get_current_global_batch_size,
-    get_num_microbatches,
-    update_num_microbatches,
+from megatron_chatflow import __version__
+from megatron_chatflow.config import Config, ResolvedConfig, resolve, to_yaml
+from megatron_chatflow.distributed.launch import Launch, read_launch
+from megatron_chatflow.errors import ChatflowError, is_shared
+from megatron_chatflow.training.callbacks import Callback, CallbackList
+from megatron_chatflow.training.data_setup import Inputs, open_inputs
+from megatron_chatflow.training.resume_plan import data_identity
+from megatron_chatflow.training.resume_point import (
+    ResumePoint,
+    RunForecast,
+    forecast_run,
+    resolve_resume_point,
 )
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron_chatflow.utils.files import unwritable
+from megatron_chatflow.utils.logging import log_notes
 
-from megatron_chatflow.checkpoint import state_dict
-from megatron_chatflow.checkpoint.saver import Saver
-from megatron_chatflow.data import BlendDataLoader
-from megatron_chatflow.distributed.process_groups import data_parallel
-from megatron_chatflow.model.forward import SUMS, make_forward_step
-from megatron_chatflow.training.batch_schedule import count_iterations
-from megatron_chatflow.training.checkpoint_callback import Keeper
-from megatron_chatflow.training.metrics_reporter import Reporter
-from megatron_chatflow.training.new_token_phase import forget_moments
-from megatron_chatflow.training.replica_check import check_replicas
-from megatron_chatflow.training.setup import Run
-from megatron_chatflow.training.signals import Stop
-from megatron_chatflow.training.train_step import (
-    NonFiniteError,
-    StepResult,
-    seed_iteration,
-    train_step,
-)
-from megatron_chatflow.training.validation import evaluate_domains
+if TYPE_CHECKING:
+    from megatron_chatflow.checkpoint.lease import Lease
+    from megatron_chatflow.checkpoint.saver import Saver
+    from megatron_chatflow.distributed.heartbeat import Lifeline
+    from megatron_chatflow.training.signals import StopRequest
+    from megatron_chatflow.training.train_state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
-def train(run: Run, stop: Stop, saver: Saver | None) -> bool:
-    """Train to the end of the run, or until `stop` says so. Returns whether it is done, and not
-    stopped before its end.
+class Trainer:
+    """Trains a model. Every process of the job makes one and calls the same phases.
 
-    Without `saver` nothing is saved.
-
-    Raises:
-        NonFiniteError: losses or gradients are not finite, or no token has loss, in more iterations
-        in a row than are skipped; names the samples. ReplicaError: replicas of the weights differ,
-        or are not finite. SaveError: the last checkpoint could not be written, or any with
-        --exit-on-failed-save. LeaseLostError: the run directory is another run's by now.
-        ConfigError, WriteError: the files that describe the run cannot be written.
+    `run` calls them all. A program that needs something between two phases calls them itself, in
+    the order of `run`; each phase uses what the one before has set.
     """
-    config = run.config
-    reporter = Reporter(run, count_iterations(run.batches, run.outlook.total), stop.lease)
-    rank, size = data_parallel()
-    loader = BlendDataLoader(
-        run.blend,
-        micro_batch_size=config.training.micro_batch_size,
-        data_parallel_rank=rank,
-        data_parallel_size=size,
-    )
-    try:
-        return _train(run, stop, reporter, loader, Keeper(run, reporter, saver))
-    finally:
-        loader.close()
-        reporter.close()
 
+    data: Inputs
+    """Set by `load_data`."""
+    resume_point: ResumePoint
+    """Set by `resolve_resume_point`, and again by `confirm_resume_point`."""
+    forecast: RunForecast
+    """How far the run will get; set with `resume_point`."""
+    state: TrainState
+    """Set by `build`."""
 
-def _train(
-    run: Run, stop: Stop, reporter: Reporter, loader: BlendDataLoader, keeper: Keeper
-) -> bool:
-    config, total = run.config, run.outlook.total
-    interval = config.validation.eval_interval
-    update_num_microbatches(run.consumed)
-    why = stop.agreed(run.device)
-    baseline: dict[str, Any] = {}
-    latest: dict[str, Any] = {}
-    if interval and not why and not run.validated:
-        latest, why = _validate(run, reporter, stop)
-        baseline = latest if run.iteration == 0 else {}
-    if not why and run.consumed + get_current_global_batch_size() > total:
-        reporter.say(_nothing_to_do(run, get_current_global_batch_size()))
-        return True
-    failures = 0
-    while not why and run.consumed + get_current_global_batch_size() <= total:
-        failures = failures + 1 if _iterate(run, reporter, loader, keeper, failures) else 0
-        why = stop.agreed(run.device)
-        keeper.poll()
-        every = config.training.check_weight_hash_across_dp_replicas_interval
-        if every and run.iteration % every == 0:
-            state_dict.gather_weights(run.model)
-            check_replicas(run.model, run.iteration)
-        run.validated = not (interval and run.iteration % interval == 0)
-        if not why and not run.validated:
-            latest, why = _validate(run, reporter, stop)
-        leave = config.training.exit_interval and run.iteration % config.training.exit_interval == 0
-        if not why and (
-            leave
-            or (
-                config.checkpoint.save_interval
-                and run.iteration % config.checkpoint.save_interval == 0
-            )
-        ):
-            keeper.save()
-        if leave and not why:
-            keeper.finish()
-            reporter.say(
-                f"exiting at iteration {run.iteration} (exit_interval "
-                f"{config.training.exit_interval}); resume with --load "
-                f"{config.checkpoint.save}"
-            )
-            return True
-        update_num_microbatches(run.consumed)
-    if why and run.consumed + get_current_global_batch_size() <= total:
-        keeper.finish()
-        kept = (
-            f"resume with --load {config.checkpoint.save}"
-            if config.checkpoint.save
-            else "nothing was saved (no --save)"
+    def __init__(
+        self, config: ResolvedConfig, launch: Launch, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        """Make a trainer from resolved settings; see `from_config`."""
+        self.config, self.launch, self.callbacks = config, launch, list(callbacks)
+        self._heartbeat: Lifeline | None = None
+        self._lease: Lease | None = None
+        self._saver: Saver | None = None
+        self._stop: StopRequest | None = None
+
+    @classmethod
+    def from_config(cls, config: Config, callbacks: Sequence[Callback] = ()) -> Trainer:
+        """Make a trainer for this process.
+
+        Args:
+            config: settings as given; they are checked and completed here.
+            callbacks: take part in the run after the built-in ones.
+
+        Raises:
+            ConfigError: the settings, or the launcher's variables, cannot be used.
+        """
+        launch = read_launch()
+        return cls(resolve(config, launch.world_size), launch, callbacks)
+
+    def run(self) -> bool:
+        """Run all phases; returns whether the run is done, and did not exit before its end.
+
+        Raises:
+            ChatflowError: something that the user gave cannot be used.
+                (a RunError among them: a run that has begun cannot continue.)
+        """
+        self.load_data()
+        self.resolve_resume_point()
+        with self.session():
+            self.init_distributed()
+            self.confirm_resume_point()
+            self.build()
+            return self.fit()
+
+    def load_data(self) -> None:
+        """Open the curriculum, the tokenizer and every corpus, and check them. Loads no torch."""
+        self._begin = time.perf_counter()
+        held_out = bool(self.config.validation.eval_interval)
+        self.data = open_inputs(self.config, held_out=held_out)
+
+    def resolve_resume_point(self) -> None:
+        """Decide where the run begins and how far it will get. Loads no torch, writes nothing."""
+        self._resolve()
+        log_notes(logger, (*self.data.notes, *self.forecast.notes))
+        logger.info(
+            f"{len(self.data.domains)} domains, {self.forecast.total:,} samples of "
+            f"{self.config.data.seq_length} tokens, opened in "
+            f"{time.perf_counter() - self._begin:.2f} s"
         )
-        reporter.say(f"leaving at iteration {run.iteration} ({why}); {kept}")
-        return False
-    if interval and run.iteration % interval and not why:
-        latest, why = _validate(run, reporter, stop)
-    keeper.finish()
-    _summary(run, reporter, baseline, latest)
-    return True
 
+    def _resolve(self) -> None:
+        self.resume_point = resolve_resume_point(self.config, self.data)
+        self.forecast = forecast_run(self.resume_point, self.data)
 
-def _nothing_to_do(run: Run, batch: int) -> str:
-    where = (
-        f"nothing to do: {run.consumed} of {run.outlook.total} samples are trained on, and an "
-        f"iteration is {batch}"
-    )
-    if run.outlook.ending:
-        return (
-            f"{where}; {run.outlook.ending}: raise its max_epochs, or lower its weights from "
-            f"here on and add --amend-curriculum"
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Hold what the phases from `init_distributed` on open, and close it in order.
+
+        An error that is a bug, or of another rank, ends this process with the reason reported once
+        for the job, where there are several ranks.
+        """
+        from megatron_chatflow.distributed.process_groups import shut_down
+
+        # Signals are handled to the very end: torchrun ends ranks that look for a reason.
+        with ExitStack() as self._signals:
+            try:
+                with ExitStack() as self._resources:
+                    yield
+            except Exception as error:
+                if self._heartbeat is not None and not is_shared(error):
+                    self._heartbeat.fail(error)
+                raise
+            finally:
+                if self._heartbeat is not None:
+                    self._heartbeat.close()
+                shut_down()
+
+    def init_distributed(self) -> None:
+        """Join the process groups, handle signals, and take the lease of the run directory.
+
+        Raises:
+            ConfigError: another run holds the run directory, or it cannot be written.
+            LaunchError: the processes do not come together.
+            WriteError: the disk is full.
+        """
+        from megatron_chatflow.distributed import cuda_shim, process_groups
+
+        process_groups.hide_engine_warnings()
+        cuda_shim.install()
+        from megatron_chatflow.checkpoint.lease import Lease
+        from megatron_chatflow.checkpoint.saver import Saver
+        from megatron_chatflow.training.signals import StopRequest
+
+        config, where = self.config, self.config.checkpoint
+        if where.save:
+            run = Path(where.save)
+            self._lease = self._resources.enter_context(Lease(run))
+            # Before the process groups: the process that writes shall share nothing of them.
+            self._saver = self._resources.enter_context(
+                Saver(run, where.most_recent_k, where.save_retain_interval, self._lease)
+            )
+        self._heartbeat = process_groups.initialize(
+            self.launch, config.parallel, config.model.num_layers
         )
-    return f"{where}; raise --train-samples or --train-iters to go on"
+        limit = config.training.exit_duration_in_mins
+        self._stop = self._signals.enter_context(StopRequest(limit, self._lease))
+        if self._lease is not None:
+            _take_lease(self._lease)
+
+    def confirm_resume_point(self) -> None:
+        """Resolve the resume point again, on all ranks together; damaged checkpoints are skipped.
+
+        Raises:
+            ConfigError: the ranks are about to run different things, or no checkpoint is intact.
+        """
+        from megatron_chatflow.checkpoint.state_dict import find_damage
+        from megatron_chatflow.distributed.consistency_check import require_agreement
+
+        if self._lease is not None:  # another run may have saved since
+            self.resume_point = resolve_resume_point(self.config, self.data)
+        start = self.resume_point
+        require_agreement(_facts(start, self.data))
+        damaged: dict[Path, str] = {}
+        while start.checkpoint is not None and (wrong := find_damage(start.checkpoint)):
+            damaged[start.checkpoint] = wrong
+            start = resolve_resume_point(self.config, self.data, damaged)
+        self.resume_point, self.forecast = start, forecast_run(start, self.data)
+        log_notes(logger, start.notes)
+
+    def build(self) -> None:
+        """Build model, optimizer and schedule, and load the checkpoint if there is one."""
+        from megatron_chatflow.training.train_state import build_train_state
+
+        self.state = build_train_state(self.launch, self.data, self.resume_point, self.forecast)
+
+    def fit(self) -> bool:
+        """Train to the end of the run, or until a signal or a setting ends it.
+
+        Without --save nothing is saved.
+
+        Returns:
+            Whether the run is done, and did not exit before its end.
+
+        Raises:
+            NonFiniteError: losses or gradients are not finite, or no token has loss, in more
+                iterations in a row than are skipped.
+            ReplicaError: replicas of the weights differ, or are not finite.
+            SaveError: the last checkpoint cannot be written, or any under --exit-on-failed-save.
+            LeaseLostError: the run directory is another run's by now.
+            ConfigError, WriteError: the files that describe the run cannot be written.
+        """
+        from megatron_chatflow.training import train_loop
+        from megatron_chatflow.training.checkpoint_callback import CheckpointCallback
+        from megatron_chatflow.training.metrics_callback import MetricsCallback
+        from megatron_chatflow.training.nonfinite_check import NonFiniteCheckCallback
+        from megatron_chatflow.training.replica_check import ReplicaCheckCallback
+        from megatron_chatflow.training.signals import StopCallback
+        from megatron_chatflow.training.validation import ValidationCallback
+
+        assert self._stop is not None, "init_distributed comes first"
+        callbacks = CallbackList()
+        callbacks.members = [
+            MetricsCallback(self._lease),
+            NonFiniteCheckCallback(),
+            StopCallback(self._stop),
+            ValidationCallback(self._stop, callbacks),
+            CheckpointCallback(self._saver, callbacks),
+            ReplicaCheckCallback(),
+            *self.callbacks,
+        ]
+        return train_loop.fit(self.state, callbacks)
 
 
-def _iterate(
-    run: Run, reporter: Reporter, loader: BlendDataLoader, keeper: Keeper, failures: int
-) -> bool:
-    """One iteration; returns whether it could not be trained on. `failures`: how many before it, in
-    a row, were so.
+def _take_lease(lease: Lease) -> None:
+    """Have rank 0 take the lease of the run directory; called by every rank.
+
+    Raises on every rank alike:
+        ConfigError: another run holds it, or the folder cannot be written.
+        WriteError: the disk is full.
     """
-    config, begin = run.config, time.perf_counter()
-    batch = get_current_global_batch_size()
-    start, stop = run.consumed, run.consumed + batch
-    lr = get_canonical_lr_for_logging(run.optimizer.param_groups)
-    if run.iteration + 1 in (config.training.iterations_to_skip or ()):
-        result = StepResult(
-            np.zeros((len(run.plan.domain_names), SUMS)), math.nan, "iterations_to_skip"
-        )
-    else:
-        result = _step(run, reporter, loader, keeper, start, batch)
-    run.scheduler.step(increment=batch)
-    run.iteration, run.consumed = run.iteration + 1, stop
-    reporter.step(start, stop, result, lr, time.perf_counter() - begin)
-    if not result.skipped or result.skipped == "iterations_to_skip":
-        return False
-    where = f"{result.skipped} at iteration {run.iteration}, samples {start} to {stop - 1}"
-    look = f"see what they hold with `chatflow locate --iteration {run.iteration}`"
-    if failures + 1 > config.training.max_nonfinite_iterations:
-        raise NonFiniteError(
-            f"{where}; {look}"
-            + (
-                f"; the {failures} iterations before it were skipped for the same"
-                if failures
-                else ""
-            )
-        )
-    reporter.say(f" {where}: skipped, the weights stay; {look}")
-    return True
+    from megatron_chatflow.distributed.consistency_check import on_first_rank
+
+    def acquire() -> None:
+        try:
+            lease.acquire()
+        except OSError as error:
+            raise unwritable("save", lease.folder, error) from None
+
+    on_first_rank(acquire, ChatflowError)
 
 
-def _step(
-    run: Run, reporter: Reporter, loader: BlendDataLoader, keeper: Keeper, start: int, batch: int
-) -> StepResult:
-    config = run.config
-    micro_batches = loader.iteration(start, batch)
-    assert len(micro_batches) == get_num_microbatches()
-    seed_iteration(config.training.seed, run.iteration)
-    alone = start < config.training.train_new_rows_samples
-    if run.only_new_rows and not alone:
-        keeper.settle()
-        forget_moments(run.optimizer)
-        reporter.say(f" from sample {start} on all weights are trained")
-    run.only_new_rows = alone
-    result = train_step(
-        run.forward_step, run.model, run.optimizer, micro_batches, run.shape,
-        len(run.plan.domain_names), run.device,
-        check_finite=config.training.check_for_nan_in_loss_and_grad, settle=keeper.settle,
-        only=run.new_rows if alone else None,
-    )  # fmt: skip
-    if run.average is not None and not result.skipped:
-        state_dict.gather_weights(run.model)
-        run.average.update()
-    return result
-
-
-def _validate(run: Run, reporter: Reporter, stop: Stop) -> tuple[dict[str, Any], str | None]:
-    """The held-out losses by name, and why to leave if `stop` said so meanwhile: then they are not
-    complete, and not told.
-    """
-    config, names = run.config, run.held_out_names
-    most = config.validation.eval_iters * config.training.global_batch_size
-    step = make_forward_step(
-        len(names), run.inputs.token_bytes, run.transformer_impl == "transformer_engine", run.device
-    )
-    sums = np.zeros((len(names), SUMS))
-    for name, domain in run.inputs.held_out.items():
-        sums += evaluate_domains(
-            step,
-            run.model,
-            {name: domain},
-            names,
-            most,
-            config.training.micro_batch_size,
-            run.shape,
-            run.device,
-        )
-        if why := stop.agreed(run.device):
-            return {}, why
-    run.validated = True
-    return reporter.validation(sums), None
-
-
-def _summary(
-    run: Run, reporter: Reporter, baseline: dict[str, Any], latest: dict[str, Any]
-) -> None:
-    if run.outlook.ending:
-        reporter.say(
-            f"the run ends {run.plan.num_samples - run.consumed} samples before its planned "
-            f"{run.plan.num_samples}: {run.outlook.ending}"
-        )
-    for name, values in latest.items():
-        if name in baseline:
-            reporter.say(
-                f" held-out loss of {name}: {baseline[name]['loss']:.3f} before, "
-                f"{values['loss']:.3f} after {run.iteration} "
-                f"iterations ({values['loss'] - baseline[name]['loss']:+.3f})"
-            )
-    if run.config.checkpoint.save:
-        folder = Path(run.config.checkpoint.save)
-        reporter.say(
-            f"done: {run.iteration} iterations, {run.consumed} samples; checkpoint and "
-            f"metrics in {folder}, TensorBoard log in "
-            f"{run.config.logging.tensorboard_dir or folder / 'tensorboard'}"
-        )
-    else:
-        reporter.say(
-            f"done: {run.iteration} iterations, {run.consumed} samples; nothing was saved "
-            f"(no --save)"
-        )
+def _facts(start: ResumePoint, inputs: Inputs) -> dict[str, str]:
+    """Return what must be the same on every rank, in short forms."""
+    corpora = {
+        f"the corpus of {name}": fingerprint[:12]
+        for name, fingerprint in data_identity(start.config, inputs)["corpora"].items()
+    }
+    return corpora | {
+        "the version": __version__,
+        "the settings": hashlib.sha256(to_yaml(start.config).encode()).hexdigest()[:12],
+        "the plan": start.blend.plan.fingerprint()[:12],
+        "the checkpoint": str(start.checkpoint),
+    }

@@ -1,8 +1,7 @@
-"""Held-out loss of each domain over megatron-core's forward-only schedule."""
+"""Held-out loss of each domain over megatron-core's forward-only schedule, and when it is due."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +10,86 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_chatflow.model.forward import SUMS, reduce_sums, run_schedule
+from megatron_chatflow.model.forward import SUMS, make_forward_step, reduce_sums, run_schedule
+from megatron_chatflow.training.callbacks import (
+    Callback,
+    CallbackList,
+    HeldOutLosses,
+    IterationResult,
+)
+from megatron_chatflow.training.metrics import by_domain, loss_values
+from megatron_chatflow.training.signals import StopRequest
+from megatron_chatflow.training.train_state import TrainState
+
+
+class ValidationCallback(Callback):
+    """Validates every --eval-interval iterations, before the first one and at the end of a run."""
+
+    def __init__(self, stop: StopRequest, callbacks: CallbackList) -> None:
+        """Validate unless `stop` asks the run to exit; `callbacks` are notified of the losses."""
+        self._stop, self._callbacks = stop, callbacks
+        self._first_iteration = 0
+
+    def on_fit_start(self, state: TrainState) -> None:
+        """Take the baseline of a new run, or a validation that the run before did not complete."""
+        self._first_iteration = state.iteration
+        due = bool(state.config.validation.eval_interval) and not state.validated
+        if due and state.exit_reason is None:
+            self._validate(state)
+            state.baseline_losses = state.held_out_losses if state.iteration == 0 else {}
+
+    def on_step_end(self, state: TrainState, result: IterationResult) -> None:
+        """Note that the validation of this iteration is still to be made, if it is due."""
+        state.validated = not self._is_due(state)
+
+    def on_iteration_end(self, state: TrainState) -> None:
+        """Validate if it is due."""
+        if state.exit_reason is None and not state.validated:
+            self._validate(state)
+
+    def on_fit_end(self, state: TrainState) -> None:
+        """Validate the final weights, unless this was just done or the run exits early."""
+        interval = state.config.validation.eval_interval
+        trained = state.iteration > self._first_iteration
+        if interval and trained and state.exit_reason is None and not self._is_due(state):
+            self._validate(state)
+
+    @staticmethod
+    def _is_due(state: TrainState) -> bool:
+        interval = state.config.validation.eval_interval
+        return bool(interval) and state.iteration % interval == 0
+
+    def _validate(self, state: TrainState) -> None:
+        """Take the held-out losses; a stop request between two domains leaves them incomplete."""
+        config, names = state.config, state.held_out_names
+        step = make_forward_step(
+            len(names),
+            state.inputs.token_bytes,
+            state.transformer_impl == "transformer_engine",
+            state.device,
+        )
+        # [names, 3]: loss, tokens, bytes
+        sums = np.zeros((len(names), SUMS))
+        state.held_out_losses = {}
+        for name, domain in state.inputs.held_out.items():
+            sums += evaluate_domains(
+                step,
+                state.model,
+                {name: domain},
+                names,
+                config.validation.eval_iters * config.training.global_batch_size,
+                config.training.micro_batch_size,
+                state.shape,
+                state.device,
+            )
+            state.exit_reason = self._stop.agreed(state.device)
+            if state.exit_reason is not None:
+                return
+        state.validated = True
+        by_name = {name: v for name, v in by_domain(names, sums).items() if v["tokens"]}
+        state.held_out_losses = by_name
+        overall = loss_values(sums[: len(state.plan.domain_names)].sum(0))
+        self._callbacks.on_validation_end(state, HeldOutLosses(by_name, overall))
 
 
 @torch.no_grad()
@@ -27,12 +105,14 @@ def evaluate_domain(
     device: torch.device,
     progress: Callable[[int], None] = lambda windows: None,
 ) -> np.ndarray:
-    """Sums (loss, tokens, bytes) over the first `windows` held-out windows of one domain, the same
-    on every rank.
+    """Sum loss, tokens and bytes over the first `windows` held-out windows of one domain.
 
     The windows are read in file order and dealt out to the data-parallel ranks; what is missing in
-    the last micro-batches is filled with windows that carry no loss. `progress` is told how many
-    windows have been begun.
+    the last micro-batches is filled with windows that carry no loss. `progress` is called with the
+    number of windows begun.
+
+    Returns:
+        Float64 [3], the same on every rank.
     """
     dp, rank = (
         parallel_state.get_data_parallel_world_size(),
@@ -76,10 +156,21 @@ def evaluate_domains(
     device: torch.device,
     progress: Callable[[str, int, int], None] = lambda name, done, windows: None,
 ) -> np.ndarray:
-    """Float64 [len(names), SUMS] of held-out sums; a domain without held-out windows has zeros.
-    `most`: windows of each domain at most.
+    """Sum loss, tokens and bytes of the held-out windows of several domains.
 
-    `progress` is told a name, how many of its windows have been begun, and how many there are.
+    Args:
+        forward_step: of `model.forward.make_forward_step`, made for `names`.
+        model: this rank's model chunks.
+        domains: {name: its held-out windows}.
+        names: the rows of the result; a name without held-out windows has zeros.
+        most: windows of each domain at most; None for all.
+        micro_batch_size: windows per micro-batch.
+        shape: as `model.forward.schedule_shape` gives it.
+        device: of this rank.
+        progress: called with a name, how many of its windows are begun, and how many there are.
+
+    Returns:
+        Float64 [len(names), 3], the same on every rank.
     """
     sums = np.zeros((len(names), SUMS))
     for i, name in enumerate(names):
@@ -93,10 +184,6 @@ def evaluate_domains(
                 model,
                 domains[name],
                 *where,
-                functools.partial(_tell, progress, name, windows),
+                lambda done, name=name, windows=windows: progress(name, done, windows),
             )
     return sums
-
-
-def _tell(progress: Callable[[str, int, int], None], name: str, windows: int, done: int) -> None:
-    progress(name, done, windows)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from megatron_chatflow.errors import EXIT_FAILED, ChatflowError, ConfigError
+from megatron_chatflow.errors import ConfigError, RunError
 
 _OF_THE_PATH = {
     errno.EACCES,
@@ -42,10 +42,8 @@ _OF_THE_DISK = {
 _ATTEMPTS = 1000
 
 
-class WriteError(ChatflowError):
+class WriteError(RunError):
     """What must be written cannot be written: the disk is full, or fails."""
-
-    exit_code = EXIT_FAILED
 
 
 def unwritable(key: str, path: Path, error: OSError) -> ConfigError | WriteError:

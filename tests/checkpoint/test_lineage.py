@@ -91,7 +91,7 @@ def test_the_fallback_stays_on_the_course(
     shard.write_bytes(shard.read_bytes()[:-1])
     assert find_sound_checkpoint(run, None, {})[0] == run / "iter_0000010"
     out = ok(pool.run(1, train, sample, "--save", str(run), "--load", str(run), *NEW))
-    assert "going on after iteration 10" in out and "iter_0000015 is damaged" in out
+    assert "resuming after iteration 10" in out and "iter_0000015 is damaged" in out
     assert "iteration 12 of" in out and "not on the course of the run" in out
     assert metrics(run)[:15] == metrics(sent_back[0]) and len(metrics(run)) == 16
     assert numbers(choose_weights(run, None, 4).folders) == [8, 10, 15, 16]
@@ -132,7 +132,7 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_where_it_was_sent(
     course, _ = begin_course(run, run / "iter_0000008", 8)  # the first thing that it writes
     assert latest_iteration(run) == 8
     out = ok(pool.run(1, train, sample, "--save", str(run), "--load", str(run), *OLD))
-    assert "going on after iteration 8" in out and metrics(run) == metrics(old)
+    assert "resuming after iteration 8" in out and metrics(run) == metrics(old)
     assert lineage.read_course(run) == course
     assert lineage.read_lineage(run / "iter_0000012") == course
 

@@ -98,7 +98,7 @@ def test_a_checkpoint_that_is_not_what_was_written_is_not_published(
     run = sample / "changed"
     words = ["--save", str(run), *SHORT, "--save-interval", "1", *TP]
     out = ok(pool.run(2, train_with_changes, sample, *words))
-    lines = [line for line in out.splitlines() if "the training goes on" in line]
+    lines = [line for line in out.splitlines() if "training continues" in line]
     assert len(lines) == len(CHANGES), out
     for (iteration, (_, _, problem)), line in zip(CHANGES.items(), lines, strict=True):
         assert f"the checkpoint of iteration {iteration} " in line and problem in line, line

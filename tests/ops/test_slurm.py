@@ -123,7 +123,7 @@ def test_a_job_on_nodes_with_disks_of_their_own_is_preempted_requeued_and_finish
         re.MULTILINE,
     )
     assert len(left) == 1 and 12 <= int(left[0]) < 60, text
-    assert f"going on after iteration {left[0]}" in text and text.rstrip().endswith(
+    assert f"resuming after iteration {left[0]}" in text and text.rstrip().endswith(
         f"job {number}: the run is finished"
     )
     assert "4 processes (slurm)" in text

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_chatflow.training.loss_spikes import SpikeWatch
+from megatron_chatflow.training.metrics import SpikeDetector
 from tests.pool import Pool
 from tests.sample import metrics, train
 
@@ -21,16 +21,16 @@ def train_with_bad_samples(
     folder: Path, first: int, last: int, *words: str
 ) -> tuple[int, str, str]:
     """`train`; a label of each iteration that begins in first .. last counts infinitely."""
-    from megatron_chatflow.training import trainer
+    from megatron_chatflow.training import train_loop
 
-    class Spoilt(trainer.BlendDataLoader):
+    class Spoilt(train_loop.BlendDataLoader):
         def iteration(self, start: int, global_batch_size: int) -> list:
             batches = super().iteration(start, global_batch_size)
             if first <= start <= last:
                 batches[0]["loss_mask"][0, 3] = np.inf
             return batches
 
-    with mock.patch.object(trainer, "BlendDataLoader", Spoilt):
+    with mock.patch.object(train_loop, "BlendDataLoader", Spoilt):
         return train(folder, *words)
 
 
@@ -106,16 +106,16 @@ def test_more_of_them_in_a_row_than_allowed_stop_the_run(pool: Pool, sample: Pat
 
 def train_without_loss(folder: Path, first: int, last: int, *words: str) -> tuple[int, str, str]:
     """`train`; no token of the iterations that begin in first .. last has loss."""
-    from megatron_chatflow.training import trainer
+    from megatron_chatflow.training import train_loop
 
-    class Untrained(trainer.BlendDataLoader):
+    class Untrained(train_loop.BlendDataLoader):
         def iteration(self, start: int, global_batch_size: int) -> list:
             batches = super().iteration(start, global_batch_size)
             for batch in batches:
                 batch["loss_mask"] *= not first <= start <= last
             return batches
 
-    with mock.patch.object(trainer, "BlendDataLoader", Untrained):
+    with mock.patch.object(train_loop, "BlendDataLoader", Untrained):
         return train(folder, *words)
 
 
@@ -194,7 +194,7 @@ def test_metrics_hold_valid_json_whatever_the_loss(sample: Path) -> None:
 def test_a_loss_far_above_those_before_is_a_spike_and_noise_is_not() -> None:
     random = np.random.default_rng(3)
     for scale in (0.01, 0.1):
-        watch = SpikeWatch()
+        watch = SpikeDetector()
         falling = 4 * np.exp(-np.arange(500) / 200) + 2 + random.normal(0, scale, 500)
-        assert [i for i, loss in enumerate(falling) if watch.look(loss) is not None] == []
-        assert watch.look(falling[-1] + 1.5) is not None
+        assert [i for i, loss in enumerate(falling) if watch.observe(loss) is not None] == []
+        assert watch.observe(falling[-1] + 1.5) is not None

@@ -89,7 +89,7 @@ def override(folder: Path, kind: str, distributed: bool, styles: list[str]) -> d
     from megatron_chatflow.distributed.launch import read_launch
     from megatron_chatflow.model.gpt import build_model
     from megatron_chatflow.training.optimizer import build_optimizer, build_scheduler
-    from megatron_chatflow.training.optimizer_step import update
+    from megatron_chatflow.training.train_step import update
 
     launch = read_launch()
     forms = f"--optimizer {kind} " + ("--use-distributed-optimizer" if distributed else "")

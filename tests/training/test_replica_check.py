@@ -21,19 +21,19 @@ def changed(rank: int, iteration: int, row: int, value: float) -> Iterator[None]
     """Inside, one number in the embedding of a rank changes after an iteration."""
     import torch.distributed as dist
 
-    from megatron_chatflow.training import trainer
+    from megatron_chatflow.training.metrics_callback import MetricsCallback
+    from megatron_chatflow.training.train_state import TrainState
 
-    original = trainer.Reporter.step
+    original = MetricsCallback.on_step_end
 
-    def step(self: trainer.Reporter, *words: object) -> None:
-        original(self, *words)
-        run = self.run
+    def on_step_end(self: MetricsCallback, run: TrainState, *words: object) -> None:
+        original(self, run, *words)
         if run.iteration == iteration and dist.get_rank() == rank:
             weights = dict(run.model[0].named_parameters())
             name = next(name for name in weights if "word_embeddings" in name)
             weights[name].data[row, 3] = value
 
-    with mock.patch.object(trainer.Reporter, "step", step):
+    with mock.patch.object(MetricsCallback, "on_step_end", on_step_end):
         yield
 
 
@@ -53,7 +53,9 @@ def test_replicas_that_differ_stop_the_run_before_it_is_saved(
     results = pool.run(2, train_with_changed_weight, sample, (1, 2, 7, 0.5), *words)
     assert [code for code, _, _ in results] == [1, 1], results
     err = results[0][2]
-    assert "after iteration 2 the data-parallel replicas are not in order: rank 1 on " in err
+    assert (
+        "after iteration 2 the data-parallel replicas differ or are not finite: rank 1 on " in err
+    )
     assert "has other weights than rank 0: " in err and "word_embeddings.weight;" in err
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "1\n"
 

@@ -42,7 +42,7 @@ def test_resuming_gives_the_bits_of_a_run_never_stopped(
     out = ok(
         pool.run(1, train, sample, "--save", str(run), "--load", str(run), "--eval-interval", "10")
     )
-    assert "going on after iteration 10" in out
+    assert "resuming after iteration 10" in out
     assert metrics(run) == metrics(reference)
     texts = [
         [line for line in (r / "metrics.jsonl").read_text().splitlines() if '"validation"' in line]

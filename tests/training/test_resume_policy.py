@@ -22,8 +22,8 @@ from megatron_chatflow.config.resume_policy import (
 from megatron_chatflow.config.schema import section_of
 from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.training.data_setup import Inputs, open_inputs
+from megatron_chatflow.training.resume_point import ResumePoint, resolve_resume_point
 from megatron_chatflow.training.resume_settings import check_optimizer_group, settings_to_save
-from megatron_chatflow.training.setup import Start, find_start
 from tests.sample import SETTINGS
 
 OVERRIDE = "--override-opt_param-scheduler"
@@ -172,7 +172,7 @@ class Saved:
     before: str
     inputs: Inputs
 
-    def load(self, words: str) -> Start:
+    def load(self, words: str) -> ResumePoint:
         """What `train` does with it before process groups and models exist."""
         config = settings(self.sample, f"{self.before} {words} --load {self.run}")
         of_data = {"--seed", "--seq-length", "--split", "--tokenizer-type", "--tokenizer-model"}
@@ -181,7 +181,7 @@ class Saved:
             inputs = open_inputs(config)
         elif config.tokenizer.vocab_size:
             inputs = dataclasses.replace(inputs, vocab_size=config.tokenizer.vocab_size)
-        return find_start(config, inputs)
+        return resolve_resume_point(config, inputs)
 
     def refused(self, words: str) -> str:
         with pytest.raises(ChatflowError) as error:

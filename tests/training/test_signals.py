@@ -36,11 +36,11 @@ def train_and_signal(
 ) -> tuple[int, str, str]:
     """`train`; one rank gets a signal when it does for the second time what `where` says."""
     from megatron_chatflow.checkpoint import saver
-    from megatron_chatflow.training import trainer
+    from megatron_chatflow.training import train_loop, validation
 
     place = {
-        "step": (trainer, "train_step"),
-        "validation": (trainer, "evaluate_domains"),
+        "step": (train_loop, "train_step"),
+        "validation": (validation, "evaluate_domains"),
         "save": (saver, "save_preprocess"),
         "publishing": (saver.Saver, "_end"),
     }[where]
@@ -95,7 +95,7 @@ def test_a_signal_at_any_moment_leaves_a_checkpoint(
     assert [code for code, _, _ in results] == [3, 3], results
     name = signal.Signals(number).name
     assert f"({name}); resume with --load" in results[0][1], results
-    left = int(results[0][1].split("leaving at iteration ")[1].split()[0])
+    left = int(results[0][1].split("exiting at iteration ")[1].split()[0])
     assert iteration <= left <= iteration + 2
     if left:
         assert (run / "latest_checkpointed_iteration.txt").read_text() == f"{left}\n"
@@ -119,7 +119,7 @@ def test_a_run_leaves_when_its_minutes_are_over(pool: Pool, sample: Path) -> Non
         "5",
         *SHORT[:4],
     )
-    assert code == 3 and "leaving at iteration 2 (exit_duration_in_mins)" in out, out
+    assert code == 3 and "exiting at iteration 2 (exit_duration_in_mins)" in out, out
 
 
 def train_with_fast_clock(folder: Path, *words: str) -> tuple[int, str, str]:
@@ -138,7 +138,7 @@ def train_with_fast_clock(folder: Path, *words: str) -> tuple[int, str, str]:
 
 
 def test_signals_ignored_at_the_start_stay_ignored_and_others_are_given_back() -> None:
-    from megatron_chatflow.training.signals import SIGNALS, Stop
+    from megatron_chatflow.training.signals import SIGNALS, StopRequest
 
     for ignored in ({signal.SIGHUP}, {signal.SIGINT}, set()):
         before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -148,7 +148,7 @@ def test_signals_ignored_at_the_start_stay_ignored_and_others_are_given_back() -
                 signal.signal(number, here)
             start = {number: signal.getsignal(number) for number in SIGNALS}
             for number in (signal.SIGHUP, signal.SIGINT):
-                with Stop(None) as stop:
+                with StopRequest(None) as stop:
                     os.kill(os.getpid(), number)
                     end = time.monotonic() + (0.2 if number in ignored else 10)
                     while stop._signal is None and time.monotonic() < end:
@@ -163,7 +163,7 @@ def test_signals_ignored_at_the_start_stay_ignored_and_others_are_given_back() -
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_process_at_once() -> None:
     code = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    code += "from megatron_chatflow.training.signals import Stop; s = Stop(None).__enter__();"
+    code += "from megatron_chatflow.training.signals import StopRequest; s = StopRequest(None).__enter__();"
     code += "print('up', flush=True); [time.sleep(60) for _ in range(9)]"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
@@ -233,8 +233,8 @@ def test_under_torchrun_the_others_say_that_rank_0_was_killed(sample: Path, tmp_
 @pytest.mark.slow
 def test_a_second_signal_ends_a_process_at_once_even_where_it_is_stuck() -> None:
     code = (
-        "import ctypes, torch; from megatron_chatflow.training.signals import Stop; s = "
-        "Stop(None).__enter__(); print('up', flush=True); "
+        "import ctypes, torch; from megatron_chatflow.training.signals import StopRequest; s = "
+        "StopRequest(None).__enter__(); print('up', flush=True); "
     )
     code += "[ctypes.CDLL(None).sleep(60) for _ in range(9)]"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
