@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.config import load_values
 from megatron_chatflow.config.schema import ParallelSettings
 from megatron_chatflow.errors import ChatflowError, ConfigError, ConfigErrors, messages_of
-from megatron_chatflow.report import console
 
 
 @contextlib.contextmanager
@@ -29,11 +28,6 @@ def install_engine() -> None:
 
     process_groups.hide_engine_warnings()
     cuda_shim.install()
-
-
-def complain_on(rank: int) -> Callable[[str], None]:
-    """A function that prints a line to standard error on the first rank, and nothing elsewhere."""
-    return console.complain if rank == 0 else lambda text: None
 
 
 def run_values(run: str | Path, *, keep_layout: bool = True) -> dict[str, Any]:

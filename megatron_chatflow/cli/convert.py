@@ -166,11 +166,11 @@ def _write(arguments: argparse.Namespace, methods: dict[str, str | None], is_run
         chosen = choose_weights(
             load, arguments.ckpt_step, arguments.average_checkpoints, arguments.use_ema
         )
-        export_hf.convert(load, save, chosen, arguments.tokenizer_folder, _say)
+        export_hf.convert(load, save, chosen, arguments.tokenizer_folder)
         return f"transformers: AutoModelForCausalLM.from_pretrained({str(save)!r})"
     from megatron_chatflow.conversion import import_hf
 
-    import_hf.convert(load, save, arguments.tokenizer_folder, methods, _say)
+    import_hf.convert(load, save, arguments.tokenizer_folder, methods)
     return f"chatflow train --config {save}/config.yaml --load {save} --finetune ..."
 
 

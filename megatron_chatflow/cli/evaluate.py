@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_chatflow.cli.common import complain_on, install_engine, prefixed_errors
+from megatron_chatflow.cli.common import install_engine, prefixed_errors
 from megatron_chatflow.cli.model_source import (
     add_use_ema,
     find_source,
@@ -18,6 +18,7 @@ from megatron_chatflow.config import CommandParser, Config, make_parser
 from megatron_chatflow.distributed.launch import Launch, read_launch
 from megatron_chatflow.report import console
 from megatron_chatflow.report.evaluation_table import changes, comparison_lines
+from megatron_chatflow.utils.logging import configure_logging
 
 EPILOG = """examples:
   {call} --load runs/zh
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     """Print loss, perplexity and bits per byte of each validation set, or of raw text."""
     launch = read_launch()
     source, config, args = parse_with_source(parser(), argv, launch.world_size)
+    configure_logging(rank=launch.rank, stream="stderr")
     from megatron_chatflow.evaluation.eval_data import (
         corpora,
         raw_text,
@@ -75,9 +77,7 @@ def main(argv: Sequence[str]) -> int:
     with open_process_groups(subjects[0].config, launch) as device:
         for subject, material in zip(subjects, materials, strict=True):
             session = open_model(subject, material.vocab_size, device)
-            sums = measure(
-                session, material.sources, material.token_bytes, most, complain_on(launch.rank)
-            )
+            sums = measure(session, material.sources, material.token_bytes, most)
             values = {
                 name: row
                 for name, row in by_domain(tuple(material.sources), sums).items()

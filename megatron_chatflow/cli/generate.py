@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_chatflow.cli.common import complain_on, install_engine
+from megatron_chatflow.cli.common import install_engine
 from megatron_chatflow.cli.model_source import add_use_ema, parse_with_source
 from megatron_chatflow.config import CommandParser, Config, make_parser
 from megatron_chatflow.config.arguments import (
@@ -22,6 +23,9 @@ from megatron_chatflow.config.schema import PrecisionSettings
 from megatron_chatflow.distributed.launch import read_launch
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report import console
+from megatron_chatflow.utils.logging import configure_logging
+
+logger = logging.getLogger(__name__)
 
 EPILOG = """examples:
   {call} --load runs/zh --prompt 'The file' --prompt '文件'
@@ -39,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     """Continue each prompt and print it."""
     launch = read_launch()
     source, config, args = parse_with_source(parser(), argv, launch.world_size, _plain)
+    configure_logging(rank=launch.rank, stream="stderr")
     from megatron_chatflow.training.data_setup import open_tokenizer
 
     subject = source.subject(config, launch.world_size, use_ema=args.use_ema)
@@ -59,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron_chatflow.evaluation.sampling import Sampling
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, config.training.seed)
-    size, complain = config.training.micro_batch_size, complain_on(launch.rank)
+    size = config.training.micro_batch_size
     with open_process_groups(subject.config, launch) as device:
         session = open_model(subject, vocab_size, device)
         began, tokens, unfinished = time.perf_counter(), 0, 0
@@ -76,11 +81,11 @@ def main(argv: Sequence[str]) -> int:
                     console.say(_shown(args, prompt, more, tokenizer))
         seconds = time.perf_counter() - began
     if unfinished:
-        complain(
+        logger.info(
             f"{unfinished} cut off at max_position_embeddings "
             f"{subject.config.model.max_position_embeddings}"
         )
-    complain(
+    logger.info(
         f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''}, {tokens} new tokens in "
         f"{seconds:.1f} s ({tokens / seconds:.1f} a second)"
     )

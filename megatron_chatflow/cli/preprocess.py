@@ -17,6 +17,7 @@ from megatron_chatflow.config import CommandParser
 from megatron_chatflow.config.schema import TokenizerType
 from megatron_chatflow.report.console import lossy_output
 from megatron_chatflow.utils.files import WriteError, disk_errors
+from megatron_chatflow.utils.logging import configure_logging
 
 if TYPE_CHECKING:
     from megatron_chatflow.data.preprocess.options import PreprocessOptions
@@ -240,13 +241,14 @@ def _preprocess(argv: Sequence[str], prog: str) -> int:
     settings: PreprocessOptions | None = None
     try:
         settings = parse_arguments(argv, prog)
+        configure_logging(stream="stderr")
         from megatron_chatflow.data.preprocess.pipeline import preprocess
         from megatron_chatflow.data.preprocess.summary import MalformedInput
         from megatron_chatflow.data.preprocess.worker_pool import WorkerDied
 
         try:
             with ProgressBar(sys.stderr) as progress, disk_errors("the output"):
-                summary = preprocess(settings, progress, note)
+                summary = preprocess(settings, progress)
         except MalformedInput as error:
             return _fail(1, str(error))
         except (WriteError, WorkerDied) as error:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_chatflow.cli.run_command import note, run_command
+from megatron_chatflow.cli.run_command import run_command
 from megatron_chatflow.config import CommandParser
 from megatron_chatflow.config.arguments import positive_int
 from megatron_chatflow.errors import ConfigError, ErrorCollector

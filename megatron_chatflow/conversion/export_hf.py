@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,13 +36,14 @@ from megatron_chatflow.distributed.launch import Launch
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.tokenizer import load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 
 def convert(
     load: Path,
     save: Path,
     chosen: ChosenWeights,
     tokenizer_folder: Path | None,
-    say: Callable[[str], None],
 ) -> None:
     """Convert weights of the run directory `load` into the folder `save`, which must not exist or
     be empty.
@@ -51,7 +52,7 @@ def convert(
         load: a run directory.
         save: is there, whole, when this returns; a killed conversion leaves ``SAVE.partial``
         behind. chosen: which weights. tokenizer_folder: where tokenizer files, and config.json as
-        the pattern, come from; None is the folder of the run's tokenizer. say: prints a line.
+        the pattern, come from; None is the folder of the run's tokenizer.
 
     Raises:
         ConfigError: what is there cannot be converted; nothing has been written.
@@ -77,14 +78,14 @@ def convert(
         partial.mkdir(parents=True)
         if files:
             copy_files(files, partial, (*MODEL_FILES, *TOKENIZER_FILES))
-        count = _write_weights(config, contents.pieces(), weights, vocab_size, partial, say)
+        count = _write_weights(config, contents.pieces(), weights, vocab_size, partial)
     finally:
         process_groups.shut_down()
     dtype = str(weights.dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
     written = json.dumps(config_json(config.model, vocab_size, dtype, template), indent=2)
     (partial / "config.json").write_text(written + "\n", encoding="utf-8")
     os.rename(partial, save)
-    say(f" {count} file{'s' if count > 1 else ''} of weights, {dtype}, from {chosen.name}")
+    logger.info(f" {count} file{'s' if count > 1 else ''} of weights, {dtype}, from {chosen.name}")
 
 
 def _read_config(load: Path) -> Config:
@@ -120,10 +121,9 @@ def _write_weights(
     weights: SavedWeights,
     vocab_size: int,
     folder: Path,
-    say: Callable[[str], None],
 ) -> int:
     """Returns the number of files."""
-    layers, told = config.model.num_layers, -1
+    layers, last_logged = config.model.num_layers, -1
     groups = groups_of(config.model)
     sizes: dict[str, int] = {}
     for piece in pieces:
@@ -136,9 +136,9 @@ def _write_weights(
         }
     writer = WeightsWriter(folder, sizes)
     for piece in pieces:
-        if piece.layer is not None and piece.layer >= told + max(1, layers // 10):
-            told = piece.layer
-            say(f" layer {piece.layer + 1} of {layers}")
+        if piece.layer is not None and piece.layer >= last_logged + max(1, layers // 10):
+            last_logged = piece.layer
+            logger.info(f" layer {piece.layer + 1} of {layers}")
         for name, part in zip(
             huggingface_names(piece.key, piece.layer),
             split(piece.key, weights.read(piece), *groups),

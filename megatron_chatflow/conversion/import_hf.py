@@ -9,6 +9,7 @@ SAVE/config.yaml        the model's settings and its tokenizer
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -29,7 +30,10 @@ from megatron_chatflow.conversion.safetensors_io import (
 )
 from megatron_chatflow.conversion.torch_dist import Piece, write
 from megatron_chatflow.utils.files import sync_folder, write_atomically
+from megatron_chatflow.utils.logging import log_notes
 from megatron_chatflow.utils.user_files import dump_yaml, load_yaml
+
+logger = logging.getLogger(__name__)
 
 FILES = "huggingface"
 """Folder of a run directory with the files that are carried along."""
@@ -40,28 +44,25 @@ def convert(
     save: Path,
     tokenizer_folder: Path | None,
     methods: dict[str, str | None],
-    say: Callable[[str], None],
 ) -> None:
     """Convert the folder `load` into the run directory `save`, which must not exist or be empty.
 
     Args:
         load: see `open_folder`, as are `tokenizer_folder` and `methods`.
         save: is there, whole, when this returns; a killed conversion leaves ``SAVE.partial``
-        behind. tokenizer_folder: an extended tokenizer, or None. methods: of new rows. say: prints
-        a line.
+        behind. tokenizer_folder: an extended tokenizer, or None. methods: of new rows.
 
     Raises:
         ConfigError: what is there cannot be converted; nothing has been written.
     """
     check_target(save)
     model = open_folder(load, tokenizer_folder, methods)
-    for note in model.notes:
-        say(note)
+    log_notes(logger, model.notes)
     partial = save.with_name(save.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     folder = iteration_folder(partial, 0)
     folder.mkdir(parents=True)
-    write(folder, model.contents, model.dtypes, _with_progress(model, say))
+    write(folder, model.contents, model.dtypes, _with_progress(model))
     source = {"type": "huggingface", "name": load.name}
     state = {
         "iteration": 0,
@@ -79,14 +80,14 @@ def convert(
     sync_folder(save.parent)
 
 
-def _with_progress(model: Opened, say: Callable[[str], None]) -> Callable[[Piece], torch.Tensor]:
-    layers, told = model.config.model.num_layers, -1
+def _with_progress(model: Opened) -> Callable[[Piece], torch.Tensor]:
+    layers, last_logged = model.config.model.num_layers, -1
 
     def make(piece: Piece) -> torch.Tensor:
-        nonlocal told
-        if piece.layer is not None and piece.layer >= told + max(1, layers // 10):
-            told = piece.layer
-            say(f" layer {piece.layer + 1} of {layers}")
+        nonlocal last_logged
+        if piece.layer is not None and piece.layer >= last_logged + max(1, layers // 10):
+            last_logged = piece.layer
+            logger.info(f" layer {piece.layer + 1} of {layers}")
         return model.tensor(piece)
 
     return make

@@ -424,7 +424,7 @@ def test_what_a_stopped_run_has_done_is_kept_and_the_same_input_and_resume_go_on
     )
     result = run(tmp_path, *flags, "--resume", input=b"".join(lines))
     assert result.returncode == 0, result.stderr
-    assert b"going on with the run" in result.stderr
+    assert b"resuming the run" in result.stderr
     assert IndexedDataset(tmp_path / "out" / "a_text_document").num_tokens == 1000 * b"".join(
         lines
     ).count(b"\n")

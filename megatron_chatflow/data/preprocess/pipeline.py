@@ -8,6 +8,7 @@ final names before everything is written.
 """
 
 import dataclasses
+import logging
 import os
 import time
 from collections import Counter
@@ -63,18 +64,18 @@ _CHECKPOINT_SHARE = 0.02
 Less often where that would take more than this share of the time.
 """
 
+logger = logging.getLogger(__name__)
+
 
 def preprocess(
     settings: PreprocessOptions,
     progress: Callable[[PreprocessProgress], None] = lambda _: None,
-    note: Callable[[str], None] = lambda _: None,
 ) -> PreprocessSummary:
     """Encode the input and write the corpora with their manifests.
 
     Args:
         settings: what to do.
         progress: called about every `log_interval` documents.
-        note: called with each message for the user.
 
     Raises:
         DataError: a setting, an input file or the tokenizer is wrong, or there is an unfinished run
@@ -94,13 +95,13 @@ def preprocess(
     task = settings.task(tokenizer, splitting)
     folder = settings.unfinished()
     with locked_folder(folder):
-        state = _begin(settings, _decides(settings, task, tokenizer, sources), sources, note)
+        state = _begin(settings, _decides(settings, task, tokenizer, sources), sources)
         if (
             splitting is not None
             and splitting.lang in NLTK_LANGUAGES
             and splitting.method != "punkt"
         ):
-            note(_without_punkt(splitting))
+            logger.info(_without_punkt(splitting))
         run = _Run(settings, task, tokenizer, sources, state, progress, start)
         try:
             if not state.whole:
@@ -125,7 +126,6 @@ def _begin(
     settings: PreprocessOptions,
     decides: dict[str, Any],
     sources: list[InputSource],
-    note: Callable[[str], None],
 ) -> ResumeState:
     """Return the state to resume from, or a new one."""
     folder = settings.unfinished()
@@ -137,16 +137,16 @@ def _begin(
             )
         state = load_state(folder, decides)
         documents = next(iter(state.counts.values())).documents
-        note(f"going on with the run in {folder}, which has {documents:,} documents")
+        logger.info(f"resuming the run in {folder}, which has {documents:,} documents")
         for source in sources:
             if source.size is None:
-                note(
+                logger.info(
                     f"{source.name} is read again from its start and compared: the same "
                     f"stream must come again"
                 )
         return state
     if settings.resume:
-        note(
+        logger.info(
             "--resume: there is no unfinished run of this output, so this one starts at the "
             "beginning"
         )

@@ -223,7 +223,7 @@ def test_the_command_killed_at_twenty_random_moments_writes_what_an_uninterrupte
             timeout=300,
             check=True,
         )
-        resumed += b"going on with the run" in result.stderr
+        resumed += b"resuming the run" in result.stderr
         assert written(tmp_path / f"out{turn}") == written(tmp_path / "whole")
     assert resumed > 0
 
@@ -258,7 +258,7 @@ def test_a_resumed_run_says_where_it_goes_on_and_counts_from_there(killed):
     )
     (note,) = notes
     documents = int(note.removesuffix(" documents").rpartition(" ")[2])
-    assert note.startswith("going on with the run in") and seen[0].documents > documents > 90
+    assert note.startswith("resuming the run in") and seen[0].documents > documents > 90
     (manifest,) = summary.corpora.values()
     assert summary.bytes < manifest.bytes == seen[-1].bytes
     assert seen[0].done > 0.5 and seen[-1].done == 1.0
