@@ -11,12 +11,16 @@ if TYPE_CHECKING:
     from megatron_chatflow.curriculum import BlendPlan, load_curriculum
     from megatron_chatflow.data import open_blend
     from megatron_chatflow.tokenizer import load_tokenizer
+    from megatron_chatflow.training.callbacks import Callback
+    from megatron_chatflow.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlendPlan",
+    "Callback",
     "Config",
+    "Trainer",
     "load_curriculum",
     "load_tokenizer",
     "open_blend",
@@ -24,7 +28,9 @@ __all__ = [
 
 _MODULE_OF = {
     "BlendPlan": "curriculum",
+    "Callback": "training.callbacks",
     "Config": "config",
+    "Trainer": "training.trainer",
     "load_curriculum": "curriculum",
     "load_tokenizer": "tokenizer",
     "open_blend": "data",

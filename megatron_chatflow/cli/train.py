@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     """Check everything, then train."""
     launch = read_launch()
     config, _ = parse(parser(), argv, resolve=lambda config, _: resolve(config, launch.world_size))
-    configure_logging(rank=launch.rank)
+    configure_logging(config.logging.log_level, rank=launch.rank)
     from megatron_chatflow.training.trainer import Trainer
 
     trainer = Trainer(config, launch)

@@ -89,7 +89,7 @@ _FIELDS = {
         "override_opt_param_scheduler use_checkpoint_opt_param_scheduler save load "
         "save_interval save_retain_interval most_recent_k async_save exit_on_failed_save "
         "ckpt_step finetune no_load_optim no_save_optim "
-        "exit_on_missing_checkpoint amend_curriculum eval_interval eval_iters log_interval "
+        "exit_on_missing_checkpoint amend_curriculum eval_interval eval_iters log_level log_interval "
         "log_throughput tensorboard_dir tensorboard_log_interval"
     ),
     AtResume.START: "init_method_std use_cpu_initialization",

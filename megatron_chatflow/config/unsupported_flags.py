@@ -100,8 +100,9 @@ _GROUPS: dict[str, str] = {
     "metrics.jsonl, TensorBoard and the console always hold what can be told; drop the flag": (
         "--log-progress --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard "
         "--log-world-size-to-tensorboard --tensorboard-queue-size "
-        "--timing-log-level --timing-log-option --logging-level --no-one-logger"
+        "--timing-log-level --timing-log-option --no-one-logger"
     ),
+    "give --log-level with debug, info, warning or error": "--logging-level",
     "not measured here; drop the flag": (
         "--log-params-norm --log-num-zeros-in-grad --log-max-attention-logit "
         "--log-memory-to-tensorboard --log-memory-interval --log-energy "

@@ -55,7 +55,10 @@ class Callback:
     """
 
     def on_fit_start(self, state: TrainState) -> None:
-        """Called once, before the first iteration."""
+        """Called once, before anything else."""
+
+    def before_first_iteration(self, state: TrainState) -> None:
+        """Called once, after `on_fit_start` of all callbacks: the baseline validation."""
 
     def before_update(self, state: TrainState) -> None:
         """Called before weights or optimizer state change; not for an iteration without a step."""
@@ -91,6 +94,10 @@ class CallbackList(Callback):
     def on_fit_start(self, state: TrainState) -> None:
         for callback in self.members:
             callback.on_fit_start(state)
+
+    def before_first_iteration(self, state: TrainState) -> None:
+        for callback in self.members:
+            callback.before_first_iteration(state)
 
     def before_update(self, state: TrainState) -> None:
         for callback in self.members:

@@ -111,8 +111,12 @@ class StopCallback(Callback):
 
     def on_fit_start(self, state: TrainState) -> None:
         """Agree on whether to begin."""
-        state.exit_reason = self._stop.agreed(state.device)
+        self._agree(state)
 
     def on_step_end(self, state: TrainState, result: IterationResult) -> None:
         """Agree on whether to continue."""
-        state.exit_reason = self._stop.agreed(state.device)
+        self._agree(state)
+
+    def _agree(self, state: TrainState) -> None:
+        reason = self._stop.agreed(state.device)
+        state.exit_reason = reason or state.exit_reason

@@ -50,6 +50,7 @@ def fit(state: TrainState, callbacks: CallbackList) -> bool:
     try:
         update_num_microbatches(state.consumed)
         callbacks.on_fit_start(state)
+        callbacks.before_first_iteration(state)
         while state.exit_reason is None and _next_batch_fits(state):
             result = _run_iteration(state, loader, callbacks)
             callbacks.on_step_end(state, result)

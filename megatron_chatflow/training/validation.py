@@ -31,8 +31,11 @@ class ValidationCallback(Callback):
         self._first_iteration = 0
 
     def on_fit_start(self, state: TrainState) -> None:
-        """Take the baseline of a new run, or a validation that the run before did not complete."""
+        """Note where the run begins."""
         self._first_iteration = state.iteration
+
+    def before_first_iteration(self, state: TrainState) -> None:
+        """Take the baseline of a new run, or a validation that the run before did not complete."""
         due = bool(state.config.validation.eval_interval) and not state.validated
         if due and state.exit_reason is None:
             self._validate(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_chatflow.config.schema.section import Section, path_field
 
@@ -13,6 +14,8 @@ class LoggingSettings(Section):
 
     _intervals = ("log_interval", "tensorboard_log_interval")
 
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lowest level of the messages that are printed; lines of iterations have level info."""
     log_interval: int = 100
     """Iterations between lines on the console."""
     log_throughput: bool = False

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import zstandard
@@ -253,9 +254,8 @@ def test_an_unfinished_run_is_named_with_both_cures_and_left_alone(tmp_path, kil
 
 def test_a_resumed_run_says_where_it_goes_on_and_counts_from_there(killed):
     notes, seen = [], []
-    summary = preprocess(
-        PreprocessOptions(**killed, resume=True, log_interval=1), seen.append, notes.append
-    )
+    with mock.patch.object(module.logger, "info", notes.append):
+        summary = preprocess(PreprocessOptions(**killed, resume=True, log_interval=1), seen.append)
     (note,) = notes
     documents = int(note.removesuffix(" documents").rpartition(" ")[2])
     assert note.startswith("resuming the run in") and seen[0].documents > documents > 90
