@@ -181,9 +181,7 @@ def test_the_phase_is_refused_where_it_cannot_be(
     assert "token_map.json, which tools/extend_tokenizer.py writes" in refused(
         "--train-new-rows-samples", "8"
     )
-    assert "is at the start of a run" in refused(
-        "--load", str(reference), *phase[-4:-1], "1000"
-    )
+    assert "is at the start of a run" in refused("--load", str(reference), *phase[-4:-1], "1000")
     beyond = [{"id": 5000, "pieces": [3], "chars": [1]}]
     for text, part in (
         ("{}", "make the tokenizer with this release's tools"),
