@@ -6,6 +6,7 @@ then whether the data is that of the checkpoint, then the settings, then the cur
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,7 @@ def _check_folders(config: Config, checkpoint: Path | None) -> None:
         )
     if (
         where.save
-        and not (where.load and Path(where.load).resolve() == Path(where.save).resolve())
+        and not (where.load and os.path.realpath(where.load) == os.path.realpath(where.save))
         and complete_iterations(Path(where.save))
     ):
         raise ConfigError(
