@@ -62,6 +62,7 @@ ALLOWED = (
     "end of a sentence",
     "whole number",
     "whole numbers",
+    '"whole"',
 )
 """Exact phrases in which a banned word is right."""
 

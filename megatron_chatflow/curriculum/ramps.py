@@ -155,11 +155,11 @@ def _power(x: np.ndarray, exponent: np.ndarray | float) -> np.ndarray:
     The exponent is taken to 40 binary places.
     """
     exponent = np.broadcast_to(np.asarray(exponent, float), x.shape)
-    whole = np.floor(exponent)
-    fraction, result, base = exponent - whole, np.ones_like(x), x
-    while whole.any():
-        result = np.where(whole % 2 == 1, result * base, result)
-        whole, base = np.floor(whole / 2), base * base
+    integer = np.floor(exponent)
+    fraction, result, base = exponent - integer, np.ones_like(x), x
+    while integer.any():
+        result = np.where(integer % 2 == 1, result * base, result)
+        integer, base = np.floor(integer / 2), base * base
     root = x
     for _ in range(40):
         root, fraction = np.sqrt(root), fraction * 2

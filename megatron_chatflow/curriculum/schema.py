@@ -26,7 +26,7 @@ class Domain:
     max_epochs: float | None = None
     """How often it may be read at most; None: no limit."""
     valid: str | None = None
-    """Prefix of its own validation corpus; then all of `path` is trained on.
+    """Prefix of its separate validation corpus; then all of `path` is trained on.
 
     None: the split cuts `path`.
     """

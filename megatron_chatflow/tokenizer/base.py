@@ -71,7 +71,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def token_bytes(self) -> np.ndarray:
-        """Return how many UTF-8 bytes of text each token stands for.
+        """Return the number of UTF-8 bytes of text of each token.
 
         The sum over `encode(text)` is `len(text.encode())`, except for what the tokenizer itself
         changes: a space it puts before the text, characters it normalizes or does not know. Where

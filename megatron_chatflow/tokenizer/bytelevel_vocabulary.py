@@ -111,10 +111,10 @@ class ByteLevelVocabulary(Vocabulary):
         return [self._tokens_of(text) for text in texts]
 
     def _tokens_of(self, text: bytes) -> list[int]:
-        whole = text.decode(errors="ignore")
-        if whole.encode() != text:
+        decoded = text.decode(errors="ignore")
+        if decoded.encode() != text:
             return self.split([text])[0]
-        words = self._backend.pre_tokenizer.pre_tokenize_str(whole)
+        words = self._backend.pre_tokenizer.pre_tokenize_str(decoded)
         # Spelled bytes of all words, but for a space that the pre-tokenizer puts before the first
         # one.
         spelled = [word for word, _ in words]
@@ -152,7 +152,7 @@ class ByteLevelVocabulary(Vocabulary):
         def allowed(text: bytes) -> bool:
             characters = sum(not _continues(byte) for byte in text)
             new = self._spelled(text) not in self._tokens and text not in added
-            return new and characters <= _LONGEST and _is_whole_or_begins_one(text, target)
+            return new and characters <= _LONGEST and _is_complete_or_begins_one(text, target)
 
         return allowed
 
@@ -220,7 +220,7 @@ class ByteLevelVocabulary(Vocabulary):
 def byte_alphabet() -> list[str]:
     """Return the character by which a byte-level vocabulary spells each byte.
 
-    A byte that is a printable character of Latin-1 stands for itself, the others take the
+    A byte that is a printable character of Latin-1 is spelled as that character, the others take the
     characters from U+0100 on (GPT-2's encoder.py).
     """
     printable = {
@@ -232,7 +232,7 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _is_whole_or_begins_one(text: bytes, target: TargetCharacters) -> bool:
+def _is_complete_or_begins_one(text: bytes, target: TargetCharacters) -> bool:
     """Return whether a text is complete characters, or the first bytes of one.
 
     A space may come before it. Bytes from within characters are in characters of many scripts, and
@@ -244,11 +244,11 @@ def _is_whole_or_begins_one(text: bytes, target: TargetCharacters) -> bool:
     body, latin = text.removeprefix(b" "), target.other_script
     if not body or _continues(body[0]):
         return False
-    whole = body.decode(errors="ignore")
-    rest = body[len(whole.encode()) :]
-    if not whole:
+    complete = body.decode(errors="ignore")
+    rest = body[len(complete.encode()) :]
+    if not complete:
         return rest not in first_bytes(latin)
-    if latin and only_marks(whole):
+    if latin and only_marks(complete):
         return False
     return not rest or rest in first_bytes_inside_words(target.scripts, latin)
 

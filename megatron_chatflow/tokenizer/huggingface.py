@@ -144,7 +144,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._control
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        # The library's `encode` also computes where each token lies in the text, which takes a
+        # The library's `encode` also computes where each token is in the text, which takes a
         # third of the time.
         return [
             encoding.ids
@@ -188,7 +188,7 @@ def load_tokenizer_json(type: str, path: str) -> HuggingFaceTokenizer:
         if declared.get(role) is not None and roles[role] is None:
             raise TokenizerError(
                 f"{type}: {role} {declared[role]!r} is not in the vocabulary of {file}: "
-                f"mend tokenizer_config.json beside it"
+                f"fix tokenizer_config.json in its folder"
             )
     if roles["eos_token"] is None:
         usual = [token for token in _USUAL_ENDS if token in special]
@@ -272,7 +272,7 @@ def _declared_tokens(type: str, folder: str) -> dict[str, str]:
             content = load_json(read_bytes(type, "the file", path))
         except ConfigError as error:
             raise TokenizerError(
-                f"{type}: {path} is not JSON ({error}): mend it or take it away"
+                f"{type}: {path} is not JSON ({error}): fix it or remove it"
             ) from error
         for key, value in content.items():
             text = value.get("content") if isinstance(value, dict) else value
@@ -293,7 +293,7 @@ def _chat_template(type: str, folder: str, declared: Mapping[str, str]) -> str |
         except UnicodeDecodeError as error:
             raise TokenizerError(
                 f"{type}: {path} is not UTF-8 ({error.reason} at byte {error.start}): fix "
-                f"it or take it away"
+                f"it or remove it"
             ) from error
     path = os.path.join(folder, "tokenizer_config.json")
     if "chat_template" in declared or not os.path.exists(path):

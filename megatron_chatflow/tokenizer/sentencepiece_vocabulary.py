@@ -73,7 +73,7 @@ class SentencePieceVocabulary(Vocabulary):
             | np.array(single)
             | np.array([piece.piece == "\u2581" for piece in pieces])
         )
-        self._whole = sentencepiece.SentencePieceProcessor(
+        self._processor = sentencepiece.SentencePieceProcessor(
             model_proto=_with_bytes(self._model).SerializeToString()
         )
         self._bare = sentencepiece.SentencePieceProcessor(
@@ -81,15 +81,15 @@ class SentencePieceVocabulary(Vocabulary):
         )
         self._byte = np.array(
             [
-                self._whole.IdToPiece(i)[3:5] if self._whole.IsByte(i) else "100"
-                for i in range(self._whole.GetPieceSize())
+                self._processor.IdToPiece(i)[3:5] if self._processor.IsByte(i) else "100"
+                for i in range(self._processor.GetPieceSize())
             ]
         )
         self._byte = np.array([int(code, 16) for code in self._byte])
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """See `Vocabulary.encode`."""
-        encoded = self._whole.encode(list(texts), num_threads=len(os.sched_getaffinity(0)))
+        encoded = self._processor.encode(list(texts), num_threads=len(os.sched_getaffinity(0)))
         ids = np.concatenate(
             [np.array(document, np.int32) for document in encoded] or [np.zeros(0, np.int32)]
         )

@@ -13,7 +13,7 @@ from megatron_chatflow.errors import ChatflowError, TokenizerError
 from megatron_chatflow.tokenizer.base import Tokenizer, digest, neighbors, read_bytes
 from megatron_chatflow.utils.user_files import load_json
 
-# The settings that Megatron's TikTokenizer has unless told otherwise.
+# The settings that Megatron's TikTokenizer has by default.
 _PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n"
     r"\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -52,7 +52,7 @@ class TiktokenTokenizer(Tokenizer):
         if not self._num_special + 256 <= size <= self._num_special + len(entries):
             raise TokenizerError(
                 f"{type}: vocab_size {size} does not fit {path}, which has {len(entries)} "
-                f"tokens beside {self._num_special} special ones: "
+                f"tokens in addition to {self._num_special} special ones: "
                 f"give {self._num_special + 256} to {self._num_special + len(entries)}"
             )
         names = [special.get(i, f"<SPECIAL_{i}>") for i in range(self._num_special)]

@@ -95,7 +95,7 @@ class Vocabulary(abc.ABC):
         """Return the vocabulary without some tokens and with new ones.
 
         The new ones merge after all others and in the order given. An id that is removed and not
-        given again stands for nothing; ids never move.
+        given again has no token; ids never move.
         """
 
     @abc.abstractmethod

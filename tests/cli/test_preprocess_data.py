@@ -419,7 +419,7 @@ def test_what_a_stopped_run_has_done_is_kept_and_the_same_input_and_resume_go_on
     result = run(tmp_path, *flags, input=b"")
     assert (
         result.returncode == 2
-        and b"holds an unfinished run of this output: go on from there with --resume, or delete"
+        and b"holds an unfinished run of this output: continue from there with --resume, or delete"
         in result.stderr
     )
     result = run(tmp_path, *flags, "--resume", input=b"".join(lines))

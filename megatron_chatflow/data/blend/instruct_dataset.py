@@ -100,12 +100,12 @@ class InstructDataset(WindowDataset):
 
         Both are int64 [conversations].
         """
-        whole = np.maximum(lengths.astype(np.int64) - 1, 0)
+        entire = np.maximum(lengths.astype(np.int64) - 1, 0)
         kept = positions(lengths, self.seq_length)
         if self.train_on_prompt:
-            return whole, kept
-        trained = self._count_answers(np.arange(len(lengths)), whole)
-        cut = np.flatnonzero(kept < whole)
+            return entire, kept
+        trained = self._count_answers(np.arange(len(lengths)), entire)
+        cut = np.flatnonzero(kept < entire)
         trained_kept = trained.copy()
         trained_kept[cut] = self._count_answers(cut, kept[cut])
         return trained, trained_kept

@@ -24,7 +24,7 @@ class WindowOptions:
     split: str = "969,30,1"
     """Megatron's `--split`, by documents (see `corpus/split.py`).
 
-    It does not cut a domain that has validation files of its own (`valid`): then all of `path` is
+    It does not cut a domain that has its own validation files (`valid`): then all of `path` is
     for training, all of `valid` for validation, and nothing for the test.
     """
     subset: str = "train"

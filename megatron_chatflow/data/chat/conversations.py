@@ -33,8 +33,8 @@ _REFUSED = {
         ("mask", "masked", "loss_mask", "assistant_masks"),
         "say what is trained on with 'weight': 0 or 1",
     ),
-    "train_detail": "parts of an answer are not masked; take it out, or make it a message of "
-    "its own with 'weight': 0",
+    "train_detail": "parts of an answer are not masked; take it out, or make it a "
+    "separate message with 'weight': 0",
     **dict.fromkeys(
         ("image", "images", "audio", "audios", "video", "videos", "documents"),
         "only text is read; take it out",

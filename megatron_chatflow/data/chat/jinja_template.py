@@ -115,7 +115,7 @@ def _by_turns(conversation: Conversation, tokenizer: Tokenizer) -> list[Passage]
             raise MalformedRecord(
                 "the tokenizer's chat template does not render it turn by turn (an earlier "
                 "turn, or what comes before an answer, changes with what "
-                "follows), so prompts and answers cannot be told apart; enclose the answers "
+                "follows), so prompts and answers cannot be distinguished; enclose the answers "
                 "in {% generation %} tags in chat_template.jinja, or give "
                 "conversations of one answer"
             )

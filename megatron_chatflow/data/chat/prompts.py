@@ -54,7 +54,7 @@ def read_prompts(path: str) -> Iterator[tuple[str, Record]]:
             for number, record in each_record(chunk):
                 where = f"{path}, {source.record} {number}"
                 if isinstance(record, MalformedRecord):
-                    raise DataError(f"{where}: {record}; mend it or take it out")
+                    raise DataError(f"{where}: {record}; fix it or take it out")
                 yield where, {"prompt": record["text"]} if source.format == "text" else record
 
 

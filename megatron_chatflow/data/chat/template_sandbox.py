@@ -165,11 +165,8 @@ class _TooMuch(Exception):
 
 def _serve() -> None:
     """Run as the process: read a template, then answer requests."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # they reach the whole group; the end of the input ends this process
+    # They reach the entire process group; the end of the input ends this process.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     import jinja2
     import jinja2.ext
@@ -216,10 +213,8 @@ def _serve() -> None:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    del (
-        environment.filters["random"],
-        environment.globals["lipsum"],
-    )  # a corpus must not depend on chance
+    # A corpus must not depend on chance.
+    del environment.filters["random"], environment.globals["lipsum"]
     marks = re.compile(f"{opening}|{closing}")
 
     def limited(work: Any, size: int) -> dict[str, Any]:

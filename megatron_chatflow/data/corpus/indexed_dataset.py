@@ -131,19 +131,19 @@ class IndexedDataset:
         """
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
-        whole = int(self.sequence_lengths[index])
-        stop = whole if length is None else offset + length
+        size = int(self.sequence_lengths[index])
+        stop = size if length is None else offset + length
         start, extra = divmod(int(self.sequence_pointers[index]), self.dtype.itemsize)
         following = (
             int(self.sequence_pointers[index + 1])
             if index + 1 < self.num_sequences
             else self.num_tokens * self.dtype.itemsize
         )
-        in_order = not self.header.contiguous or following == (start + whole) * self.dtype.itemsize
-        if extra or not (0 <= start <= start + whole <= self.num_tokens and in_order):
+        in_order = not self.header.contiguous or following == (start + size) * self.dtype.itemsize
+        if extra or not (0 <= start <= start + size <= self.num_tokens and in_order):
             self._damaged(f"sequence {index}")
-        if not 0 <= offset <= stop <= whole:
-            raise IndexError(f"tokens {offset} to {stop} of a sequence of {whole}")
+        if not 0 <= offset <= stop <= size:
+            raise IndexError(f"tokens {offset} to {stop} of a sequence of {size}")
         return self.tokens[start + offset : start + stop]
 
     def document(self, index: int) -> np.ndarray:
@@ -163,7 +163,7 @@ class IndexedDataset:
     def token_range(self, begin: int, end: int) -> tuple[int, int]:
         """Return the positions in `tokens` at which the documents `begin` and `end` start.
 
-        `num_documents` stands for the end of the `.bin`. Reads a dozen numbers from the file and
+        `num_documents` is the end of the `.bin`. Reads a dozen numbers from the file and
         maps nothing, so that a thousand corpora can be opened in little memory. Correct for a
         contiguous corpus.
 

@@ -114,9 +114,11 @@ class InputSource:
                 f"--input {path} is a folder: name files, or a pattern such as "
                 f"'{os.path.join(path, '*.jsonl')}'"
             )
-        for suffix, cure in _UNREADABLE.items():
+        for suffix, advice in _UNREADABLE.items():
             if plain_name.endswith(suffix):
-                raise DataError(f"--input {path}: {suffix} files are not read: {cure.format(path)}")
+                raise DataError(
+                    f"--input {path}: {suffix} files are not read: {advice.format(path)}"
+                )
         try:
             status = os.stat(path)
             if stat.S_ISREG(status.st_mode):
@@ -263,7 +265,7 @@ class InputSource:
     def _line_blocks(self, size: int) -> Iterator[bytes | None]:
         """Yield blocks of lines.
 
-        Those of a JSON array are its elements; None stands for one that is longer than the limit.
+        Those of a JSON array are its elements; None is one that is longer than the limit.
         """
         blocks = self._blocks(size)
         begin = b""

@@ -46,7 +46,7 @@ class PreprocessOptions:
         append_eod: end each document with the end-of-document token (chatflow and alpaca do so in
             any case).
         split_sentences: make each sentence a sequence (text).
-        keep_newlines: a sentence keeps the white space that follows it.
+        keep_newlines: sentences keep the white space that follows them.
         shuffle: write the documents in a random order.
         seed: of that order; 1234 when None.
         workers: processes that encode; 1 encodes in this one.

@@ -104,7 +104,7 @@ def preprocess(
             logger.info(_without_punkt(splitting))
         run = _Run(settings, task, tokenizer, sources, state, progress, start)
         try:
-            if not state.whole:
+            if not state.complete:
                 run.write()
         except InputChanged:
             raise
@@ -132,7 +132,7 @@ def _begin(
     if has_state(folder):
         if not settings.resume:
             raise DataError(
-                f"{folder} holds an unfinished run of this output: go on from there with "
+                f"{folder} holds an unfinished run of this output: continue from there with "
                 f"--resume, or delete the folder to start over"
             )
         state = load_state(folder, decides)
@@ -243,7 +243,7 @@ class _Run:
             for files in corpora.values():
                 files.write_index(files.path + ".idx")
                 write_manifest(files.path, self._manifest(files))
-        self.state.whole = True
+        self.state.complete = True
         save_state(self.settings.unfinished(), self.state)
 
     def _encode(self, corpora: dict[str, TokenFiles]) -> None:
@@ -347,7 +347,7 @@ class _Run:
                 "\n".join(self.state.shown)
                 + f"\n{malformed:,} malformed record{'s' * (malformed > 1)}, so nothing was "
                 f"written: "
-                "mend the input, or leave them out with --skip-malformed"
+                "fix the input, or leave them out with --skip-malformed"
             )
         records, most = sum(self.state.records), self.settings.most_malformed()
         if malformed > Fraction(str(most)) * records:

@@ -32,7 +32,7 @@ def all_records(data: bytes, format: str) -> list[Mapping[str, Any]]:
         return [{"text": line} for line in lines if not line.isspace()]
     pairs = list(map(_decode, lines))
     if [end for _, end in pairs] != list(map(len, lines)):
-        raise DataError("a line goes on after its record")
+        raise DataError("a line continues after its record")
     return [record for record, _ in pairs]
 
 

@@ -29,6 +29,8 @@ from megatron_chatflow.utils.files import make_folder, sync_folder, write_atomic
 from megatron_chatflow.utils.user_files import load_json, read_text
 
 _STATE = "state.json"
+_COMPLETE = "whole"
+"""Name of `ResumeState.complete` in the file."""
 
 
 class InputChanged(DataError):
@@ -66,7 +68,7 @@ class ResumeState:
         ignored: of each source, how many records have each key that nothing reads.
         shown: description of the first malformed records.
         counts: what each corpus holds, by its key.
-        whole: whether the corpora are complete, and only need to be moved to their places.
+        complete: whether the corpora are complete, and only need to be moved to their places.
     """
 
     run: dict[str, Any]
@@ -79,7 +81,7 @@ class ResumeState:
     ignored: list[dict[str, int]] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
     counts: dict[str, CorpusCounts] = field(default_factory=dict)
-    whole: bool = False
+    complete: bool = False
 
 
 @contextmanager
@@ -174,6 +176,8 @@ def load_state(folder: str, run: dict[str, Any]) -> ResumeState:
     fix = f"or delete {folder} to start over"
     try:
         content = load_json(read_text(os.path.join(folder, _STATE)))
+        content["complete"] = content[_COMPLETE]
+        del content[_COMPLETE]
         content["place"] = InputPosition(**content["place"])
         content["counts"] = {
             key: CorpusCounts(**counts) for key, counts in content["counts"].items()
@@ -198,7 +202,9 @@ def save_state(folder: str, state: ResumeState) -> None:
 
     What it describes must be on the disk already.
     """
-    text = json.dumps(dataclasses.asdict(state), ensure_ascii=False)
+    content = dataclasses.asdict(state)
+    content[_COMPLETE] = content.pop("complete")
+    text = json.dumps(content, ensure_ascii=False)
     write_atomically(Path(folder, _STATE), text)
 
 

@@ -48,7 +48,7 @@ class SentenceSplitting:
     Attributes:
         lang: the language, in Megatron's words (`english`).
         method: `punkt`, or the name of a rule: `ideographic`, `thai`, `general`.
-        keep_newlines: whether a sentence keeps the white space that follows it; otherwise, the
+        keep_newlines: whether sentences keep the white space that follows them; otherwise, the
             white space between sentences is left out.
     """
 
@@ -76,7 +76,7 @@ def choose_splitting(lang: str, keep_newlines: bool) -> SentenceSplitting:
 def splitter(splitting: SentenceSplitting) -> Callable[[str], list[str]]:
     """Return the function that splits a text into its sentences.
 
-    White space alone is not a sentence.
+    White space alone is left out.
     """
     cuts = _punkt(splitting.lang) if splitting.method == "punkt" else _RULES[splitting.method]
     assert cuts is not None, "the data of NLTK was there when the run began"
@@ -165,7 +165,7 @@ _LONGEST = 20
 def _general(text: str) -> Iterator[int]:
     """Yield cuts at empty lines, and after .!?… and white space unless a small letter follows.
 
-    A full stop does not end a sentence after one letter, one or two digits, a word with a full stop
+    A full stop is no end after one letter, one or two digits, a word with a full stop
     inside, or a common abbreviation.
     """
     for match in _GENERAL.finditer(text):

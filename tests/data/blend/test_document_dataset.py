@@ -79,7 +79,7 @@ def test_json_lines_plain_text_and_packed_files_hold_the_same_documents(tmp_path
 def test_a_record_without_text_is_named_with_file_and_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n{"txt": "b"}\n', encoding="utf-8")
-    with pytest.raises(ChatflowError, match=r"a\.jsonl, line 3: no key 'text'; mend it"):
+    with pytest.raises(ChatflowError, match=r"a\.jsonl, line 3: no key 'text'; fix it"):
         list(read_texts([str(path)]))
     path.write_text('{"text": "a"}\nb\n', encoding="utf-8")
     with pytest.raises(ChatflowError, match=r"a\.jsonl, line 2: not JSON"):

@@ -270,7 +270,7 @@ def test_a_malformed_line_is_named_and_nothing_is_written(run, line, reason):
     named, conclusion = str(error.value).split("\n")
     assert named.startswith(f"bad.jsonl, line 3: {reason}")
     assert conclusion.startswith(
-        "1 malformed record, so nothing was written: mend the input, or leave them out with "
+        "1 malformed record, so nothing was written: fix the input, or leave them out with "
         "--skip-malformed"
     )
     assert not run.folder.exists()
