@@ -160,7 +160,7 @@ def share_at(stages: list[dict[str, Any]], names: list[str], times: np.ndarray) 
 def integrals(
     stages: list[dict[str, Any]], names: list[str], stop: int, steps: int = 4
 ) -> np.ndarray:
-    """The integral of the shares from 0 to 0, 1, ..., stop, by the midpoint rule with so many steps
+    """The integral of the shares from 0 to 0, 1, ..., stop, by the midpoint rule with that many steps
     a sample: [stop + 1, K].
     """
     times = (np.arange(stop * steps) + 0.5) / steps
@@ -176,7 +176,7 @@ def running_counts(domains: np.ndarray, size: int) -> np.ndarray:
 
 
 def assert_counted_up(domains: np.ndarray, ordinals: np.ndarray, given: np.ndarray) -> None:
-    """Each domain's ordinals go on from `given`, one by one."""
+    """Each domain's ordinals continue from `given`, one by one."""
     order = np.argsort(domains, kind="stable")
     found = np.bincount(domains, minlength=len(given))
     first = np.repeat(given - (np.cumsum(found) - found), found)

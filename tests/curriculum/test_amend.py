@@ -1,4 +1,4 @@
-"""Amendments: the past stays, nothing is lost or repeated, and the bound stands."""
+"""Amendments: the past stays, nothing is lost or repeated, and the bound holds."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_the_past_stays_and_the_future_is_what_the_edited_curriculum_says(stages
     ],
 )
 def test_many_amendments_leave_the_bound_standing(size, kind, count):
-    """Domains join and leave; each amendment tells a future that the next one overturns."""
+    """Domains join and leave; each amendment defines a future that the next one overturns."""
     rng, length = np.random.default_rng(size), count * 60
 
     def some(known):
@@ -176,7 +176,7 @@ def test_going_back_to_an_earlier_sample_drops_the_amendments_after_it():
     )
 
 
-def test_amending_at_the_end_and_lengthening_goes_on_from_there():
+def test_amending_at_the_end_and_lengthening_continues_from_there():
     plan = make_plan([{"at": 0, "weights": {"a": 1, "b": 2}}], 90)
     longer = plan.amend(
         at=90, curriculum=make_curriculum([{"at": 0, "weights": {"b": 1}}]), num_samples=120

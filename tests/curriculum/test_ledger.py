@@ -135,14 +135,14 @@ def test_the_first_difference_is_what_a_comparison_one_by_one_finds(stages, edit
     other = (
         plan.amend(at=at, curriculum=make_curriculum(edited)) if at % 3 else make_plan(edited, N)
     )
-    told = [
+    located = [
         [
             (p.domain_names[d], j)
             for d, j in zip(*map(np.ndarray.tolist, p.locate(0, stop)), strict=True)
         ]
         for p in (plan, other)
     ]
-    expected = next((n for n, (a, b) in enumerate(zip(*told, strict=True)) if a != b), None)
+    expected = next((n for n, (a, b) in enumerate(zip(*located, strict=True)) if a != b), None)
     assert plan.first_difference(other, stop) == other.first_difference(plan, stop) == expected
 
 

@@ -14,7 +14,7 @@ from tests.curriculum.cases import quick, weights
 def slowly(
     tree: MergeTree, shares: list[Fraction], owed: list[Fraction], length: int
 ) -> list[tuple[int, int]]:
-    """(domain, ordinal) of the first samples: every node's whole sequence, merged from its
+    """(domain, ordinal) of the first samples: every node's entire sequence, merged from its
     children's by exact due times.
     """
     share, behind, members = (

@@ -1,4 +1,4 @@
-"""The curriculum file: what it means, and one sentence for everything that is wrong in it."""
+"""The curriculum file: what it means, and one message for everything that is wrong in it."""
 
 import os
 import time
@@ -312,13 +312,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("text", "sentence"), WRONG.values(), ids=WRONG.keys())
-def test_what_is_wrong_is_one_sentence_with_file_key_value_and_cure(tmp_path, text, sentence):
+@pytest.mark.parametrize(("text", "part"), WRONG.values(), ids=WRONG.keys())
+def test_an_error_is_one_message_with_file_key_value_and_fix(tmp_path, text, part):
     with pytest.raises(ChatflowError) as caught:
         load(tmp_path, text)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'curriculum.yaml'}: ")
-    assert sentence in message
+    assert part in message
     assert "\n" not in message
 
 
@@ -358,7 +358,7 @@ def test_a_data_path_is_a_constant_curriculum_named_after_its_corpora():
 
 
 @pytest.mark.parametrize(
-    ("pairs", "sentence"),
+    ("pairs", "message"),
     [
         (
             [(1, "x/a_text_document"), (1, "y/a_document")],
@@ -369,10 +369,10 @@ def test_a_data_path_is_a_constant_curriculum_named_after_its_corpora():
         ([], "--data-path: no corpus is given"),
     ],
 )
-def test_a_wrong_data_path_is_refused(pairs, sentence):
+def test_a_wrong_data_path_is_refused(pairs, message):
     with pytest.raises(ChatflowError) as caught:
         constant_curriculum(pairs)
-    assert sentence in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_ten_thousand_stages_are_read_in_time_linear_in_their_number(tmp_path):

@@ -60,7 +60,7 @@ def english_bytes(
     vocab_size: int = 1000, pattern: str | None = None, ignore_merges: bool = False
 ) -> bytes:
     """A byte-level BPE in GPT-2's manner, or split by a pattern as LLaMA-3's; `<|endoftext|>`
-    stands behind the vocabulary, as there.
+    is after the vocabulary, as there.
     """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=ignore_merges))
     before = tokenizers.pre_tokenizers

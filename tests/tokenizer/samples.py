@@ -62,7 +62,7 @@ def sentencepiece_model(**options) -> bytes:
 
 
 def without_space(model: bytes) -> bytes:
-    """A SentencePiece model whose space has no piece of its own any more, but is in other
+    """A SentencePiece model whose space has no separate piece any more, but is in other
     pieces.
     """
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)

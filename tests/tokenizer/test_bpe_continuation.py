@@ -29,7 +29,7 @@ def known(symbol: int) -> bool:
 
 
 def plainly(lists, wanted: int) -> list[tuple[int, int | None]]:
-    """The same by counting everything anew before each merge."""
+    """The same by counting everything again before each merge."""
     lists = [list(run) for run in lists]
     learned: list[tuple[int, int | None]] = []
     while len(learned) < wanted:
@@ -67,7 +67,7 @@ def plainly(lists, wanted: int) -> list[tuple[int, int | None]]:
 
 
 @given(lists=runs, wanted=st.integers(0, 12))
-def test_the_tokens_are_those_of_counting_everything_anew_before_each_merge(lists, wanted):
+def test_the_tokens_are_those_of_counting_everything_again_before_each_merge(lists, wanted):
     learned = continue_merges(as_chunks(lists), letters(), wanted, lambda text: True)
     assert [(token.left, token.right) for token in learned] == plainly(lists, wanted)
 

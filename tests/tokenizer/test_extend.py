@@ -111,7 +111,7 @@ def test_new_tokens_are_old_ones_joined(extended, text):
     assert joined == before.encode(text)
 
 
-def test_the_token_map_tells_what_each_new_token_was(extended):
+def test_the_token_map_has_what_each_new_token_was(extended):
     base, outcome, before, after = extended
     content = json.loads(
         json.dumps(make_token_map("extend", base, outcome.vocabulary.size, outcome.new))
@@ -131,8 +131,8 @@ def test_the_token_map_tells_what_each_new_token_was(extended):
             0 < share <= lengths[i]
             for share, i in zip(entry["chars"], entry["pieces"], strict=True)
         )
-        if (whole := token.text.decode(errors="ignore")).encode() == token.text:
-            assert sum(entry["chars"]) == pytest.approx(len(whole), abs=1e-4)
+        if (decoded := token.text.decode(errors="ignore")).encode() == token.text:
+            assert sum(entry["chars"]) == pytest.approx(len(decoded), abs=1e-4)
 
 
 def test_the_same_text_gives_the_same_bytes_whatever_its_batches(extended, tmp_path):
@@ -146,18 +146,18 @@ def test_characters_alone_are_added_the_most_frequent_first(kind, tmp_path):
     base = bases.open_base(tmp_path, kind)
     outcome = extend(base, bases.corpus(TRAINING), 150, characters=True)
     texts = [token.text for token in outcome.new]
-    whole = [text.decode() for text in texts if text.decode(errors="ignore").encode() == text]
-    assert all(len(text) == 1 for text in whole)
-    counts = [sum(document.count(char) for document in TRAINING) for char in whole]
+    decoded = [text.decode() for text in texts if text.decode(errors="ignore").encode() == text]
+    assert all(len(text) == 1 for text in decoded)
+    counts = [sum(document.count(char) for document in TRAINING) for char in decoded]
     if kind == "sentencepiece":
-        assert len(whole) == 150 and counts == sorted(counts, reverse=True)
+        assert len(decoded) == 150 and counts == sorted(counts, reverse=True)
     else:
         # The others are the bytes that several characters begin with; a character's own count is
         # that of its last merge.
-        assert len(whole) > 70
+        assert len(decoded) > 70
         missing = {
             char for document in TRAINING for char in document if "\u4e00" <= char <= "\u9fff"
-        } - set(whole)
+        } - set(decoded)
         assert max(sum(document.count(char) for document in TRAINING) for char in missing) <= min(
             counts
         )
@@ -226,7 +226,7 @@ def both_files(tmp_path_factory):
 
 @settings(max_examples=100)
 @given(text=SPACED)
-def test_the_tokenizer_json_beside_a_sentencepiece_model_gives_the_same_ids_and_text(
+def test_the_tokenizer_json_next_to_a_sentencepiece_model_gives_the_same_ids_and_text(
     both_files, text
 ):
     model, fast = both_files
@@ -243,7 +243,7 @@ def test_symbols_that_a_model_s_maker_defined_are_in_no_new_token(tmp_path):
     assert not any("中" in token.text.decode() for token in outcome.new)
 
 
-def test_scores_stay_in_order_where_whole_steps_are_too_fine_for_float32(tmp_path):
+def test_scores_stay_in_order_where_integer_steps_are_too_fine_for_float32(tmp_path):
     """LLaMA-2 gives pieces of spaces the score -1e9, next to which float32 holds multiples of 64
     alone.
     """

@@ -111,7 +111,7 @@ def write_json(folder, backend, **files):
     return folder
 
 
-def test_begin_end_and_padding_are_those_that_the_files_beside_it_name(tmp_path):
+def test_begin_end_and_padding_are_those_that_the_files_next_to_it_name(tmp_path):
     backend = samples.byte_level_bpe()
     backend.add_special_tokens(["<a>", "<b>", "<c>", "</s>"])
     config = {"eos_token": {"content": "<a>", "lstrip": False}, "pad_token": None}
@@ -134,7 +134,7 @@ def test_begin_end_and_padding_are_those_that_the_files_beside_it_name(tmp_path)
         (["</s>"], {"eos_token": "<gone>"}, "eos_token '<gone>' is not in the vocabulary"),
     ],
 )
-def test_an_end_token_that_cannot_be_told_is_refused(tmp_path, special, config, message):
+def test_an_ambiguous_end_token_is_refused(tmp_path, special, config, message):
     backend = samples.byte_level_bpe()
     backend.add_special_tokens(special)
     with pytest.raises(ChatflowError) as error:

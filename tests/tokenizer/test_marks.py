@@ -278,7 +278,7 @@ def test_rows_of_tokens_across_marks_come_from_what_the_old_tokenizer_makes(
     outcome = extend(base, bases.corpus([LINES["KHMER"]] * 50), NEW)
     content = make_token_map("extend", base, outcome.vocabulary.size, outcome.new)
     old = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=bases_of_all_kinds / kind)
-    whole = 0
+    count = 0
     for entry, token in zip(content["new"], outcome.new, strict=True):
         assert (
             b"".join(base.text[i] for i in entry["pieces"]) == token.text
@@ -286,10 +286,10 @@ def test_rows_of_tokens_across_marks_come_from_what_the_old_tokenizer_makes(
         )
         text = token.text.decode(errors="ignore")
         if text.encode() == token.text:
-            whole += 1
+            count += 1
             assert entry["pieces"] == old.encode(text)
             assert sum(entry["chars"]) == pytest.approx(len(text), abs=1e-4)
-    assert whole > NEW / 2
+    assert count > NEW / 2
 
 
 def test_old_merges_do_not_decide_the_rows_of_tokens_across_marks(bases_of_all_kinds, tmp_path):

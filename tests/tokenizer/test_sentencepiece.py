@@ -91,7 +91,7 @@ def test_documents_end_with_the_eod_symbol_where_the_model_has_one(tmp_path, sym
     assert tokenizer.fingerprint() != load(path, "Llama2Tokenizer").fingerprint()
 
 
-def test_a_symbol_that_ends_documents_stands_for_no_bytes_even_when_it_is_user_defined(tmp_path):
+def test_a_symbol_that_ends_documents_has_no_bytes_even_when_it_is_user_defined(tmp_path):
     tokenizer = load(
         samples.write_sentencepiece(
             tmp_path / "eod.model", user_defined_symbols=["<eod>"], pad_id=3

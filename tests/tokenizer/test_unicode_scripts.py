@@ -65,7 +65,7 @@ def test_runs_within_characters_are_the_bytes_of_one_character():
 
 
 @given(a=st.characters(), b=st.characters())
-def test_whatever_joins_a_space_stands_behind_it(a, b):
+def test_whatever_joins_a_space_comes_after_it(a, b):
     left, right = (np.array(kinds(char)) for char in (a, b))
     if b in " \u2581":
         assert not joins(left, right)[0]

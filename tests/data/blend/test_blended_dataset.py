@@ -107,10 +107,10 @@ def test_a_range_is_the_same_alone_cut_out_of_a_longer_one_and_by_rows(blend, st
 
 
 def test_single_samples_in_any_order_are_those_of_a_range(blend):
-    whole = blend.read(0, 600)
+    everything = blend.read(0, 600)
     for n in [0, 1, 255, 256, 599, 3, 257, 0]:
         sample = blend[n]
-        for key, value in whole.items():
+        for key, value in everything.items():
             assert np.array_equal(sample[key], value[n])
             assert sample[key].dtype == value.dtype
 
@@ -156,7 +156,7 @@ def test_provenance_names_the_documents_of_a_sample(blend):
         json.dumps(where)
 
 
-def test_what_lies_outside_the_plan_is_refused(blend):
+def test_a_sample_outside_the_plan_is_refused(blend):
     for ask in (
         lambda: blend[len(blend)],
         lambda: blend[-1],
@@ -197,13 +197,13 @@ def test_a_pickled_blend_reads_the_same(blend):
 def test_the_order_does_not_depend_on_the_order_of_the_file_or_the_other_domains(paths):
     curriculum = make_curriculum(paths)
     backwards = make_curriculum(dict(reversed(paths.items())), weights=dict.fromkeys(paths, 1.0))
-    whole, turned = (
+    everything, turned = (
         open_blend(c, make_plan(c), seq_length=SEQ, seed=5) for c in (curriculum, backwards)
     )
     for name in paths:
         ordinals = np.arange(30)
         assert np.array_equal(
-            whole.domains[name].read(ordinals)["tokens"],
+            everything.domains[name].read(ordinals)["tokens"],
             turned.domains[name].read(ordinals)["tokens"],
         )
 

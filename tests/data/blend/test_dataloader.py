@@ -43,14 +43,15 @@ def test_the_ranks_together_read_each_sample_once_in_megatrons_order(
     blend, size, micro, number, start
 ):
     gbs = size * micro * number
-    whole = blend.read(start, start + gbs)
+    everything = blend.read(start, start + gbs)
     seen = []
     for rank in range(size):
         with make_loader(blend, micro, rank, size) as loader:
             batches = loader.iteration(start, gbs)
         first = [(m * size + rank) * micro for m in range(number)]
         assert_same(
-            batches, [{key: value[f : f + micro] for key, value in whole.items()} for f in first]
+            batches,
+            [{key: value[f : f + micro] for key, value in everything.items()} for f in first],
         )
         seen += [n for f in first for n in range(f, f + micro)]
     assert sorted(seen) == list(range(gbs))
@@ -67,10 +68,13 @@ def test_whatever_is_asked_for_is_what_comes(blend, requests):
     with make_loader(blend) as loader:
         for jump, size in requests:
             start, gbs = start if jump is None else jump, size or gbs
-            whole = blend.read(start, start + gbs)
+            everything = blend.read(start, start + gbs)
             assert_same(
                 loader.iteration(start, gbs),
-                [{key: value[f : f + 2] for key, value in whole.items()} for f in range(0, gbs, 2)],
+                [
+                    {key: value[f : f + 2] for key, value in everything.items()}
+                    for f in range(0, gbs, 2)
+                ],
             )
             start = min(start + gbs, SAMPLES - 8)
 

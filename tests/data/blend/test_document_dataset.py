@@ -1,4 +1,4 @@
-"""Whole documents in windows, against a slow reading; and the files they come from."""
+"""Complete documents in windows, against a slow reader; and the files they come from."""
 
 import gzip
 import json
@@ -52,7 +52,7 @@ def test_every_byte_is_a_label_once_and_follows_what_comes_before_it_in_its_docu
     assert (documents.num_documents, documents.num_changed) == (len(texts), 0)
 
 
-def test_padding_is_a_segment_of_its_own():
+def test_padding_is_a_separate_segment():
     batch = DocumentDataset(["ab", "c"], TOKENIZER, start=TOKENIZER.eod, seq_length=8).read_window(
         np.array([0])
     )

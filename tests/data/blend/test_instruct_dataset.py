@@ -108,9 +108,10 @@ def test_only_conversations_without_loss_change_the_packing(write_numbered):
         kept.packing.starts, mixed.packing.starts
     )
     assert mixed.truncation == Truncation(42, 2, 0, 164, 4)
-    whole = open_chats(write_numbered, trained + beyond, 32, train_on_prompt=True)
+    all_trained = open_chats(write_numbered, trained + beyond, 32, train_on_prompt=True)
     assert (
-        sorted(whole.packing.order.tolist()) == list(range(42)) and whole.truncation.left_out == 0
+        sorted(all_trained.packing.order.tolist()) == list(range(42))
+        and all_trained.truncation.left_out == 0
     )
 
 

@@ -175,11 +175,11 @@ def test_what_only_a_tokenizers_template_can_write_is_refused_by_ours(template, 
 
 def test_the_refusal_names_file_line_and_what_to_do(tmp_path, capsys):
     modes(tmp_path, {"messages": messages("a", "b")}, {"messages": WITH_TOOLS}, code=1)
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
         "a.jsonl, line 2: message 1 has 'tool_calls', which only a tokenizer's own chat "
         "template can write: use --template tokenizer"
-    ) in told
+    ) in message
 
 
 def test_every_form_gives_the_same_conversation():

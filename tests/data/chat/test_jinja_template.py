@@ -138,7 +138,7 @@ def test_the_ids_are_those_of_transformers(folder, template):
     assert [i for _, ids in ours[:-1] for i in ids] == asked
 
 
-def test_a_file_beside_the_tokenizer_may_hold_the_template(folder):
+def test_a_file_next_to_the_tokenizer_may_hold_the_template(folder):
     try:
         (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
         assert load(folder, None).chat_template == CHATML

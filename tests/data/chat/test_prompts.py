@@ -46,15 +46,15 @@ def test_a_prompt_is_what_preprocess_writes_before_the_last_answer(template, tmp
     asked = [{"messages": CHAT[:-1]}, records[1], {"prompt": "Say it."}]
     for number, record in enumerate(asked):
         last = int(corpus.document_indices[number + 1]) - 1
-        whole = corpus.document(number).tolist()
+        complete = corpus.document(number).tolist()
         answer = int(corpus.sequence_lengths[last])
         assert corpus.sequence_modes[last] == 0
         prompt = chat_prompt(record, template, PIECES)
-        assert prompt.ids == whole[:-answer]
+        assert prompt.ids == complete[:-answer]
         if prompt.end_text:
-            assert PIECES.decode(whole[-answer:]).endswith(prompt.end_text)
+            assert PIECES.decode(complete[-answer:]).endswith(prompt.end_text)
         else:
-            assert whole[-1] in prompt.end_ids
+            assert complete[-1] in prompt.end_ids
     capsys.readouterr()
 
 

@@ -133,9 +133,9 @@ def outcome(read, *arguments):
 
 
 @pytest.fixture(scope="module", params=["text", "instruct"])
-def sound(request, tmp_path_factory):
-    """(kind, content of the files, what is read of them whole and of a part)."""
-    folder = tmp_path_factory.mktemp("sound")
+def intact(request, tmp_path_factory):
+    """(kind, content of the files, what is read of all of them and of a part)."""
+    folder = tmp_path_factory.mktemp("intact")
     content = write(folder, request.param)
     return (
         request.param,
@@ -165,9 +165,9 @@ def undetectable_part(content):
 @settings(max_examples=150)
 @given(DAMAGES, st.booleans())
 def test_a_damaged_index_is_refused_or_the_tokens_are_those_that_were_written(
-    sound, tmp_path_factory, damage, manifest
+    intact, tmp_path_factory, damage, manifest
 ):
-    kind, content, whole, part, documents = sound
+    kind, content, everything, part, documents = intact
     folder = damaged(tmp_path_factory, content, ".idx", damage, manifest)
     changed = [
         i
@@ -180,7 +180,7 @@ def test_a_damaged_index_is_refused_or_the_tokens_are_those_that_were_written(
     # A boundary that moved to another sequence is as valid as any, and so is an answer that became
     # a prompt (a conversation without an answer is left out): the index alone does not show it.
     if kind == "text" or not undetectable:
-        assert outcome(read_all, folder, kind) in (None, whole)
+        assert outcome(read_all, folder, kind) in (None, everything)
     if not undetectable:
         assert outcome(read_all, folder, kind, "80,15,5") in (None, part)
         assert outcome(read_documents, folder, kind) in (None, documents)
@@ -193,14 +193,14 @@ def test_a_damaged_index_is_refused_or_the_tokens_are_those_that_were_written(
 @settings(max_examples=60)
 @given(DAMAGES, st.booleans())
 def test_a_damaged_bin_is_refused_when_its_size_changed_and_found_by_verify_in_any_case(
-    sound, tmp_path_factory, damage, manifest
+    intact, tmp_path_factory, damage, manifest
 ):
-    kind, content, whole, _, _ = sound
+    kind, content, everything, _, _ = intact
     folder = damaged(tmp_path_factory, content, ".bin", damage, manifest)
     found = outcome(read_all, folder, kind)
     assert (found is None) == (damage.content is None)
     if damage.apply(content[".bin"]) == content[".bin"]:
-        assert found == whole
+        assert found == everything
     elif manifest:
         assert outcome(faults, folder) != []
 
@@ -208,9 +208,9 @@ def test_a_damaged_bin_is_refused_when_its_size_changed_and_found_by_verify_in_a
 @settings(max_examples=60)
 @given(DAMAGES)
 def test_a_damaged_manifest_is_refused_or_the_tokens_are_those_that_were_written(
-    sound, tmp_path_factory, damage
+    intact, tmp_path_factory, damage
 ):
-    kind, content, whole, _, _ = sound
+    kind, content, everything, _, _ = intact
     folder = damaged(tmp_path_factory, content, ".json", damage, manifest=True)
-    assert outcome(read_all, folder, kind) in (None, whole)
+    assert outcome(read_all, folder, kind) in (None, everything)
     outcome(faults, folder)

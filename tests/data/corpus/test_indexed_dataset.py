@@ -246,20 +246,20 @@ def test_a_missing_file_is_named(corpus, suffix):
     assert_refused(corpus, f"a{suffix} does not exist")
 
 
-def test_a_prefix_with_its_ending_gets_the_cure(corpus):
+def test_a_prefix_with_its_ending_gets_the_fix(corpus):
     assert_refused(corpus + ".bin", f"write {corpus},")
 
 
 def test_a_file_cut_anywhere_is_refused(corpus):
     for suffix in (".bin", ".idx"):
         with open(corpus + suffix, "rb") as file:
-            whole = file.read()
-        for length in range(len(whole)):
+            stored = file.read()
+        for length in range(len(stored)):
             with open(corpus + suffix, "wb") as file:
-                file.write(whole[:length])
+                file.write(stored[:length])
             assert_refused(corpus)
         with open(corpus + suffix, "wb") as file:
-            file.write(whole)
+            file.write(stored)
     assert IndexedDataset(corpus).num_tokens == 6
 
 
@@ -317,7 +317,7 @@ def test_a_dataset_is_pickled_as_its_path(corpus):
     assert pickle.loads(pickle.dumps(dataset)).document(1).tolist() == [4, 5, 6]
 
 
-def test_the_fingerprint_tells_the_content_and_not_the_place(corpus, tmp_path):
+def test_the_fingerprint_is_of_the_content_and_not_of_the_place(corpus, tmp_path):
     fingerprint = IndexedDataset(corpus).fingerprint()
     for suffix in (".bin", ".idx"):
         shutil.copy(corpus + suffix, tmp_path / f"b{suffix}")
@@ -392,7 +392,7 @@ def test_documents_that_cannot_be_stored_at_once_are_refused(
         builder.add_documents(*map(np.array, arguments))
 
 
-def test_own_documents_and_whole_corpora_can_be_mixed(tmp_path, write_corpus):
+def test_own_documents_and_entire_corpora_can_be_mixed(tmp_path, write_corpus):
     other = write_corpus([[[4], [5]], [[6]]], dtype=np.uint16)
     with IndexedDatasetBuilder(tmp_path / "a", np.uint16) as builder:
         builder.add_document([1, 2], [1, 1])

@@ -1,4 +1,4 @@
-"""The manifest beside a corpus."""
+"""The manifest of a corpus."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The slow check of a whole corpus."""
+"""The slow check of an entire corpus."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ LENGTHS = st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size
 
 @given(LENGTHS)
 @settings(max_examples=30)
-def test_a_sound_corpus_has_no_fault(write_numbered, lengths):
+def test_a_valid_corpus_has_no_error(write_numbered, lengths):
     assert verify(write_numbered(lengths)) == []
     assert (
         verify(
@@ -45,7 +45,7 @@ def change(prefix, suffix, offset, value):
         (".bin", 8, struct.pack("<i", 90), "token 2 is 90, outside the vocabulary of 50"),
     ],
 )
-def test_each_fault_is_found_and_named(write_numbered, suffix, offset, value, named):
+def test_each_error_is_found_and_named(write_numbered, suffix, offset, value, named):
     prefix = write_numbered([[3, 4], [5]], [[1, 0], [0]])
     dataset = IndexedDataset(prefix)
     write_manifest(
@@ -63,8 +63,8 @@ def test_each_fault_is_found_and_named(write_numbered, suffix, offset, value, na
     )
     assert verify(prefix) == []
     change(prefix, suffix, offset, value)
-    (fault,) = verify(prefix)
-    assert named in fault and prefix in fault
+    (error,) = verify(prefix)
+    assert named in error and prefix in error
 
 
 def test_a_corpus_is_checked_in_pieces_as_at_once(write_numbered, monkeypatch):

@@ -118,7 +118,7 @@ def test_a_shuffled_corpus_depends_on_the_seed_and_not_on_the_workers(run):
     assert json.loads(first["x_text_document.json"])["sources"][0]["shuffled"] == 1234
 
 
-def test_conversations_stay_whole_and_keys_stay_together(run, tmp_path):
+def test_conversations_stay_complete_and_keys_stay_together(run, tmp_path):
     run(
         [{"instruction": f"{i}", "output": f"{i}"} for i in range(50)],
         kind="instruct",

@@ -36,7 +36,7 @@ NOISE = bytes(i * i * 7 % 251 for i in range(5000))
     size=st.integers(1, 40),
     suffix=st.sampled_from(sorted(COMPRESSIONS)),
 )
-def test_chunks_are_whole_lines_with_their_numbers_in_order(tmp_path, lines, size, suffix):
+def test_chunks_are_complete_lines_with_their_numbers_in_order(tmp_path, lines, size, suffix):
     content = b"\n".join(lines)
     if content[:2] == b"\x1f\x8b" or is_array(content.removeprefix(b"\xef\xbb\xbf")):
         return
@@ -98,7 +98,7 @@ def test_a_damaged_compressed_file_is_refused(tmp_path, suffix, damage):
         ("a.txt.zst", "text"),
     ],
 )
-def test_the_name_tells_the_format_unless_it_is_given(tmp_path, name, format):
+def test_the_format_follows_from_the_name_unless_it_is_given(tmp_path, name, format):
     (tmp_path / name).touch()
     assert InputSource(str(tmp_path / name)).format == format
     assert {InputSource(str(tmp_path / name), given).format for given in ("jsonl", "text")} == {
@@ -144,7 +144,7 @@ def test_patterns_give_their_files_by_name_and_everything_else_keeps_its_place(t
         ("a.tar.gz", r"\.tar files are not read: unpack it first"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_the_cure(tmp_path, name, message):
+def test_an_unreadable_input_is_refused_with_the_fix(tmp_path, name, message):
     for existing in ("a.parquet", "a.jsonl.xz", "a.tar.gz"):
         (tmp_path / existing).write_bytes(NOISE)
     with pytest.raises(ChatflowError, match=message):
@@ -154,7 +154,7 @@ def test_what_cannot_be_read_is_refused_with_the_cure(tmp_path, name, message):
 @pytest.mark.parametrize(
     ("name", "library"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")]
 )
-def test_a_missing_library_is_one_sentence_with_the_cure(tmp_path, monkeypatch, name, library):
+def test_a_missing_library_is_one_message_with_the_fix(tmp_path, monkeypatch, name, library):
     (tmp_path / name).touch()
     monkeypatch.setitem(__import__("sys").modules, library, None)
     with pytest.raises(ChatflowError, match=rf"{name}.*: pip install {library}, or "):
@@ -345,7 +345,7 @@ print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def _read_elsewhere(path, limit: int) -> tuple[int, int]:
-    """Read a file in a process of its own; returns records and kB of memory."""
+    """Read a file in a separate process; returns records and kB of memory."""
     command = [sys.executable, "-c", BOMB, path, str(limit)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     output = subprocess.run(

@@ -90,7 +90,7 @@ def test_an_array_that_does_not_end_in_an_element_beyond_the_limit_is_refused(si
     ],
 )
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_an_array_whose_elements_cannot_be_told_apart_is_refused(text, part, size):
+def test_an_array_whose_elements_cannot_be_separated_is_refused(text, part, size):
     with pytest.raises(BrokenArray, match=part):
         list(lines(iter([b"[", *cut(text.encode()[1:], size)]), 1 << 30))
 

@@ -386,7 +386,7 @@ def test_records_beyond_the_limit_are_left_out_and_counted_with_skip_malformed(r
     assert (source["malformed"], source["too_long"]) == (summary.malformed, 2)
 
 
-def test_an_older_corpus_stays_until_a_new_one_is_whole(run):
+def test_an_older_corpus_stays_until_a_new_one_is_complete(run):
     run({"a.jsonl": [{"text": "old"}]})
     before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
     with pytest.raises(MalformedInput):
@@ -502,7 +502,7 @@ def test_an_output_prefix_needs_a_name(tmp_path):
         preprocess(settings)
 
 
-def test_progress_tells_documents_bytes_and_the_share_that_is_done(tmp_path):
+def test_progress_reports_documents_bytes_and_the_share_that_is_done(tmp_path):
     Path(tmp_path / "a.jsonl").write_text(
         "\n".join(json.dumps({"text": "x" * 1000}) for _ in range(1000))
     )

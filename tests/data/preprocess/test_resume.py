@@ -104,7 +104,7 @@ def inputs(folder):
 
 @pytest.fixture
 def settings(tmp_path):
-    """Settings of a run over `inputs`; `output` tells where."""
+    """Settings of a run over `inputs`; `output` is where."""
 
     def make(output, **options):
         given = {
@@ -239,12 +239,12 @@ def killed(tmp_path, settings, small_chunks):
     return given
 
 
-def test_an_unfinished_run_is_named_with_both_cures_and_left_alone(tmp_path, killed):
+def test_an_unfinished_run_is_named_with_both_fixes_and_left_alone(tmp_path, killed):
     before = written(tmp_path / "out")
     with pytest.raises(
         ChatflowError,
         match=(
-            r"unfinished holds an unfinished run .*: go on .* with --resume, or delete the "
+            r"unfinished holds an unfinished run .*: continue .* with --resume, or delete the "
             r"folder to start over"
         ),
     ):
@@ -252,7 +252,7 @@ def test_an_unfinished_run_is_named_with_both_cures_and_left_alone(tmp_path, kil
     assert written(tmp_path / "out") == before
 
 
-def test_a_resumed_run_says_where_it_goes_on_and_counts_from_there(killed):
+def test_a_resumed_run_says_where_it_continues_and_counts_from_there(killed):
     notes, seen = [], []
     with mock.patch.object(module.logger, "info", notes.append):
         summary = preprocess(PreprocessOptions(**killed, resume=True, log_interval=1), seen.append)
@@ -326,7 +326,7 @@ def test_inputs_that_were_only_touched_are_read_again_and_accepted(tmp_path, set
     assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
-def test_a_damaged_state_is_refused_with_the_cure(tmp_path, killed):
+def test_a_damaged_state_is_refused_with_the_fix(tmp_path, killed):
     state = tmp_path / "out" / "x_text_document.unfinished" / "state.json"
     for content in (b"", b"{}", b"\xff", state.read_bytes()[:-5]):
         state.write_bytes(content)
