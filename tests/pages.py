@@ -1,9 +1,9 @@
 """The commands of README.md and docs/*.md: read from the pages, and run on small files.
 
 A command is a line of an indented block that begins with a program of `PROGRAMS`, with the lines
-that a backslash or an open quote continues. To run it, the words of `SMALLER` are replaced, and
-`/shared` is a folder of the walk. What cannot run is in `NOT_RUN`, with the reason; the flags of
-these commands are checked like those of all others.
+that a backslash or an open quote continues. Before it runs, the words of `SMALLER` are replaced,
+and `/shared` becomes a folder of the test. `NOT_RUN` has the commands that cannot run, with the
+reason; their flags are checked like those of all others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SMALLER = {
     "--new-tokens 8000": "--new-tokens 300",
     "--workers 8": "--workers 1",
     "--new-tokens 1000": "--new-tokens 100",
-    "run.yaml --curriculum curriculum.yaml --world-size 512": "run.yaml --curriculum curriculum.yaml --world-size 8",
+    "curriculum.yaml --world-size 512": "curriculum.yaml --world-size 8",
     "--world-size 128": "--world-size 8",
     "--world-size 64 ": "--world-size 8 ",
     "--iteration 57": "--iteration 3",
@@ -41,7 +41,7 @@ NOT_RUN = {
 
 
 def command_lines(page: str) -> list[str]:
-    """The commands of a page in order, without comments, each on one line."""
+    """Return the commands of a page in order, without comments, each on one line."""
     lines = iter((ROOT / page).read_text(encoding="utf-8").splitlines())
     found = []
     for line in lines:
@@ -55,19 +55,19 @@ def command_lines(page: str) -> list[str]:
 
 
 def why_not_run(command: str) -> str | None:
-    """The reason for which a command is not run; None where it is."""
+    """Return the reason for not running a command; None if it runs."""
     return next((reason for rule, reason in NOT_RUN.items() if re.fullmatch(rule, command)), None)
 
 
 def smaller(command: str) -> str:
-    """The command on small files."""
+    """Return the command on small files."""
     for words, fewer in SMALLER.items():
         command = command.replace(words, fewer)
     return command
 
 
 def program_and_flags(command: str) -> tuple[list[str], list[str]] | None:
-    """The words that start a program of this project, and the flags given to it; else None."""
+    """Return the words of a command of this project and its flags; None for other programs."""
     words = shlex.split(command)
     if "--" in words:
         words = words[: words.index("--")]
@@ -75,7 +75,8 @@ def program_and_flags(command: str) -> tuple[list[str], list[str]] | None:
         words = ["chatflow", *words[words.index("megatron_chatflow") + 1 :]]
     if "chatflow" in words:
         at = words.index("chatflow")
-        start, rest = words[at : at + 2], words[at + 2 :]
+        length = 3 if words[at + 1 :][:1] in (["corpus"], ["tokenizer"]) else 2
+        start, rest = words[at : at + length], words[at + length :]
     elif words[0] == "python" and words[1].startswith("tools/"):
         start, rest = words[:2], words[2:]
     else:

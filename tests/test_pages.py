@@ -1,6 +1,4 @@
-"""Every command of README.md and docs/ has flags that exist, and those that can run do, in
-order.
-"""
+"""Every command of README.md and docs/ has flags that exist, and runs, in the order of the pages."""
 
 from __future__ import annotations
 
@@ -24,10 +22,10 @@ CASES = [(page, line) for page in pages.PAGES for line in pages.command_lines(pa
 
 @cache
 def help_of(*start: str) -> str:
-    program = [sys.executable, *start[1:]]
+    program, flag = [sys.executable, *start[1:]], "--help"
     if start[0] == "chatflow":
-        program[1:1] = ["-m", "megatron_chatflow"]
-    done = subprocess.run([*program, "--help"], cwd=pages.ROOT, capture_output=True, text=True)
+        program[1:1], flag = ["-m", "megatron_chatflow"], "--help-all"
+    done = subprocess.run([*program, flag], cwd=pages.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -50,7 +48,7 @@ def test_commands_are_shell_and_their_flags_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("rule", pages.NOT_RUN)
-def test_no_reason_not_to_run_is_left_over(rule: str) -> None:
+def test_every_reason_not_to_run_is_used(rule: str) -> None:
     assert any(re.fullmatch(rule, line) for _, line in CASES)
 
 
@@ -64,7 +62,7 @@ SIZES = {
 
 
 class Walk:
-    """A folder in which the commands of pages are run one after the other."""
+    """A folder in which the commands of pages run one after the other."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -73,7 +71,7 @@ class Walk:
 
     @classmethod
     def of_files(cls, folder: Path) -> Walk:
-        """A walk in `folder`, with the files that README.md says a user has."""
+        """Make a walk in `folder`, with the files that README.md assumes a user has."""
         from tests.conversion.models import build
 
         build(folder / "SmolLM2-135M", "llama3")
@@ -88,7 +86,7 @@ class Walk:
         (folder / "curriculum.yaml").write_text(block.group(), encoding="utf-8")
         programs = folder / "bin"
         programs.mkdir()
-        # sbatch belongs to the cluster: here it reads the script as bash does, and gives a number.
+        # sbatch belongs to the cluster: here it checks the syntax of the script and prints a number.
         for name, script in {
             "chatflow": f'exec {sys.executable} -m megatron_chatflow "$@"',
             "python": f'exec {sys.executable} "$@"',
@@ -100,7 +98,7 @@ class Walk:
         return cls(folder)
 
     def run(self, command: str) -> str:
-        """Run one command; returns what it prints."""
+        """Run one command and return its output."""
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
         environment = os.environ | {
             "PATH": path,
@@ -119,7 +117,7 @@ class Walk:
         return done.stdout
 
     def prepare(self, command: str) -> None:
-        """Write what a command needs and the page says nothing of."""
+        """Write the files that a command needs and the page does not mention."""
         if "--config run.yaml" in command and not (self.folder / "run.yaml").exists():
             model = yaml.safe_load(
                 (self.folder / "runs/base/config.yaml").read_text(encoding="utf-8")
@@ -142,7 +140,7 @@ class Walk:
                     )
 
     def run_page(self, page: str) -> list[str]:
-        """Run the commands of a page in order; returns those that ran."""
+        """Run the commands of a page in order and return those that ran."""
         commands = [
             pages.smaller(line) for line in pages.command_lines(page) if not pages.why_not_run(line)
         ]
@@ -155,13 +153,13 @@ class Walk:
         return commands
 
     def evaluation_of_the_base(self) -> dict[str, dict[str, float]]:
-        """The losses on the run's validation sets of the model that it began with."""
+        """Return the losses of the run's first model on the run's validation sets."""
         return json.loads(
             self.run("chatflow evaluate --load runs/zh --reference runs/base --json")
         )["reference"]["validation"]
 
     def add_files_of_the_docs(self) -> None:
-        """The files that the pages of docs/ name and the README's walk has not made."""
+        """Write the files that the pages of docs/ name and the README's walk does not make."""
         folder, data = self.folder, sample.QUICKSTART / "data"
         for language in ("en", "zh"):
             with gzip.open(folder / f"{language}.jsonl.gz", "wb") as file:
