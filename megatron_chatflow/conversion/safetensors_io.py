@@ -54,7 +54,7 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
 
 def check_target(folder: Path) -> None:
     """Refuse to write where something is."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--save-dir {folder} is there already; give a new folder")
 
 

@@ -76,7 +76,7 @@ def _convert(sample: Path, folder: Path) -> Any:
 
 def _extend(sample: Path, folder: Path) -> Any:
     words = ["--input", str(QUICKSTART / "data" / "zh.jsonl"), "--new-tokens", "4"]
-    return tokenizer.main([*TOKENIZER, *words, "--output", str(folder / "extended")])
+    return tokenizer.extend_main([*TOKENIZER, *words, "--output", str(folder / "extended")])
 
 
 COMMANDS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
@@ -176,10 +176,10 @@ PATH_FLAGS: dict[str, Callable[[Path, str, Path], Any]] = {
     "convert --load-dir": lambda s, p, f: convert.main(
         ["--load-dir", p, "--save-dir", str(f / "o")]
     ),
-    "extend --input": lambda s, p, f: tokenizer.main(
+    "extend --input": lambda s, p, f: tokenizer.extend_main(
         [*TOKENIZER, "--input", p, "--new-tokens", "4", "--output", str(f / "o")]
     ),
-    "extend --tokenizer-model": lambda s, p, f: tokenizer.main(
+    "extend --tokenizer-model": lambda s, p, f: tokenizer.extend_main(
         [*TOKENIZER[:3], p, "--input", str(QUICKSTART / "data" / "zh.jsonl")]
         + ["--new-tokens", "4", "--output", str(f / "o")]
     ),
