@@ -274,6 +274,8 @@ def _declared_tokens(type: str, folder: str) -> dict[str, str]:
             raise TokenizerError(
                 f"{type}: {path} is not JSON ({error}): fix it or remove it"
             ) from error
+        if not isinstance(content, dict):
+            raise TokenizerError(f"{type}: {path} holds no JSON object: copy the file again")
         for key, value in content.items():
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str):
