@@ -47,9 +47,8 @@ def make(way: str) -> Callable[[], object]:
     import torch
 
     from megatron_chatflow.data.chat.prompts import Prompt
-    from megatron_chatflow.evaluation.generate import generate
-    from megatron_chatflow.evaluation.model_session import Session
-    from megatron_chatflow.evaluation.sampling import Sampling
+    from megatron_chatflow.evaluation.decoding import Sampling, decode
+    from megatron_chatflow.evaluation.model_session import ModelSession
     from megatron_chatflow.model.gpt import build_model
     from megatron_chatflow.tokenizer import load_tokenizer
 
@@ -58,10 +57,10 @@ def make(way: str) -> Callable[[], object]:
         chunk.eval()
     device = torch.device("cpu")
     if task == "generation":
-        session = Session(trainer.config, VOCAB, "local", model, device)
+        session = ModelSession(trainer.config, VOCAB, "local", model, device)
         tokenizer = load_tokenizer("NullTokenizer", vocab_size=VOCAB - 1)
         prompt = Prompt({}, list(range(PROMPT)), frozenset())
-        return lambda: generate(session, tokenizer, [prompt], NEW, Sampling())
+        return lambda: decode(session, tokenizer, [prompt], NEW, Sampling())
     return lambda: trainer.evaluate(model)
 
 

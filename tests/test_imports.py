@@ -21,8 +21,8 @@ LAYERS = (
     {"model"},
     {"checkpoint"},
     {"training"},
-    {"evaluation"},
     {"conversion"},
+    {"evaluation"},
     {"cli", "__main__"},
 )
 """A package imports from itself and from lower layers only."""

@@ -12,12 +12,38 @@ from typing import Any
 
 from megatron_chatflow.checkpoint import integrity, lineage
 from megatron_chatflow.checkpoint.lineage import Lineage, listed
-from megatron_chatflow.errors import ChatflowError, CheckpointError
+from megatron_chatflow.config import load_values
+from megatron_chatflow.config.schema import ParallelSettings
+from megatron_chatflow.errors import ChatflowError, CheckpointError, ConfigError
 from megatron_chatflow.utils.files import write_atomically
 from megatron_chatflow.utils.user_files import load_json, read_text
 
 POINTER = "latest_checkpointed_iteration.txt"
 METRICS = "metrics.jsonl"
+
+
+def read_settings(run: str | Path, *, keep_layout: bool = True) -> dict[str, Any]:
+    """Return {setting: value} of a run directory's config.yaml, over which flags are laid.
+
+    Args:
+        run: The run directory (what was --save).
+        keep_layout: False leaves out how the run was laid out over processes; its checkpoint loads
+            into any layout.
+
+    Raises:
+        ConfigError: The folder has no config.yaml, or it cannot be read.
+    """
+    path = Path(run) / "config.yaml"
+    if not os.path.isfile(path):  # also False for a path that is too long
+        raise ConfigError(
+            f"{run} is not a run directory: it has no config.yaml; give the folder that was "
+            f"--save of a run"
+        )
+    values = load_values(path)
+    if not keep_layout:
+        for name in ParallelSettings.__dataclass_fields__:
+            values.pop(name, None)
+    return values
 
 
 def iteration_folder(run: Path, iteration: int) -> Path:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_chatflow.cli.common import install_engine, prefixed_errors
-from megatron_chatflow.cli.model_source import (
-    add_use_ema,
-    find_source,
-    parse_with_source,
-    settings_alone,
-)
-from megatron_chatflow.config import CommandParser, Config, make_parser
-from megatron_chatflow.distributed.launch import Launch, read_launch
+from megatron_chatflow.cli.model_source import add_use_ema, parse_with_source
+from megatron_chatflow.config import CommandParser, make_parser
+from megatron_chatflow.distributed.launch import read_launch
+from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report import console
-from megatron_chatflow.report.evaluation_table import changes, comparison_lines
+from megatron_chatflow.report.evaluation_table import comparison_lines
 from megatron_chatflow.utils.logging import configure_logging
+
+if TYPE_CHECKING:
+    from megatron_chatflow.evaluation.evaluate import Evaluation
 
 EPILOG = """examples:
   {call} --load runs/zh
@@ -38,97 +36,66 @@ exit codes: 0 evaluated, 2 the settings cannot be used
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print loss, perplexity and bits per byte of each validation set, or of raw text."""
+    """Print loss, perplexity and bits per byte of a checkpoint on held-out text."""
     launch = read_launch()
     source, config, args = parse_with_source(parser(), argv, launch.world_size)
     configure_logging(rank=launch.rank, stream="stderr")
-    from megatron_chatflow.evaluation.eval_data import (
-        corpora,
-        raw_text,
-        read_named_texts,
-        same_corpora,
-    )
+    from megatron_chatflow.evaluation.evaluate import evaluate_source
 
-    subjects = [source.subject(config, launch.world_size, args.average_checkpoints, args.use_ema)]
-    texts = read_named_texts(args.text)
-    materials = [
-        raw_text(subjects[0], texts, args.document_start) if texts else corpora(subjects[0].config)
-    ]
-    if args.reference:
-        with prefixed_errors(f"reference {args.reference}: "):
-            subjects.append(_find_reference(args.reference, subjects[0].config, launch))
-            other = (
-                raw_text(subjects[1], texts, args.document_start)
-                if texts
-                else same_corpora(materials[0], subjects[1].config)
-            )
-            materials.append(other)
-    install_engine()
-    from megatron_chatflow.evaluation.evaluate import measure
-    from megatron_chatflow.evaluation.model_session import open_model, open_process_groups
-    from megatron_chatflow.training.metrics import by_domain, loss_values
-
-    most = (
-        None
-        if texts
-        else config.validation.eval_iters * subjects[0].config.training.global_batch_size
+    result = evaluate_source(
+        source,
+        config,
+        texts=_named_texts(args.text),
+        document_start=args.document_start,
+        reference=args.reference,
+        average_checkpoints=args.average_checkpoints,
+        use_ema=args.use_ema,
     )
-    measured: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    with open_process_groups(subjects[0].config, launch) as device:
-        for subject, material in zip(subjects, materials, strict=True):
-            session = open_model(subject, material.vocab_size, device)
-            sums = measure(session, material.sources, material.token_bytes, most)
-            values = {
-                name: row
-                for name, row in by_domain(tuple(material.sources), sums).items()
-                if row["tokens"]
-            }
-            measured.append((values, loss_values(sums[: material.domains].sum(0))))
-            del session
-    if launch.rank == 0:
-        same_tokens = (
-            len({material.tokenizer and material.tokenizer.fingerprint() for material in materials})
-            == 1
-        )
-        change = (
-            changes(measured[0][0], measured[1][0], same_tokens=same_tokens)
-            if args.reference
-            else {}
-        )
-        if args.json:
-            measured_model, *reference = [
-                {
-                    "checkpoint": subject.name,
-                    "iteration": subject.iteration,
-                    "validation": values,
-                    "notes": material.notes,
-                }
-                for subject, material, (values, _) in zip(
-                    subjects, materials, measured, strict=True
-                )
-            ]
-            console.say(
-                json.dumps(
-                    measured_model
-                    | ({"reference": reference[0], "change": change} if reference else {}),
-                    ensure_ascii=False,
-                )
-            )
-        else:
-            for subject, material, (values, total) in zip(
-                subjects, materials, measured, strict=True
-            ):
-                for line in (
-                    subject.name,
-                    *material.notes,
-                    *console.validation_lines(subject.iteration, values, total),
-                ):
-                    console.say(line)
-            if args.reference:
-                console.say("against the reference (above 0%: worse than it)")
-                for line in comparison_lines(measured[0][0], measured[1][0], change):
-                    console.say(line)
+    if launch.rank == 0 and args.json:
+        console.say(json.dumps(_record(result), ensure_ascii=False))
+    elif launch.rank == 0:
+        _print_tables(result)
     return 0
+
+
+def _named_texts(words: Sequence[str]) -> dict[str, str]:
+    """Return {name: file} of ``NAME=FILE`` words."""
+    texts: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(
+                f"text {word!r} does not say what it is called; write --text NAME=FILE, "
+                f"e.g. --text zh=held_out.jsonl"
+            )
+        if name in texts:
+            raise ConfigError(f"text {name} is given twice; give each file a different name")
+        texts[name] = path
+    return texts
+
+
+def _record(result: Evaluation) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "checkpoint": result.checkpoint,
+        "iteration": result.iteration,
+        "validation": result.validation,
+        "notes": result.notes,
+    }
+    if result.reference is not None:
+        record |= {"reference": _record(result.reference), "change": result.change}
+    return record
+
+
+def _print_tables(result: Evaluation) -> None:
+    for model in (result, result.reference):
+        if model is not None:
+            rows = console.validation_lines(model.iteration, model.validation, model.total)
+            for line in (model.checkpoint, *model.notes, *rows):
+                console.say(line)
+    if result.reference is not None:
+        console.say("against the reference (above 0%: worse than it)")
+        for line in comparison_lines(result.validation, result.reference.validation, result.change):
+            console.say(line)
 
 
 def parser() -> CommandParser:
@@ -180,16 +147,3 @@ def parser() -> CommandParser:
 def _check(args: argparse.Namespace) -> Iterator[str]:
     if args.document_start and not args.text:
         yield ("--document-start has no effect without raw text; drop it or give --text NAME=FILE")
-
-
-def _find_reference(path: str, config: Config, launch: Launch) -> Any:
-    """Return the model at `path`, with the processes and windows of `config`.
-
-    `path` is ``RUN``, ``RUN/iter_0000100`` or a Hugging Face folder.
-    """
-    from megatron_chatflow.evaluation.eval_model import laid_out_as, split_reference
-
-    folder, step = split_reference(path)
-    source = find_source(str(folder))
-    reference = settings_alone(source).replace(load=str(folder), ckpt_step=step)
-    return source.subject(laid_out_as(reference, config), launch.world_size)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_chatflow.cli.common import run_values
+from megatron_chatflow.checkpoint.run_directory import read_settings
 from megatron_chatflow.config import CommandParser, Config, make_parser, parse, resolve_data
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report import console
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     config, args = parse(
         reader,
         argv,
-        run_values(run) if run else None,
+        read_settings(run) if run else None,
         resolve=lambda config, _: resolve_data(config),
     )
     from megatron_chatflow.data import BlendedDataset

@@ -7,7 +7,7 @@ from megatron_chatflow.config.derived import (
     padded_vocab_size,
     total_samples,
 )
-from megatron_chatflow.config.loader import load_values, make_parser, parse, to_yaml
+from megatron_chatflow.config.loader import load_values, make_config, make_parser, parse, to_yaml
 from megatron_chatflow.config.schema import Config, DataConfig, ModelConfig, ResolvedConfig
 from megatron_chatflow.config.validate import resolve, resolve_data, resolve_model
 
@@ -19,6 +19,7 @@ __all__ = [
     "ResolvedConfig",
     "Schedule",
     "load_values",
+    "make_config",
     "make_parser",
     "nearest",
     "pad_vocab_size",

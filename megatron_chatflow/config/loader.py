@@ -303,6 +303,24 @@ def parse(
     return resolved, args
 
 
+def make_config(settings: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Config:
+    """Return the configuration of `settings` ({field: value}) over those of `base`.
+
+    Raises:
+        ConfigErrors: names of `settings` are unknown, or values are of the wrong kind.
+    """
+    values, classes, errors = dict(base or {}), dict(sections()), ErrorCollector()
+    for name, value in settings.items():
+        if name not in section_of():
+            errors.add(f"unknown setting {name!r}{nearest(name, section_of())}")
+            continue
+        cls = classes[section_of()[name]]
+        with errors.collect():
+            values[name] = _absolute(name, convert(name, value, cls), cls, Path.cwd())
+    errors.raise_all()
+    return Config().replace(**values)
+
+
 def _settings_in(message: str) -> set[str]:
     """Return the settings that a message names: its first word, flags, and names with a _."""
     words = re.findall(r"^\w+|\w+_\w+|--[\w-]+", message)

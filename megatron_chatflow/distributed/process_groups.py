@@ -35,6 +35,12 @@ def hide_engine_warnings() -> None:
         warnings.filterwarnings("ignore", module=module)
 
 
+def install_engine() -> None:
+    """Make megatron-core usable on this machine; call it before the first import of megatron."""
+    hide_engine_warnings()
+    cuda_shim.install()
+
+
 def device(local_rank: int) -> torch.device:
     """The device of this process."""
     return cuda_shim.CPU if cuda_shim.is_needed() else torch.device("cuda", local_rank)

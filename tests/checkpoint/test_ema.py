@@ -132,21 +132,20 @@ def load_mean_and_save(run: Path, target: Path, flags: list[str]) -> None:
     model then holds.
     """
     from megatron_chatflow.checkpoint import state_dict
-    from megatron_chatflow.checkpoint.run_directory import find_checkpoint
-    from megatron_chatflow.cli.common import run_values
+    from megatron_chatflow.checkpoint.run_directory import find_checkpoint, read_settings
     from megatron_chatflow.config import make_parser, parse
     from megatron_chatflow.distributed.launch import read_launch
-    from megatron_chatflow.evaluation.eval_model import find_subject
+    from megatron_chatflow.evaluation.eval_model import resolve_run_model
     from megatron_chatflow.evaluation.model_session import open_model, open_process_groups
     from megatron_chatflow.training.data_setup import open_inputs
 
     config, _ = parse(
-        make_parser("test", ""), ["--load", str(run), *flags], run_values(run, keep_layout=False)
+        make_parser("test", ""), ["--load", str(run), *flags], read_settings(run, keep_layout=False)
     )
     launch = read_launch()
-    subject = find_subject(config, launch.world_size)
-    with open_process_groups(subject.config, launch) as device:
-        session = open_model(subject, open_inputs(subject.config).vocab_size, device)
+    eval_model = resolve_run_model(config, launch.world_size)
+    with open_process_groups(eval_model.config, launch) as device:
+        session = open_model(eval_model, open_inputs(eval_model.config).vocab_size, device)
         state_dict.load_average(find_checkpoint(run, None), session.model)
         state_dict.save(target, 1, session.model, None, {})
 

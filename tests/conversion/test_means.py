@@ -26,17 +26,18 @@ def load_and_save(run: Path, target: Path, words: list[str]) -> None:
     run of its own.
     """
     from megatron_chatflow.checkpoint import state_dict
-    from megatron_chatflow.cli.evaluate import _parser
+    from megatron_chatflow.cli.evaluate import parser
     from megatron_chatflow.cli.model_source import parse_with_source
     from megatron_chatflow.distributed.launch import read_launch
     from megatron_chatflow.evaluation.model_session import open_model, open_process_groups
     from megatron_chatflow.training.data_setup import open_tokenizer
 
     launch = read_launch()
-    source, config, args = parse_with_source(_parser(), ["--load", str(run), *words])
-    subject = source.subject(config, launch.world_size, args.average_checkpoints, args.use_ema)
-    with open_process_groups(subject.config, launch) as device:
-        session = open_model(subject, open_tokenizer(config)[1], device)
+    words = ["--load", str(run), *words]
+    source, config, args = parse_with_source(parser(), words, launch.world_size)
+    model = source.resolve(config, launch.world_size, args.average_checkpoints, args.use_ema)
+    with open_process_groups(model.config, launch) as device:
+        session = open_model(model, open_tokenizer(config)[1], device)
         state_dict.save(target, 1, session.model, None, {})
     shutil.copyfile(run / "config.yaml", target / "config.yaml")
 

@@ -4,6 +4,7 @@ averaged checkpoints.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -135,6 +136,29 @@ def test_the_table_has_a_line_for_each_domain(pool: Pool, reference: Path) -> No
     table = out[out.index("against the reference") :].splitlines()
     assert [line.split()[0] for line in table[2:]] == ["en", "zh", "en-zh", "instruct"]
     assert all(line.count("%") == 2 for line in table[2:])
+
+
+def test_the_function_returns_what_the_command_prints(
+    pool: Pool, reference: Path, files: dict[str, Path]
+) -> None:
+    step = str(reference / "iter_0000010")
+    words = ["--load", str(reference), "--reference", step, "--micro-batch-size", "3"]
+    printed = _evaluate(pool, 1, *words, *_flags(files))
+    call = {"texts": files, "reference": step, "settings": {"micro_batch_size": 3}}
+    returned = pool.run(2, _call, str(reference), call)
+    for result in returned:
+        assert result["total"].keys() == {"loss", "ppl", "bits_per_byte", "tokens"}
+        assert result["reference"]["iteration"] == 10
+        assert result["change"].keys() == printed["change"].keys()
+        for name, values in printed["validation"].items():
+            assert result["validation"][name] == pytest.approx(values, rel=1e-6)
+    assert returned[0] == returned[1]
+
+
+def _call(load: str, call: dict[str, Any]) -> dict[str, Any]:
+    from megatron_chatflow.evaluation.evaluate import evaluate
+
+    return dataclasses.asdict(evaluate(load, **call))
 
 
 @pytest.mark.slow
@@ -315,7 +339,7 @@ REFUSED = {
     ),
     "a start without text": (
         ["--document-start", "eod"],
-        "document_start has no effect without raw text; drop",
+        "--document-start has no effect without raw text; drop",
     ),
     "a reference that is no run": (
         ["--reference", "/nowhere"],

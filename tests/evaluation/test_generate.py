@@ -36,15 +36,14 @@ def _without_cache(run: str) -> list[list[int]]:
 def _with_cache(run: str, flags: list[str], together: int) -> list[list[int]]:
     def body(session: Any, tokenizer: Any) -> list[list[int]]:
         from megatron_chatflow.data.chat.prompts import text_prompt
-        from megatron_chatflow.evaluation.generate import generate
-        from megatron_chatflow.evaluation.sampling import Sampling
+        from megatron_chatflow.evaluation.decoding import Sampling, decode
 
         prompts = [text_prompt({"prompt": text}, tokenizer) for text in TEXTS]
         batches = [prompts[at : at + together] for at in range(0, len(prompts), together)]
         return [
             more.ids
             for batch in batches
-            for more in generate(session, tokenizer, batch, NEW, Sampling())
+            for more in decode(session, tokenizer, batch, NEW, Sampling())
         ]
 
     return opened(run, flags, 1, body)
@@ -120,6 +119,24 @@ def test_the_command_prints_each_prompt_with_what_follows(
     assert [line["prompt"] for line in told] == TEXTS
     assert [line["continuation"]["tokens"] for line in told] == [len(ids) for ids in expected]
     assert err.startswith("4 prompts, ") and "a second)" in err
+
+
+def _call(load: str, prompts: list[str], call: dict[str, Any]) -> list[str]:
+    from megatron_chatflow.evaluation.generate import generate
+
+    return generate(load, prompts, **call)
+
+
+def test_the_function_returns_what_the_command_prints(pool: Pool, reference: Path) -> None:
+    words = ["--max-new-tokens", "5", "--temperature", "0.8", "--seed", "7"]
+    call = {"max_new_tokens": 5, "temperature": 0.8, "settings": {"seed": 7}}
+    prompts = [word for text in TEXTS for word in ("--prompt", text)]
+    ((code, out, err),) = pool.run(
+        1, command, "generate", "--load", str(reference), *prompts, *words
+    )
+    assert code == 0, err
+    (texts,) = pool.run(1, _call, str(reference), TEXTS, call)
+    assert "".join(text + "\n" for text in texts) == out
 
 
 def test_sampling_is_a_function_of_the_seed_and_the_same_under_pipeline_parallelism(
@@ -215,27 +232,30 @@ REFUSED = {
         ["--prompt", "a", "--use-ema"],
         "holds no running mean of the weights: it was trained without --ema-decay",
     ),
-    "no prompt": ([], "there is no prompt; give --prompt TEXT or --prompt-file FILE"),
-    "an empty prompt": (["--prompt", ""], "prompt '': the prompt is empty; mend it"),
+    "no prompt": ([], "--prompt is missing; give --prompt TEXT or --prompt-file FILE"),
+    "an empty prompt": (
+        ["--prompt", ""],
+        "prompt '': the prompt is empty; correct it or remove it",
+    ),
     "a prompt as long as the model": (
         ["--prompt", "word " * 200],
-        "the model is made for 64 with the answer; shorten it, or raise",
+        "the model takes 64 with the answer; shorten it, or raise",
     ),
     "top-k without temperature": (
         ["--prompt", "a", "--top-k", "5"],
-        "have no effect on greedy generation; add --temperature",
+        "--top-k and --top-p have no effect on greedy generation; add --temperature",
     ),
     "top-p out of range": (
         ["--prompt", "a", "--temperature", "1", "--top-p", "1.5"],
-        "top_p is 1.5; give --top-p a number above 0 and up to 1",
+        "--top-p: '1.5' is not a number above 0 and up to 1",
     ),
     "a negative temperature": (
         ["--prompt", "a", "--temperature", "-1"],
-        "temperature is -1.0; give --temperature a number from 0 up",
+        "--temperature: '-1' is not a number from 0 up",
     ),
     "an unknown template": (
         ["--prompt", "a", "--chat", "vicuna"],
-        "chat 'vicuna' is no template; write one of chatflow, alpaca, chatml, tokenizer",
+        "chat: 'vicuna' is not a template; write one of chatflow, alpaca, chatml, tokenizer",
     ),
     "a template that the tokenizer lacks": (
         ["--prompt", "a", "--chat", "tokenizer"],
@@ -243,12 +263,12 @@ REFUSED = {
     ),
     "a start under a template": (
         ["--prompt", "a", "--document-start", "eod", "--chat"],
-        "document_start has no effect with a chat template",
+        "--document-start has no effect with a chat template",
     ),
     "a missing prompt file": (["--prompt-file", "/nowhere.txt"], "/nowhere.txt cannot be read"),
     "a virtual pipeline": (
         ["--prompt", "a", "--num-layers-per-virtual-pipeline-stage", "1"],
-        "is for training only; drop",
+        "chatflow generate does not read this setting (train, preflight, submit do); drop",
     ),
 }
 

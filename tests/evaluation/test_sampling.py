@@ -33,7 +33,7 @@ def test_top_k_and_top_p_keep_what_their_definitions_keep(
 ) -> None:
     import torch
 
-    from megatron_chatflow.evaluation.sampling import likely
+    from megatron_chatflow.evaluation.decoding import likely
 
     ours = likely(torch.tensor([logits], dtype=torch.float64), top_k, top_p)[0].tolist()
     theirs = slow(logits, top_k, top_p)
@@ -43,7 +43,7 @@ def test_top_k_and_top_p_keep_what_their_definitions_keep(
 def test_draws_follow_the_probabilities_and_the_seed() -> None:
     import torch
 
-    from megatron_chatflow.evaluation.sampling import Sampling, choose
+    from megatron_chatflow.evaluation.decoding import Sampling, choose
 
     logits = torch.tensor([[0.0, math.log(2.0), math.log(5.0), -1.0]])
     sampling = Sampling(temperature=1.0, top_k=3, seed=5)
@@ -59,7 +59,7 @@ def test_draws_follow_the_probabilities_and_the_seed() -> None:
 
 
 def test_each_prompt_has_random_numbers_of_its_own() -> None:
-    from megatron_chatflow.evaluation.sampling import Sampling
+    from megatron_chatflow.evaluation.decoding import Sampling
 
     seeds = {
         Sampling(seed=seed).generator(number).initial_seed()
@@ -72,7 +72,7 @@ def test_each_prompt_has_random_numbers_of_its_own() -> None:
 def test_greedy_takes_the_likeliest() -> None:
     import torch
 
-    from megatron_chatflow.evaluation.sampling import Sampling, choose
+    from megatron_chatflow.evaluation.decoding import Sampling, choose
 
     logits = torch.tensor([[0.0, 3.0, 2.0], [4.0, 3.0, 2.0]])
     assert choose(logits, Sampling(), []) == [1, 0]
