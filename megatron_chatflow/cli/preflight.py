@@ -26,7 +26,13 @@ from megatron_chatflow.config.arguments import positive_float, positive_int
 from megatron_chatflow.config.schema import PrecisionSettings
 from megatron_chatflow.errors import ChatflowError, ConfigError, messages_of
 from megatron_chatflow.planner.batches import bubble, micro_batches
-from megatron_chatflow.planner.memory import GIB, RESERVE, checkpoint_bytes, cures, stage_memory
+from megatron_chatflow.planner.memory import (
+    GIB,
+    RESERVE,
+    checkpoint_bytes,
+    memory_advice,
+    stage_memory,
+)
 from megatron_chatflow.planner.parameters import Layout, layout_of
 from megatron_chatflow.report import console
 from megatron_chatflow.report.preflight_table import preflight_table
@@ -356,4 +362,6 @@ def _fit(config: Config, result: dict[str, Any]) -> tuple[str, list[str]]:
     if needed <= room:
         return "fits", [reason]
     activations = (fullest["activations"] + fullest["logits"]) / fullest["total"]
-    return "does not fit", [f"{reason}; {cures(config, result['layout']['data'], activations)}"]
+    return "does not fit", [
+        f"{reason}; {memory_advice(config, result['layout']['data'], activations)}"
+    ]

@@ -1,5 +1,7 @@
-"""Portable attention: megatron-core's core_attention in blocks (`blocked_attention`) or over
-torch's scaled_dot_product_attention.
+"""Portable attention: megatron-core's core_attention without Transformer Engine.
+
+It is computed in blocks (`blocked_attention`), or by torch's scaled_dot_product_attention with
+dropout and for generation with a cache.
 """
 
 from __future__ import annotations
@@ -17,9 +19,7 @@ from megatron_chatflow.model.blocked_attention import attention
 
 
 class PortableAttention(MegatronModule):
-    """Causal attention of grouped queries; the constructor's contract is megatron-core's
-    `core_attention`.
-    """
+    """Causal grouped-query attention, built as megatron-core builds `core_attention`."""
 
     def __init__(
         self,
@@ -31,7 +31,9 @@ class PortableAttention(MegatronModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
-        self.softmax_scale = softmax_scale or config.kv_channels**-0.5
+        # TransformerConfig fills in kv_channels.
+        width = config.kv_channels
+        self.softmax_scale = softmax_scale or width**-0.5  # pyright: ignore[reportOptionalOperand]
 
     def forward(
         self,
@@ -43,11 +45,17 @@ class PortableAttention(MegatronModule):
         packed_seq_params: None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """query [s, b, heads, d]; key, value [t, b, groups, d]; attention_mask None (causal) or
-        bool [b, 1, s, t], True where attention is forbidden.
+        """Return the attention output, [s, b, heads x d].
 
-        Returns [s, b, heads x d]. One query against t > 1 keys (generation with a cache) sees all
-        of them.
+        One query against t > 1 keys (generation with a cache) attends to all of them.
+
+        Args:
+            query: [s, b, heads, d].
+            key: [t, b, groups, d].
+            value: likewise.
+            attention_mask: None (causal) or bool [b, 1, s, t], True where attention is forbidden.
+            packed_seq_params: always None.
+            kwargs: other arguments of megatron-core.
         """
         assert packed_seq_params is None, (
             "packed windows reach the portable attention as a mask (model/segments.py)"
@@ -57,12 +65,14 @@ class PortableAttention(MegatronModule):
             return attention(query, key, value, attention_mask, self.softmax_scale).reshape(
                 *query.shape[:2], -1
             )
+        # [s, b, n, d] -> [b, n, s, d], the layout of scaled_dot_product_attention.
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask = None if attention_mask is None else ~attention_mask
         if uses_float32(q, k, v):
             q, k, v = q.float(), k.float(), v.float()
         fork = (
-            get_cuda_rng_tracker().fork()
+            # megatron-core annotates the tracker as None.
+            get_cuda_rng_tracker().fork()  # pyright: ignore[reportOptionalMemberAccess]
             if dropout and not self.config.sequence_parallel
             else contextlib.nullcontext()
         )

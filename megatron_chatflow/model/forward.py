@@ -1,11 +1,9 @@
-"""One micro-batch through the model: the forward step that megatron-core's schedules call, and the
-sums it leaves behind.
-"""
+"""The forward step that megatron-core's schedules call, and the sums that it returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +15,11 @@ from megatron_chatflow.model.segments import attention_arguments
 from megatron_chatflow.tokenizer import TokenBytes
 
 SUMS = 3
-"""Columns of the sums of a domain: loss in nats, trained-on tokens, UTF-8 bytes that those tokens
-stand for.
-"""
+"""Columns of the sums of a domain: loss in nats, trained-on tokens, their UTF-8 bytes."""
 
 
 def to_tensors(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """The arrays of a micro-batch as tensors on the device of this rank."""
+    """Return the arrays of a micro-batch as tensors on the device of this rank."""
     return {
         name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in batch.items()
     }
@@ -32,16 +28,16 @@ def to_tensors(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[st
 def label_bytes(
     batch: Mapping[str, torch.Tensor], table: torch.Tensor, byte_space: tuple[int, int, int] | None
 ) -> torch.Tensor:
-    """Int64 [b, s]: UTF-8 bytes of text that each label stands for; the last byte piece of a space
-    counts -1, so that all three add up to 1.
+    """Return the UTF-8 bytes of text that each label represents, int64 [b, s].
 
-    Where a window or a piece of a document in it begins at the second of the three, its label is
-    the third only if the character is a space or another whose last two bytes are those of U+2581
-    (such as U+1581 or U+4581); it is taken for a space. Everything else is exact.
+    The last byte piece of a space counts -1, so that all three add up to 1. Where a window or a
+    piece of a document in it begins at the second of the three, its label is the third only if the
+    character is a space or another whose last two bytes are those of U+2581 (such as U+1581 or
+    U+4581); it is taken for a space. Everything else is exact.
 
     Args:
         batch: tokens, labels and segment_ids: [b, s].
-        table: int64 [vocabulary], bytes of each token by itself.
+        table: int64 [vocabulary], bytes of each token on its own.
         byte_space: see `TokenBytes`.
     """
     tokens, labels, segments = batch["tokens"], batch["labels"], batch["segment_ids"]
@@ -49,6 +45,7 @@ def label_bytes(
     if byte_space is None:
         return lengths
     first, second, third = byte_space
+    # [b, s]: the label is the last of the three byte pieces.
     ends = (labels == third) & (tokens == second)
     ends[:, 1:] &= (tokens[:, :-1] == first) | (segments[:, 1:] != segments[:, :-1])
     return lengths.masked_fill(ends, -1)
@@ -57,8 +54,7 @@ def label_bytes(
 def domain_sums(
     losses: torch.Tensor, batch: Mapping[str, torch.Tensor], num_domains: int, lengths: torch.Tensor
 ) -> torch.Tensor:
-    """Float64 [num_domains, SUMS]: per domain the summed loss, the tokens it was summed over and
-    their UTF-8 bytes.
+    """Return the sums of each domain, float64 [num_domains, SUMS].
 
     Args:
         losses: [b, s], nats of each position.
@@ -66,7 +62,8 @@ def domain_sums(
         num_domains: rows of the result.
         lengths: [b, s], bytes of each label.
     """
-    mask = batch["loss_mask"].double()
+    mask = batch["loss_mask"].double()  # [b, s]
+    # Sum over the positions of each window, [b, SUMS], then over the windows of each domain.
     sums = torch.stack(
         [(losses.double() * mask).sum(1), mask.sum(1), (lengths * mask).sum(1)], dim=1
     )
@@ -78,7 +75,7 @@ def domain_sums(
 def make_forward_step(
     num_domains: int, token_bytes: TokenBytes, transformer_engine: bool, device: torch.device
 ) -> Callable[[Iterator[Any], MegatronModule], Any]:
-    """The function that megatron-core's forward_backward_func calls for each micro-batch.
+    """Return the function that megatron-core's schedules call for each micro-batch.
 
     It returns the loss as (sum over tokens, number of tokens, {"sums": `domain_sums`});
     megatron-core divides the gradients by the tokens of the global batch
@@ -90,7 +87,7 @@ def make_forward_step(
         batch = next(iterator)
         extra = attention_arguments(batch["segment_ids"], transformer_engine)
         tokens, positions, labels = batch["tokens"], batch["position_ids"], batch["labels"]
-        if transformer_engine:  # packed sequences come as one row
+        if transformer_engine:  # [b, s] -> [1, b x s]: packed sequences are one row
             tokens, positions, labels = (t.reshape(1, -1) for t in (tokens, positions, labels))
         output = model(
             tokens,
@@ -114,15 +111,20 @@ def make_forward_step(
     return forward_step
 
 
+class ScheduleShape(NamedTuple):
+    """Shape of the activations that the pipeline schedule sends."""
+
+    seq_length: int
+    micro_batch_size: int
+
+
 def schedule_shape(
     seq_length: int, micro_batch_size: int, transformer_engine: bool
-) -> dict[str, int]:
-    """seq_length and micro_batch_size as the pipeline schedule must know them: packed sequences
-    travel as one long row.
-    """
+) -> ScheduleShape:
+    """Return the shape for the pipeline schedule: packed sequences are sent as one long row."""
     if transformer_engine:
-        return {"seq_length": seq_length * micro_batch_size, "micro_batch_size": 1}
-    return {"seq_length": seq_length, "micro_batch_size": micro_batch_size}
+        return ScheduleShape(seq_length * micro_batch_size, 1)
+    return ScheduleShape(seq_length, micro_batch_size)
 
 
 def run_schedule(
@@ -130,34 +132,38 @@ def run_schedule(
     model: list[MegatronModule],
     micro_batches: Iterable[Mapping[str, np.ndarray]],
     num_microbatches: int,
-    shape: Mapping[str, int],
+    shape: ScheduleShape,
     device: torch.device,
     *,
     forward_only: bool,
 ) -> list[dict[str, torch.Tensor]]:
-    """megatron-core's pipeline schedule over the micro-batches of this rank; what the last stage's
-    loss function returned.
+    """Run megatron-core's pipeline schedule over the micro-batches of this rank.
+
+    Returns what the loss function of the last stage returned, per micro-batch.
     """
     if len(model) == 1:
         data: Any = (to_tensors(batch, device) for batch in micro_batches)
     else:  # every model chunk reads all micro-batches
         batches = [to_tensors(batch, device) for batch in micro_batches]
         data = [iter(batches) for _ in model]
+    chunks: list[torch.nn.Module] = [*model]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=data,
-        model=model if len(model) > 1 else model[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
         forward_only=forward_only,
-        **shape,
+        seq_length=shape.seq_length,
+        micro_batch_size=shape.micro_batch_size,
     )
 
 
 def reduce_sums(
     store: list[dict[str, torch.Tensor]], num_domains: int, device: torch.device
 ) -> np.ndarray:
-    """Float64 [num_domains, SUMS] over all micro-batches and data-parallel ranks, the same on every
-    rank of the job.
+    """Reduce the sums over all micro-batches and data-parallel ranks, float64 [num_domains, SUMS].
+
+    The result is the same on every rank of the job.
     """
     total = torch.zeros(num_domains, SUMS, dtype=torch.float64, device=device)
     if (

@@ -153,7 +153,10 @@ def build_chunk(
     padded = padded_vocab_size(config, vocab_size)
     model = GPTModel(
         core,
-        block_spec(core, transformer_impl, vp_stage, config.precision, scope),
+        # megatron-core takes the spec of a block, too.
+        block_spec(  # pyright: ignore[reportArgumentType]
+            core, transformer_impl, vp_stage, config.precision, scope
+        ),
         padded,
         config.model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual, vp_stage),

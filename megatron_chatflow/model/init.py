@@ -1,9 +1,9 @@
 """Initial weights that are the same for every layout.
 
 megatron-core draws each rank's weights from that rank's own random stream, so another TP or PP
-starts elsewhere. Here a parameter is a function of (seed, its global name): the whole tensor is
-drawn and each rank keeps its part. Which part that is, megatron-core itself tells by the sharded
-state dict, the same description by which checkpoints are resharded.
+starts from other weights. Here a parameter is a function of (seed, its global name): the full
+tensor is drawn and each rank keeps its part, as given by megatron-core's sharded state dict, by
+which checkpoints are resharded too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from megatron_chatflow.utils.seeding import seed_from
 
 @torch.no_grad()
 def initialize_weights(model: GPTModel, seed: int, std: float, vocab_size: int) -> None:
-    """Fill every parameter of `model` in place: matrices normal with `std`, norms 1, biases 0, rows
-    beyond `vocab_size` (padding) 0.
+    """Fill every parameter of `model` in place.
 
-    The projections back into the residual stream (``linear_proj``, ``linear_fc2``) get std / sqrt(2
+    Matrices are normal with `std`, norms 1, biases and rows beyond `vocab_size` (padding) 0. The projections back into the residual stream (``linear_proj``, ``linear_fc2``) get std / sqrt(2
     x layers), as GPT-2 does and Megatron after it.
     """
     shards = []
@@ -38,26 +37,26 @@ def initialize_weights(model: GPTModel, seed: int, std: float, vocab_size: int) 
 
 
 def _fill(shard: ShardedTensor, seed: int, std: float, num_layers: int, vocab_size: int) -> None:
-    key, lead = shard.key, shard.prepend_axis_num
+    key, lead, data = shard.key, shard.prepend_axis_num, shard.data
+    assert data is not None, "the shards of a model in memory have data"
     if key.endswith("norm.weight") or key.endswith("norm_weight"):
-        shard.data.fill_(1.0)
+        data.fill_(1.0)
         return
     if key.endswith("bias"):
-        shard.data.zero_()
+        data.zero_()
         return
     if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * num_layers)
     name = f"{seed}/{key}/{shard.global_offset[:lead]}"
     generator = torch.Generator().manual_seed(seed_from(name))
-    whole = torch.zeros(shard.global_shape[lead:])
-    drawn = (
-        whole[:vocab_size]
-        if key.endswith(("word_embeddings.weight", "output_layer.weight"))
-        else whole
-    )
+    # Draw the full matrix, without the rows that pad the vocabulary.
+    full = torch.zeros(shard.global_shape[lead:])
+    padded = key.endswith(("word_embeddings.weight", "output_layer.weight"))
+    drawn = full[:vocab_size] if padded else full
     drawn.normal_(0.0, std, generator=generator)
+    # Keep the part of this rank.
     part = tuple(
         slice(start, start + length)
         for start, length in zip(shard.global_offset[lead:], shard.local_shape, strict=True)
     )
-    shard.data.copy_(whole[part])
+    data.copy_(full[part])

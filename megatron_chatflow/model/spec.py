@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -37,9 +37,7 @@ __all__ = [
 
 
 class PortableNorm:
-    """LayerNorm or RMSNorm, marked so that megatron-core reduces its gradients under sequence
-    parallelism.
-    """
+    """LayerNorm or RMSNorm whose gradients megatron-core reduces under sequence parallelism."""
 
     kinds: ClassVar[dict[str, type[torch.nn.Module]]] = {
         "LayerNorm": torch.nn.LayerNorm,
@@ -49,23 +47,27 @@ class PortableNorm:
     def __new__(
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: object
     ) -> torch.nn.Module:
-        """A norm over the last dimension of size `hidden_size`."""
+        """Return a norm over the last dimension of size `hidden_size`."""
         norm = cls.kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            # The mark by which megatron-core finds it.
+            parameter.sequence_parallel = (  # pyright: ignore[reportAttributeAccessIssue]
+                config.sequence_parallel
+            )
         return norm
 
 
 class _EmptyState:
-    """Transformer Engine's norms have a state in checkpoints, always an empty one; with it here,
-    the keys of both implementations are the same.
+    """The empty state of Transformer Engine's norms.
+
+    With it, the keys of both implementations in checkpoints are the same.
     """
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
 
     def set_extra_state(self, state: object) -> None:
-        """There is nothing to take."""
+        """Ignore the empty state."""
 
 
 class _LayerNorm(_EmptyState, torch.nn.LayerNorm):
@@ -77,8 +79,9 @@ class _RMSNorm(_EmptyState, FusedRMSNorm):
 
 
 class SeparateNorm(PortableNorm):
-    """A norm that Transformer Engine does not fuse into the linear layer after it: the final one,
-    and those of queries and keys.
+    """A norm that Transformer Engine does not fuse into the next linear layer.
+
+    These are the final norm and those of queries and keys.
     """
 
     kinds: ClassVar[dict[str, type[torch.nn.Module]]] = {
@@ -88,11 +91,11 @@ class SeparateNorm(PortableNorm):
 
 
 def choose_transformer_impl(config: Config) -> tuple[str, str | None]:
-    """(the implementation, the reason where it is the slower one and nobody asked for it, or where
-    FP8 is the reference).
+    """Return (the implementation, a note or None).
 
-    Raises ConfigError where the wanted one cannot run, and where FP8 was asked for and this machine
-    would not run it as such.
+    The note gives the reason where the slower implementation is chosen by default, or where FP8 is
+    computed by the reference. Raises ConfigError where the implementation that was asked for, or
+    FP8, cannot run on this machine.
     """
     wanted, precision, reason = (
         config.model.transformer_impl,
@@ -136,7 +139,7 @@ def _fp8_note(precision: PrecisionSettings, chosen: str, reason: str | None) -> 
     asked = f"fp8_format {precision.fp8_format}"
     if chosen == "transformer_engine":
         device = device_reason(
-            precision.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda
+            precision.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda or ""
         )
         if device:
             raise ConfigError(
@@ -173,8 +176,9 @@ def block_spec(
     precision: PrecisionSettings,
     scope: Scope | None,
 ) -> TransformerBlockSubmodules:
-    """The spec of the layers of this pipeline rank's model chunk, final norm included. With a
-    `scope`, the portable layers compute in FP8.
+    """Return the spec of the layers of this pipeline rank's model chunk, final norm included.
+
+    With a `scope`, the portable layers compute in FP8.
     """
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     if transformer_impl == "transformer_engine":
@@ -185,9 +189,9 @@ def block_spec(
 
         return TransformerBlockSubmodules(
             [get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)] * count,
-            TENorm,
+            TENorm,  # pyright: ignore[reportArgumentType]  # megatron-core takes classes too
         )
-    layer = get_gpt_layer_local_spec(
+    layer: Any = get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = PortableNorm
@@ -205,11 +209,12 @@ def block_spec(
             layer if is_bf16_layer(precision, first + i, config.num_layers) else fp8
             for i in range(count)
         ]
-    return TransformerBlockSubmodules(layers, SeparateNorm)
+    norm: Any = SeparateNorm  # annotated as an instance in megatron-core
+    return TransformerBlockSubmodules(layers, norm)
 
 
-def _in_fp8(layer: ModuleSpec, scope: Scope) -> ModuleSpec:
-    """The same layer with the four linear layers of the reference."""
+def _in_fp8(layer: Any, scope: Scope) -> ModuleSpec:
+    """Return the same layer with the four linear layers of the reference."""
     column, row = (
         ModuleSpec(module, params={"scope": scope})
         for module in (ReferenceColumnParallelLinear, ReferenceRowParallelLinear)

@@ -1,3 +1,1 @@
-"""What a run needs on a cluster, in closed forms: parameters, memory, micro-batches, checkpoints.
-Imports neither torch nor megatron.
-"""
+"""Closed forms of what a run needs: parameters, memory, micro-batches, size of a checkpoint."""

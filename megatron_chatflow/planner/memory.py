@@ -1,15 +1,15 @@
 """Bytes on one rank: weights, gradients, optimizer, activations; and the size of a checkpoint.
 
 The activations follow Korthikanti et al. 2022 (arXiv 2205.05198), section 4: what the backward pass
-needs is counted tensor by tensor. Where the paper's layer (LayerNorm, GELU, 4 h wide, 16 bit, all
-heads with keys of their own) is meant, the terms add up to its equations.
+needs is counted tensor by tensor. For the paper's layer (LayerNorm, GELU, width 4 h, 16 bit, one
+key head per query head) the terms add up to its equations.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_chatflow.config import Config, padded_vocab_size
+from megatron_chatflow.config import Config, ModelConfig, padded_vocab_size
 from megatron_chatflow.planner.batches import chunks_in_flight, micro_batches
 from megatron_chatflow.planner.parameters import (
     Layout,
@@ -21,13 +21,13 @@ from megatron_chatflow.planner.parameters import (
 
 GIB = 2**30
 RESERVE = 0.1
-"""Share of a device's memory that is left to what is not counted: the CUDA context, NCCL's buffers,
-kernels' workspaces, gradients of activations in the backward pass, and fragmentation."""
+"""Fraction of a device's memory reserved for what is not counted: the CUDA context, NCCL's buffers,
+kernel workspaces, gradients of activations in the backward pass, and fragmentation."""
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """One rank of a pipeline stage; all but the first three in bytes."""
+    """The memory of one rank of a pipeline stage; all but the first three fields in bytes."""
 
     stage: int
     layers: int
@@ -42,7 +42,7 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        """All bytes."""
+        """The sum of all bytes."""
         return (
             self.weights
             + self.fp8_weights
@@ -54,27 +54,27 @@ class StageMemory:
 
 
 def element_size(config: Config) -> int:
-    """Bytes of one element of weights and activations."""
+    """Return the bytes of one element of weights and activations."""
     return 2 if config.training.bf16 else 4
 
 
 def optimizer_bytes(config: Config) -> int:
-    """Bytes that the optimizer keeps for a parameter: the float32 main copy under bf16, and Adam's
-    two float32 moments or SGD's momentum.
+    """Return the bytes of optimizer state per parameter.
+
+    They are the float32 main copy under bf16, and Adam's two float32 moments or SGD's momentum.
     """
     o = config.optimizer
-    return (4 if config.training.bf16 else 0) + (
-        8 if o.optimizer == "adam" else 4 if o.sgd_momentum else 0
-    )
+    moments = 8 if o.optimizer == "adam" else 4 if o.sgd_momentum else 0
+    return moments + (4 if config.training.bf16 else 0)
 
 
 def gradient_bytes(config: Config) -> int:
-    """Bytes of one element of the gradient buffer."""
+    """Return the bytes of one element of the gradient buffer."""
     return 4 if config.training.accumulate_allreduce_grads_in_fp32 else element_size(config)
 
 
 def fp8_layers(config: Config, layers: list[int]) -> int:
-    """How many of these layers compute in FP8."""
+    """Return how many of these layers compute in FP8."""
     p = config.precision
     if p.fp8_format is None:
         return 0
@@ -86,127 +86,134 @@ def fp8_layers(config: Config, layers: list[int]) -> int:
     return sum(layer in inside for layer in layers)
 
 
-def layer_activations(config: Config, *, fp8: bool = False) -> int:
-    """Bytes that one token leaves behind in one layer on one rank, until its backward pass.
+def layer_activations(config: ModelConfig, *, fp8: bool = False) -> int:
+    """Return the bytes per token that one layer keeps on one rank until its backward pass.
 
-    Attention is taken to be fused (Transformer Engine, or scaled_dot_product_attention): nothing of
-    the size seq_length x seq_length is kept, only its output and a float32 a head. Norms are taken
-    to keep their input and float32 statistics; SwiGLU its input. What `recompute_granularity
-    selective` computes again is left out; what `full` does is `stage_activations`' matter.
+    Attention is taken to be fused (Transformer Engine, or scaled_dot_product_attention): it keeps
+    its output and one float32 per head, nothing of the size seq_length x seq_length. Norms are
+    taken to keep their input and float32 statistics, SwiGLU its input. What `recompute_granularity
+    selective` recomputes is left out; `stage_activations` accounts for `full`.
 
     Args:
         config: resolved settings.
-        fp8: whether the layer computes in FP8: then the inputs of its four products are kept in one
-        byte.
+        fp8: whether the layer computes in FP8, which stores the inputs of its four products in one
+            byte.
     """
     m, p, t, e = config.model, config.parallel, config.training, element_size(config)
     tp, h, ffn = p.tensor_model_parallel_size, m.hidden_size, m.ffn_hidden_size
-    heads, groups = head_widths(config)
-    again = t.recompute_modules if t.recompute_granularity == "selective" else []
-    product = 1 if fp8 else e
+    queries, keys = head_widths(config)
+    recomputed = (t.recompute_modules or []) if t.recompute_granularity == "selective" else []
+    product = 1 if fp8 else e  # bytes of an element of a product's input
     rotary = m.position_embedding_type == "rope"
     statistics = 8 if m.normalization == "LayerNorm" else 4
-    outside = 2 * h * e  # inputs of both norms
-    if (
-        "layernorm" not in again
-    ):  # their statistics; inputs of query-key-value and of the first feed-forward product
-        outside += 2 * statistics + h * product + h * (e if "mlp" in again else product)
-    outside += 2 * h if m.hidden_dropout else 0  # two masks
-    attention = (heads + 2 * groups) * e + heads * e  # q, k and v in one buffer; the output
-    attention += 4 * m.num_attention_heads if "core_attn" not in again else 0  # log-sum-exp
-    attention += (
-        (heads + groups) * e if rotary or m.qk_layernorm else 0
-    )  # q and k rotated or normalised, while v holds the buffer
-    if (
-        groups < tp * m.kv_channels
-    ):  # fewer key heads than ranks: queries, keys and values of all ranks are gathered
-        attention += (tp - 1) * (heads + 2 * groups) * e + (tp * m.kv_channels - groups) * e
-    attention += statistics * (heads + groups) // m.kv_channels if m.qk_layernorm else 0
-    attention += (
-        heads * e if groups < heads and (m.qk_layernorm or not rotary) else 0
-    )  # q of several heads a group, taken out of the buffer
-    attention += (
-        heads if fp8 else 0
-    )  # the projection's input, beside the output that attention itself needs
-    feed_forward = (
-        (2 * ffn if m.swiglu else ffn) * e + ffn * product if "mlp" not in again else 0
-    )  # before and after the activation function
-    tables = (
-        2 * int(m.kv_channels * m.rotary_percent) * e // t.micro_batch_size if rotary else 0
-    )  # cosines and sines for q and for k
-    return outside // (tp if p.sequence_parallel else 1) + (attention + feed_forward) // tp + tables
+
+    # The residual stream, [h] per token, split over the ranks by sequence parallelism only: the
+    # inputs of both norms, their statistics, their outputs (the inputs of the query-key-value and
+    # of the first feed-forward product), two dropout masks.
+    residual = 2 * h * e
+    if "layernorm" not in recomputed:
+        residual += 2 * statistics + h * product + h * (e if "mlp" in recomputed else product)
+    if m.hidden_dropout:
+        residual += 2 * h
+
+    # Attention, [queries] and [keys] per token, split over the tensor-parallel ranks: queries, keys
+    # and values in one buffer, and the output.
+    attention = (queries + 2 * keys) * e + queries * e
+    if "core_attn" not in recomputed:
+        attention += 4 * m.num_attention_heads  # log-sum-exp
+    if rotary or m.qk_layernorm:
+        attention += (queries + keys) * e  # rotated or normalized copies; values hold the buffer
+    if keys < tp * m.kv_channels:  # fewer key heads than ranks: gathered from all ranks
+        attention += (tp - 1) * (queries + 2 * keys) * e + (tp * m.kv_channels - keys) * e
+    if m.qk_layernorm:
+        attention += statistics * (queries + keys) // m.kv_channels
+    if keys < queries and (m.qk_layernorm or not rotary):
+        attention += queries * e  # queries of several heads per group, copied out of the buffer
+    if fp8:
+        attention += queries  # the projection's input, in addition to attention's own output
+
+    # The feed-forward layer, [ffn] per token, split likewise: before and after the activation.
+    feed_forward = 0
+    if "mlp" not in recomputed:
+        feed_forward = (2 * ffn if m.swiglu else ffn) * e + ffn * product
+
+    # Cosines and sines for queries and for keys, one table per micro-batch.
+    tables = 2 * int(m.kv_channels * m.rotary_percent) * e // t.micro_batch_size if rotary else 0
+    shards = tp if p.sequence_parallel else 1
+    return residual // shards + (attention + feed_forward) // tp + tables
 
 
-def chunk_activations(config: Config, layer: float, layers: float) -> tuple[float, float]:
-    """(Bytes that one token leaves behind in one model chunk, bytes that it takes for a while where
-    layers are computed again).
+def chunk_activations(config: ModelConfig, layer: float, layers: float) -> tuple[float, float]:
+    """Return (bytes per token that one model chunk keeps, bytes during recomputation).
 
     Args:
         config: resolved settings.
         layer: bytes of one of its layers without `recompute_granularity full`.
         layers: in the chunk.
     """
-    t = config.training
-    if t.recompute_granularity != "full":
+    t, p = config.training, config.parallel
+    count = t.recompute_num_layers
+    if t.recompute_granularity != "full" or count is None:
         return layers * layer, 0
-    whole = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
-    border = (
-        config.model.hidden_size * element_size(config) / whole
-    )  # what goes into a group of layers
     if not layers:
         return 0, 0
+    shards = p.tensor_model_parallel_size if p.sequence_parallel else 1
+    group_input = config.model.hidden_size * element_size(config) / shards
     if t.recompute_method == "uniform":
-        return layers / t.recompute_num_layers * border, t.recompute_num_layers * layer
-    again = min(t.recompute_num_layers, layers)
-    return again * border + (layers - again) * layer, layer
+        return layers / count * group_input, count * layer
+    recomputed = min(count, layers)
+    return recomputed * group_input + (layers - recomputed) * layer, layer
 
 
-def stage_activations(config: Config, layout: Layout, stage: int) -> int:
-    """Bytes of activations on one rank of a pipeline stage when most micro-batches are in flight,
-    logits left out.
+def stage_activations(config: ModelConfig, layout: Layout, stage: int) -> int:
+    """Return the bytes of activations on one rank of a pipeline stage at the peak.
+
+    That is when most micro-batches are in flight. Logits are left out.
     """
     m, t, e = config.model, config.training, element_size(config)
     tokens = config.data.seq_length * t.micro_batch_size
-    whole = layout.tp if config.parallel.sequence_parallel else 1
+    shards = layout.tp if config.parallel.sequence_parallel else 1
+    border = tokens * m.hidden_size // shards  # elements between two layers
+
+    # The layers: a mean layer, as the chunks of a stage may mix FP8 and bfloat16 layers.
     layers = stage_layers(config, stage)
     in_fp8 = fp8_layers(config, layers)
-    a_token = in_fp8 * layer_activations(config, fp8=True) + (
-        len(layers) - in_fp8
-    ) * layer_activations(config)
-    flying = chunks_in_flight(layout, stage, micro_batches(config, layout))
-    kept, again = chunk_activations(config, a_token / max(1, len(layers)), len(layers) / layout.vpp)
-    held = int(tokens * (kept * flying + again))
+    per_token = in_fp8 * layer_activations(config, fp8=True)
+    per_token += (len(layers) - in_fp8) * layer_activations(config)
+    in_flight = chunks_in_flight(layout, stage, micro_batches(config, layout))
+    kept, recomputed = chunk_activations(
+        config, per_token / max(1, len(layers)), len(layers) / layout.vpp
+    )
+    total = int(tokens * (kept * in_flight + recomputed))
+
+    # What is outside the layers.
     if stage == 0 and m.hidden_dropout:
-        held += tokens * m.hidden_size // whole * -(-flying // layout.vpp)  # the embedding's mask
+        total += border * -(-in_flight // layout.vpp)  # the embedding's dropout mask
     if layout.pp > 1:
-        held += tokens * m.hidden_size * e // whole * flying  # what each chunk sent on
+        total += tokens * m.hidden_size * e // shards * in_flight  # outputs of the chunks
     if stage == layout.pp - 1:
-        held += (
-            2 * tokens * m.hidden_size * e // whole
-        )  # inputs of the last norm and of the output layer, of one micro-batch
-    return held
+        # Inputs of the last norm and of the output layer, of one micro-batch.
+        total += 2 * tokens * m.hidden_size * e // shards
+    return total
 
 
-def stage_logits(config: Config, vocab_size: int, layout: Layout, stage: int) -> int:
-    """Bytes of one micro-batch's logits on one rank of a pipeline stage: as computed, and in
-    float32 for the loss.
+def stage_logits(config: ModelConfig, vocab_size: int, layout: Layout, stage: int) -> int:
+    """Return the bytes of one micro-batch's logits on one rank of a pipeline stage.
+
+    They are kept as computed, and in float32 for the loss.
     """
     if stage != layout.pp - 1:
         return 0
     columns = padded_vocab_size(config, vocab_size) // layout.tp
-    return (
-        config.data.seq_length
-        * config.training.micro_batch_size
-        * columns
-        * (6 if config.training.bf16 else 4)
-    )
+    per_element = 6 if config.training.bf16 else 4
+    return config.data.seq_length * config.training.micro_batch_size * columns * per_element
 
 
-def stage_memory(config: Config, vocab_size: int, layout: Layout, stage: int) -> StageMemory:
-    """What one rank of a pipeline stage holds when it is fullest.
+def stage_memory(config: ModelConfig, vocab_size: int, layout: Layout, stage: int) -> StageMemory:
+    """Return the memory of one rank of a pipeline stage at the peak.
 
-    The distributed optimizer's part is a data-parallel rank's; without it every rank keeps the
-    state of all its parameters.
+    With the distributed optimizer the optimizer state is that of one data-parallel rank; without it
+    every rank keeps the state of all its parameters.
 
     Args:
         config: resolved settings.
@@ -217,6 +224,7 @@ def stage_memory(config: Config, vocab_size: int, layout: Layout, stage: int) ->
     layers = stage_layers(config, stage)
     count = stage_parameters(config, vocab_size, layout, stage)
     matrices = fp8_layers(config, layers) * layer_matrices(config, layout.tp)
+    shards = layout.dp if config.parallel.use_distributed_optimizer else 1
     replaced = matrices if config.precision.fp8_param_gather else 0
     return StageMemory(
         stage=stage,
@@ -225,26 +233,25 @@ def stage_memory(config: Config, vocab_size: int, layout: Layout, stage: int) ->
         weights=(count - replaced) * element_size(config),
         fp8_weights=2 * matrices,
         gradients=count * gradient_bytes(config),
-        optimizer=-(
-            -count
-            * optimizer_bytes(config)
-            // (layout.dp if config.parallel.use_distributed_optimizer else 1)
-        ),
+        optimizer=-(-count * optimizer_bytes(config) // shards),
         activations=stage_activations(config, layout, stage),
         logits=stage_logits(config, vocab_size, layout, stage),
     )
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
-    """Bytes of one checkpoint of a model with so many parameters, the vocabulary's padding
-    included: weights, and the optimizer's state unless it is not saved."""
-    return parameters * (
-        element_size(config) + (0 if config.checkpoint.no_save_optim else optimizer_bytes(config))
-    )
+    """Return the bytes of one checkpoint: weights, and the optimizer state unless it is not saved.
+
+    Args:
+        config: resolved settings.
+        parameters: of the entire model, padding of the vocabulary included.
+    """
+    state = 0 if config.checkpoint.no_save_optim else optimizer_bytes(config)
+    return parameters * (element_size(config) + state)
 
 
-def cures(config: Config, dp: int, activations: float) -> str:
-    """What would lower the memory of the fullest stage.
+def memory_advice(config: Config, dp: int, activations: float) -> str:
+    """Return the flags that would lower the memory of the stage that needs most.
 
     Args:
         config: resolved settings.

@@ -83,25 +83,25 @@ class Config:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DataConfig(Config):
     """Settings with the batches and the sample length known: enough to read the blend."""
 
-    training: ResolvedTrainingSettings
+    training: ResolvedTrainingSettings = field(default_factory=ResolvedTrainingSettings)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelConfig(DataConfig):
     """Settings with the model and its layout known as well: enough to run the model."""
 
-    model: ResolvedModelSettings
+    model: ResolvedModelSettings = field(default_factory=ResolvedModelSettings)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ResolvedConfig(ModelConfig):
     """Settings with every dependent default filled in: enough to train."""
 
-    optimizer: ResolvedOptimizerSettings
+    optimizer: ResolvedOptimizerSettings = field(default_factory=ResolvedOptimizerSettings)
 
 
 def sections() -> Iterator[tuple[str, type[Section]]]:

@@ -149,10 +149,10 @@ class ModelSettings(Section):
         return errors
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ResolvedModelSettings(ModelSettings):
     """The shape of the GPT with every size known."""
 
-    ffn_hidden_size: int
-    kv_channels: int
-    max_position_embeddings: int
+    ffn_hidden_size: int = 0
+    kv_channels: int = 0
+    max_position_embeddings: int = 0

@@ -147,8 +147,8 @@ class OptimizerSettings(Section):
         return []
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ResolvedOptimizerSettings(OptimizerSettings):
     """The optimizer with its learning rate known."""
 
-    lr: float
+    lr: float = 0.0

@@ -161,8 +161,8 @@ class TrainingSettings(Section):
         return errors
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ResolvedTrainingSettings(TrainingSettings):
     """Batches, length and precision with the global batch size known."""
 
-    global_batch_size: int
+    global_batch_size: int = 0
