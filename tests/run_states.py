@@ -1,18 +1,19 @@
-"""The run directory against a simple model of what must be loadable: hypothesis chooses what
-happens to it.
+"""The run directory against a simple model of what must be loadable.
+
+Hypothesis chooses what happens to the directory.
 
     python tests/run_states.py                      # a minute
     python tests/run_states.py --minutes 30         # thirty
 
-Every step is the installed command in a process of its own: training on, with synchronous or
-asynchronous saves, killed at a file operation of the run directory or left alone; back to an older
+Every step is the installed command in a separate process: training, with synchronous or
+asynchronous saves, killed at a file operation of the run directory or undisturbed; back to an older
 checkpoint; with iterations skipped; with another curriculum; with old checkpoints removed; and
 between them checkpoints and the pointer are damaged, and checkpoints are averaged.
 
 The model knows for each checkpoint what its weights were trained on: for every iteration the
 curriculum in force and whether it was skipped (a *history*). After each step
 
-- the pointer names a checkpoint that is there and, unless this test damaged it, intact;
+- the pointer names a checkpoint that exists and, unless this test damaged it, is intact;
 - checkpoints of equal histories have equal bits, whatever happened in between;
 - the run continued from the newest intact checkpoint of its own history, or from the one asked for;
 - metrics.jsonl has each iteration up to the pointer's once, with the loss of that history (records
@@ -22,9 +23,6 @@ curriculum in force and whether it was skipped (a *history*). After each step
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -32,8 +30,6 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,96 +39,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-BATCH, LONGEST = 16, 20
-VERSIONS = (
-    [{"name": "a", "at": 0, "weights": {"en": 0.7, "zh": 0.3}}],
-    [{"name": "b", "at": 0, "weights": {"en": 0.2, "zh": 0.8}}],
+from tests.run_states_world import (
+    LONGEST,
+    History,
+    Saved,
+    World,
+    command,
+    digest_of,
 )
-"""Curricula that the run may have; each in force from an iteration on."""
-MODEL = {
-    "num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 32,
-    "position_embedding_type": "rope", "normalization": "RMSNorm", "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-}  # fmt: skip
-
-Amendments = tuple[tuple[int, int], ...]
-"""((iteration after which it is in force, number in VERSIONS), ...)."""
-History = tuple[tuple[Amendments, bool], ...]
-"""For each iteration the amendments known to it, and whether it was skipped."""
-
-
-def command(log: Path, words: list[str], fault: tuple[Any, ...] | None) -> None:
-    """In a process of its own: `chatflow WORDS`, its output in `log`, killed at a file operation
-    where `fault` says.
-    """
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1)
-    from megatron_chatflow.__main__ import main
-    from tests.fault_points import kill_at
-
-    try:
-        if fault:
-            kill_at(*fault)
-        code = main(words)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
-
-
-@dataclasses.dataclass
-class Saved:
-    """A checkpoint folder as the model knows it."""
-
-    history: History
-    stamp: int
-    """When its state.json was written: tells a replaced folder."""
-    branch: int
-    """The branch that it was made on; see `RunDirectory.course`."""
-    damaged: bool = False
-
-
-class World:
-    """What all examples share: corpora, processes to fork from, and the bits of each history."""
-
-    def __init__(self, folder: Path) -> None:
-        import yaml
-
-        from tests.audit import TINY
-        from tests.chaos import preload
-        from tests.sample import DOMAINS, build
-
-        self.folder, self.context = folder, preload()
-        (folder / "corpora").mkdir()
-        build(folder / "corpora")
-        training = {
-            "micro_batch_size": BATCH,
-            "global_batch_size": BATCH,
-            "train_samples": LONGEST * BATCH,
-        }
-        run = TINY | {
-            "model": MODEL,
-            "training": training,
-            "logging": {"log_interval": 1},
-            "validation": {"eval_iters": 0},
-        }
-        run["data"] = run["data"] | {"seq_length": 16}
-        (folder / "run.yaml").write_text(yaml.safe_dump(run))
-        for number, stages in enumerate(VERSIONS):
-            domains = {
-                name: {"path": str(folder / "corpora" / DOMAINS[name][0])} for name in ("en", "zh")
-            }
-            (folder / f"curriculum{number}.yaml").write_text(
-                yaml.safe_dump({"domains": domains, "stages": stages})
-            )
-        self.bits: dict[History, str] = {}
-        self.losses: dict[History, float | None] = {}
-        self.counts: Counter[str] = Counter()
-        self.instants: Counter[str] = Counter()
-
+from tests.stress import make_parser, markdown, prepare_process
 
 world: World
 
@@ -181,9 +96,7 @@ class RunDirectory(RuleBasedStateMachine):
         keep: int | None,
         fault: int | None,
     ) -> None:
-        """Go on by some iterations, from an older checkpoint where `back` is given, killed at an
-        operation where `fault` is.
-        """
+        """Train some iterations; from an older checkpoint with `back`, killed with `fault`."""
         intact = sorted(i for i, s in self.saved.items() if not s.damaged)
         step = intact[back % len(intact)] if back is not None and intact else None
         if step is None and self.pointer is not None and not self.candidates():
@@ -191,23 +104,7 @@ class RunDirectory(RuleBasedStateMachine):
             return
         begin = step if step is not None else max(self.candidates(), default=0)
         stop = min(begin + more, LONGEST)
-        words = [
-            "train",
-            "--config",
-            str(world.folder / "run.yaml"),
-            "--curriculum",
-            str(world.folder / f"curriculum{version}.yaml"),
-        ]
-        words += [
-            "--save",
-            str(self.run),
-            "--load",
-            str(self.run),
-            "--save-interval",
-            "2",
-            "--exit-interval",
-            str(stop or 1),
-        ]
+        words = self.words(version) + ["--save-interval", "2", "--exit-interval", str(stop or 1)]
         words += ["--amend-curriculum"] if self.saved else []
         words += ["--async-save"] if asynchronous else []
         words += ["--most-recent-k", str(keep)] if keep else []
@@ -264,9 +161,7 @@ class RunDirectory(RuleBasedStateMachine):
 
     @rule(content=st.sampled_from([b"", b"\xff\xfe", "\u0663".encode(), b"9999", b"-1", None]))
     def damage_pointer(self, content: bytes | None) -> None:
-        """Write something else into the pointer, or remove it; the next launch that saves writes it
-        again.
-        """
+        """Write something else into the pointer; the next launch that saves repairs it."""
         if self.pointer is None or content is None:
             return
         (self.run / "latest_checkpointed_iteration.txt").write_bytes(content)
@@ -275,9 +170,7 @@ class RunDirectory(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 3))
     def average(self, count: int) -> None:
-        """The mean of the last checkpoints is of this course and of intact ones alone, or
-        refused.
-        """
+        """Average the last checkpoints: intact ones of this course only, or refused."""
         if self.pointer is None or self.pointer_damaged:
             return
         from megatron_chatflow.checkpoint.selection import choose_weights
@@ -294,20 +187,9 @@ class RunDirectory(RuleBasedStateMachine):
             assert history == latest[: len(history)], f"{folder} is of another course"
 
     def refused(self, version: int) -> None:
-        """Nothing of this course can be loaded: one message, nothing is written, and a person
-        starts again.
-        """
+        """Check that a launch without a loadable checkpoint is one message and writes nothing."""
         before = sorted(path.relative_to(self.run) for path in self.run.rglob("*"))
-        words = [
-            "train",
-            "--config",
-            str(world.folder / "run.yaml"),
-            "--curriculum",
-            str(world.folder / f"curriculum{version}.yaml"),
-        ]
-        code, said = self.command(
-            [*words, "--save", str(self.run), "--load", str(self.run), "--amend-curriculum"]
-        )
+        code, said = self.command([*self.words(version), "--amend-curriculum"])
         assert (
             code == 2 and "no sound checkpoint" in said and len(said.strip().splitlines()) == 1
         ), said
@@ -322,11 +204,18 @@ class RunDirectory(RuleBasedStateMachine):
         path = self.run / "lineage.json"
         return path.read_bytes() if path.exists() else None
 
+    def words(self, version: int) -> list[str]:
+        """Return the command of a launch with curriculum `version`."""
+        curriculum = world.folder / f"curriculum{version}.yaml"
+        words = ["train", "--config", str(world.folder / "run.yaml")]
+        words += ["--curriculum", str(curriculum)]
+        return [*words, "--save", str(self.run), "--load", str(self.run)]
+
     def folder(self, iteration: int) -> Path:
         return self.run / f"iter_{iteration:07d}"
 
     def command(self, words: list[str], fault: tuple[Any, ...] | None = None) -> tuple[int, str]:
-        """Exit code and output of a command."""
+        """Return exit code and output of a command."""
         process = world.context.Process(target=command, args=(self.log, words, fault))
         process.start()
         process.join(120)
@@ -340,7 +229,7 @@ class RunDirectory(RuleBasedStateMachine):
         return process.exitcode, said
 
     def candidates(self) -> list[int]:
-        """The iterations of intact checkpoints that the current course went through."""
+        """Return the iterations of intact checkpoints on the current course."""
         if self.pointer is None:
             return []
         limits = dict(self.course)
@@ -353,7 +242,7 @@ class RunDirectory(RuleBasedStateMachine):
         ]
 
     def history(self, begin: int, stop: int, version: int, skipped: set[int]) -> History:
-        """The history of a launch that goes from iteration `begin` to `stop`."""
+        """Return the history of a launch from iteration `begin` to `stop`."""
         past: History = self.saved[begin].history if begin else ()
         amendments = past[-1][0] if past else ((0, version),)
         if amendments[-1][1] != version:
@@ -371,7 +260,7 @@ class RunDirectory(RuleBasedStateMachine):
         killed: bool,
         said: str,
     ) -> None:
-        """Compare the folder with what may have happened, and take over what did."""
+        """Compare the folder with what may have happened, and update the model."""
         from megatron_chatflow.checkpoint import integrity
         from megatron_chatflow.checkpoint.run_directory import complete_iterations, latest_iteration
 
@@ -431,7 +320,7 @@ class RunDirectory(RuleBasedStateMachine):
             self.compare_metrics(history[:pointer])
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of iterations in metrics.jsonl, but for a half line at its end."""
+        """Return the records of iterations in metrics.jsonl, without a partial line at its end."""
         path = self.run / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         return [
@@ -441,7 +330,7 @@ class RunDirectory(RuleBasedStateMachine):
         ]
 
     def compare_metrics(self, history: History) -> None:
-        """Each iteration once, with the loss that this history has always had."""
+        """Check that each iteration is recorded once, with the loss of its history."""
         records = self.records()
         found = [record["iteration"] for record in records]
         assert found == [
@@ -457,24 +346,10 @@ class RunDirectory(RuleBasedStateMachine):
             )
 
 
-def digest_of(folder: Path) -> str:
-    """A hash of the weights, the optimizer state and the place in the run."""
-    from megatron_chatflow.checkpoint.tensor_reader import read_tensors
-
-    digest = hashlib.sha256()
-    for name, tensor in read_tensors(folder):
-        digest.update(name.encode())
-        digest.update(
-            tensor.contiguous().reshape(-1).view(dtype=__import__("torch").uint8).numpy().tobytes()
-        )
-    state = json.loads((folder / "state.json").read_text())
-    digest.update(json.dumps([state["iteration"], state["consumed_train_samples"]]).encode())
-    return digest.hexdigest()
-
-
 def explore(folder: Path, minutes: float, number: int) -> dict[str, Any]:
-    """Run hypothesis for N minutes; returns what was done. Raises AssertionError with the steps
-    where the model is contradicted.
+    """Run hypothesis for this many minutes; returns what was done.
+
+    Raises AssertionError, with the steps, where the directory contradicts the model.
     """
     global world
     world = World(folder)
@@ -497,17 +372,12 @@ def explore(folder: Path, minutes: float, number: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=1)
+    parser = make_parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0, help="how long. Default: 1.")
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    prepare_process()
     with tempfile.TemporaryDirectory(prefix="states-") as folder:
         result = explore(Path(folder), args.minutes, args.seed)
-    from tests.chaos import markdown
-
     print(markdown({"steps": world.counts, "killed before": world.instants}))
     print(json.dumps(result))
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chatflow.distributed.launch import node_name
-from tests.chaos import small_disk
+from tests.chaos_faults import small_disk
 from tests.pool import Pool
 from tests.sample import train
 
