@@ -1,3 +1,4 @@
-"""What people and programs read of a run: console lines, TensorBoard and metrics, the plan's table,
-plots. Functions over plain values.
+"""What people and programs read of a run: console lines, metrics, tables and plots.
+
+Functions over plain values.
 """

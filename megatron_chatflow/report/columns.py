@@ -1,4 +1,4 @@
-"""Columns of text that line up on a terminal, also where letters are two cells wide."""
+"""Columns of text aligned on a terminal, also where letters are two cells wide."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Sequence
 
 
 def widths(rows: Sequence[Sequence[str]]) -> list[int]:
-    """Cells that the widest entry of each column takes; rows may be of different lengths."""
+    """Return the width of each column in cells; rows may be of different lengths."""
     return [max(map(width, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
 
 
 def line(row: Sequence[str], widths: Sequence[int]) -> str:
-    """A row, its first column aligned to the left and all others to the right, indented by two
-    cells.
-    """
+    """Return a row, indented by two cells: first column left-aligned, all others right-aligned."""
     return (
         "  "
         + "  ".join(
@@ -26,7 +24,7 @@ def line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def width(text: str) -> int:
-    """Cells that a text takes on a terminal."""
+    """Return the cells that a text takes on a terminal."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 

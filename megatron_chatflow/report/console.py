@@ -1,5 +1,6 @@
-"""Lines on the console: Megatron's own, with what Megatron does not tell beside them. Plain values
-in, text out.
+"""Lines on the console: Megatron's own, and what this package adds.
+
+Plain values in, text out.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class _Lossy:
 def lossy_output() -> Iterator[None]:
     """Inside, a terminal or a reader that is gone, or a full disk, does not end the program.
 
-    An ssh session that drops takes the terminal along before the program gets SIGHUP, and Ctrl-C
-    in `chatflow train | tee log` ends tee: the run must still save.
+    An ssh session that drops closes the terminal before the program gets SIGHUP, and Ctrl-C in
+    `chatflow train | tee log` ends tee: the run must still save.
     """
     with (
         contextlib.redirect_stdout(_Lossy(sys.stdout)),
@@ -57,21 +58,21 @@ def lossy_output() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print one line at once."""
+    """Print one line and flush it."""
     print(text, flush=True)
 
 
 def complain(text: str) -> None:
-    """Print one line to standard error at once."""
+    """Print one line to standard error and flush it."""
     print(text, file=sys.stderr, flush=True)
 
 
 def iteration_line(values: Mapping[str, Any], now: datetime.datetime) -> str:
-    """Megatron's line of an iteration, which log parsers know, with tokens per second added.
+    """Return Megatron's line of an iteration, as log parsers know it, with tokens per second.
 
     Args:
-        values: iteration, train_iters, consumed_samples, seconds (mean a step), tokens_per_second,
-        throughput (TFLOP/s of one process, or None),
+        values: iteration, train_iters, consumed_samples, seconds (mean per step),
+            tokens_per_second, throughput (TFLOP/s of one process, or None),
             learning_rate, global_batch_size, loss, grad_norm (None where no step was taken),
             skipped and nan (iterations since the line before).
         now: the time to print.
@@ -100,7 +101,7 @@ def iteration_line(values: Mapping[str, Any], now: datetime.datetime) -> str:
 def progress_line(
     fraction: float, seconds_left: float, stage: str, domains: Mapping[str, Mapping[str, float]]
 ) -> str:
-    """How far the run is, and each domain's share and loss.
+    """Return how far the run is, and each domain's share and loss.
 
     Args:
         fraction: of the run's samples, 0 to 1.
@@ -120,7 +121,7 @@ def progress_line(
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, with days in front where there are any."""
+    """Return seconds as h:mm:ss, with days in front if there are any."""
     days, rest = divmod(int(round(max(0.0, seconds))), 86400)
     text = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
     return f"{days} d {text}" if days else text
@@ -129,11 +130,10 @@ def duration(seconds: float) -> str:
 def validation_lines(
     iteration: int, results: Mapping[str, Mapping[str, float]], total: Mapping[str, float]
 ) -> list[str]:
-    """Megatron's validation line over all domains, then a line for each domain and each named
-    validation set.
+    """Return Megatron's validation line, then a line per domain and named validation set.
 
     Args:
-        iteration: where the weights stand.
+        iteration: iterations done.
         results: {name: {"loss" in nats, "ppl", "bits_per_byte" or None, "tokens"}}.
         total: the same over all tokens of all domains; loss None where no domain holds any out.
     """

@@ -1,4 +1,4 @@
-"""What `evaluate` prints of two models: how far the one has moved from the other on each domain."""
+"""What `evaluate` prints of two models: their values on each domain and the change."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ Results = Mapping[str, Mapping[str, Any]]
 def changes(
     results: Results, reference: Results, *, same_tokens: bool
 ) -> dict[str, dict[str, float | None]]:
-    """{name: {"loss", "bits_per_byte"}}: by how many percent each value is above the reference's
-    (positive: worse, something was forgotten).
+    """Return by how many percent each value is above the reference's; positive is worse.
 
     Args:
-        results, reference: {name: {"loss", "bits_per_byte" or None}}.
-        same_tokens: whether both have one tokenizer; else losses a token cannot be compared, and
-        are None.
+        results: {name: {"loss", "bits_per_byte" or None}}.
+        reference: the same of the reference.
+        same_tokens: whether both have one tokenizer; otherwise losses per token cannot be
+            compared, and are None.
+
+    Returns:
+        {name: {"loss", "bits_per_byte"}}.
     """
     return {
         name: {
@@ -40,9 +43,7 @@ def _percent(value: float | None, before: float | None) -> float | None:
 
 
 def comparison_lines(results: Results, reference: Results, change: Results) -> list[str]:
-    """A table with a line for each name: loss a token and bits per byte, here and in the reference,
-    and the difference.
-    """
+    """Return a table with a line per name: loss and bits per byte of both models, and changes."""
     rows = [("", "loss", "reference", "change", "bits per byte", "reference", "change")]
     for name, percent in change.items():
         here, before = results[name], reference[name]

@@ -19,7 +19,7 @@ _HEADER = (
 
 
 def fertility_table(languages: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Gives the lines of the table and of the examples.
+    """Yield the lines of the table and of the examples.
 
     Args:
         languages: comparison of each language, as

@@ -1,6 +1,4 @@
-"""metrics.jsonl as a file: what a record is, reading all of them, and preparing it for a run that
-resumes.
-"""
+"""metrics.jsonl as a file: what a record is, and preparing the file for a run that resumes."""
 
 from __future__ import annotations
 
@@ -24,8 +22,10 @@ _PARSED, _MOST_SHAPES = 50_000, 1000
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None where it is not one: an iteration's values by domain, or a
-    validation's by name."""
+    """Return the record in a line, or None where it is not one.
+
+    A record is an iteration's values by domain, or a validation's by name.
+    """
     try:
         record = load_json(line.decode("utf-8"))
     except (UnicodeDecodeError, ChatflowError):
@@ -37,9 +37,9 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """All records of a file, and the numbers of the lines that are not records.
+    """Return all records of a file, and the numbers of the lines that are not records.
 
-    A last line without its end is left out: a run may be writing it.
+    An incomplete last line is left out: a run may be writing it.
     """
     records, bad = [], []
     with open(path, "rb") as file:
@@ -61,7 +61,7 @@ def prepare_records(
 ) -> list[str]:
     """Prepare a file for a run that resumes after `iteration`; memory does not grow with the file.
 
-    Records of later iterations or of another course, and a half line, are cut from its end.
+    Records of later iterations or of another course, and a partial line, are cut from its end.
     Lines that are not records, and such records before the last one that is kept, are moved to
     ``metrics.jsonl.bad``.
 
@@ -101,7 +101,7 @@ _KEPT, _LATER, _BAD, _HALF = range(4)
 
 
 class _Pass:
-    """Looks at the lines of a file.
+    """Classifies the lines of a file.
 
     The first 50,000 are parsed, about a second. After them a line is parsed where its shape, the
     text without numbers, is new: a run of a million iterations has a few shapes.
@@ -115,7 +115,7 @@ class _Pass:
         """(iteration, whether it is of a validation) of the last record."""
 
     def lines(self, file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
-        """(kind, where it ends, line) of every line."""
+        """Yield (kind, end position, line) of every line."""
         position = 0
         for line in _lines(file):
             position += len(line)
@@ -149,7 +149,7 @@ class _Pass:
 
 
 class _Order:
-    """Whether the iterations that are kept follow each other."""
+    """Checks that the iterations that are kept are consecutive."""
 
     def __init__(self) -> None:
         self._last: dict[bool, int] = {}
@@ -158,7 +158,7 @@ class _Order:
         self._counts = [0, 0]
 
     def add(self, iteration: int, is_validation: bool) -> None:
-        """The next record."""
+        """Add the next record."""
         last = self._last.get(is_validation)
         if last is not None and iteration <= last:
             self._again = self._counted(1, self._again, str(iteration))
@@ -178,7 +178,7 @@ class _Order:
         return [*texts, text] if len(texts) < 5 else texts
 
     def notes(self, iteration: int) -> list[str]:
-        """What is wrong, for a file that should end with `iteration`."""
+        """Return what is wrong, for a file that should end with `iteration`."""
         if False in self._last:
             self._gap(self._last[False], iteration + 1)
         found = []
@@ -217,5 +217,5 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _is_half(line: bytes) -> bool:
-    """Whether it is the end of a file in the middle of a line."""
+    """Return whether it is a partial last line."""
     return not line.endswith(b"\n") and len(line) < _LONGEST

@@ -1,4 +1,4 @@
-"""The table that `plan` prints: what each stage and the whole run draw from each domain."""
+"""The table that `plan` prints: what each stage and the run draw from each domain."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ def plan_table(
     end: int,
     warnings: Sequence[str] = (),
 ) -> str:
-    """The plan as text.
+    """Return the plan as text.
 
     Args:
         stages: for each stage and domain, in order: stage, start, stop, domain, share, share_start,
-        share_end, samples, tokens, epochs (attributes). domains: for each domain: name, samples,
-        tokens, epochs, max_epochs (or None), exhausted_at (or None). num_samples: length of the
-        run; seq_length: tokens a sample; end: samples that it will have. warnings: sentences to
-        print below.
+            share_end, samples, tokens, epochs (attributes).
+        domains: for each domain: name, samples, tokens, epochs, max_epochs (or None),
+            exhausted_at (or None).
+        num_samples: length of the run.
+        seq_length: tokens per sample.
+        end: samples that the run will have.
+        warnings: messages to print below.
 
     Returns:
         Lines of aligned columns, without a newline at the end.

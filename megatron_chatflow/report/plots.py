@@ -1,5 +1,7 @@
-"""Plots to PNG files. matplotlib is imported when one is drawn, without a display and without
-touching its global state.
+"""Plots to PNG files.
+
+matplotlib is imported when a plot is drawn, without a display and without changing its global
+state.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ def plot_plan(
     stages: Sequence[tuple[str, int]],
     tokens: Mapping[str, int],
 ) -> None:
-    """Draws the scheduled shares over the run, and the tokens of each domain, to a PNG.
+    """Draw the scheduled shares over the run, and the tokens of each domain, to a PNG.
 
     Args:
         path: the file to write.
@@ -37,8 +39,8 @@ def plot_plan(
 
     figure = Figure(figsize=(11, max(4.5, 0.22 * len(names))), layout="constrained")
     over_run, bars = figure.subplots(1, 2, width_ratios=(3, 1))
-    colours = _colours(len(names))
-    over_run.stackplot(samples, shares.T, colors=colours, labels=names)
+    colors = _colors(len(names))
+    over_run.stackplot(samples, shares.T, colors=colors, labels=names)
     for name, first in stages:
         over_run.axvline(first, color="black", linewidth=0.8, linestyle=":")
         over_run.annotate(name, (first, 1.0), xytext=(3, 3), textcoords="offset points", fontsize=8)
@@ -48,7 +50,7 @@ def plot_plan(
         xlabel="sample",
         ylabel="scheduled share",
     )
-    bars.barh(range(len(names)), [tokens[name] for name in names], color=colours)
+    bars.barh(range(len(names)), [tokens[name] for name in names], color=colors)
     bars.set_yticks(range(len(names)), names)
     bars.set(xlabel="tokens", title="drawn over the run")
     bars.title.set_fontsize(9)
@@ -56,11 +58,11 @@ def plot_plan(
 
 
 def plot_run(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Draws what a run has read and learnt to a PNG: each domain's share, realized and scheduled,
-    and its loss, in training and held out.
+    """Draw each domain's shares and losses in a run to a PNG.
 
-    A point stands for a stretch of iterations with 20 samples or more, and there are 200 points at
-    most: shares of the stretch's samples, losses as means over its tokens.
+    Shares are realized and scheduled, losses in training and held out. A point covers a stretch of
+    iterations with 20 samples or more, and there are 200 points at most: shares of the stretch's
+    samples, losses as means over its tokens.
 
     Args:
         path: the file to write.
@@ -81,7 +83,7 @@ def plot_run(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
     at = [trained[stretch[-1]]["iteration"] for stretch in stretches]
     figure = Figure(figsize=(12, max(4.8, 0.22 * len(names))), layout="constrained")
     shares, losses = figure.subplots(1, 2)
-    for name, colour in zip(names, _colours(len(names)), strict=True):
+    for name, colour in zip(names, _colors(len(names)), strict=True):
         rows = [
             [trained[i]["domains"].get(name, _NOTHING) for i in stretch] for stretch in stretches
         ]
@@ -147,7 +149,7 @@ def _mean_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
     )
 
 
-def _colours(count: int) -> list[tuple[float, float, float, float]]:
+def _colors(count: int) -> list[tuple[float, float, float, float]]:
     from matplotlib import colormaps
 
     if count <= 20:

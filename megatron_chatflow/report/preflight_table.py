@@ -1,6 +1,4 @@
-"""What `preflight` prints: the run in short, the memory of each pipeline stage, notes and the
-verdict.
-"""
+"""What `preflight` prints: a summary, the memory of each pipeline stage, notes, the verdict."""
 
 from __future__ import annotations
 
@@ -13,11 +11,11 @@ _COLUMNS = ("weights", "fp8_weights", "gradients", "optimizer", "activations", "
 
 
 def preflight_table(result: Mapping[str, Any]) -> str:
-    """The result of `preflight` as text.
+    """Return the result of `preflight` as text.
 
     Args:
         result: what ``--json`` prints; of the parts `model`, `layout`, `batch`, `run`, `checkpoint`
-        and `data`, those that could be found out.
+            and `data`, those that are known.
 
     Returns:
         Lines without a newline at the end; the last ones are the verdict.
@@ -107,7 +105,7 @@ def _facts(result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _memory(stages: Sequence[Mapping[str, int]]) -> list[str]:
-    """A row for each run of pipeline stages that need the same."""
+    """Return a row for each run of pipeline stages with the same needs."""
     columns = [name for name in _COLUMNS if any(s[name] for s in stages)]
     rows = [("stage", "layers", "parameters", *(name.replace("_", " ") for name in columns))]
     for _, group in itertools.groupby(

@@ -1,6 +1,4 @@
-"""Where numbers are kept: TensorBoard events and metrics.jsonl. Plain values in; imports no
-torch.
-"""
+"""Writers of TensorBoard events and metrics.jsonl. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,16 +14,21 @@ from typing import Any
 
 
 class TensorBoardWriter:
-    """Scalars into a TensorBoard log, each point handed to the operating system at once.
+    """Writes scalars into a TensorBoard log, each point passed to the operating system at once.
 
-    TensorBoard's own writer has a thread, which reports a full disk by a traceback.
+    TensorBoard's own writer has a thread, which reports a full disk with a traceback.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """`first_step`: points of an earlier process at this step or later are hidden, as a resumed
-        run writes them again.
+        """Open a new log in `folder`.
 
-        Raises OSError where the log cannot be written.
+        Args:
+            folder: made if it does not exist.
+            first_step: points of an earlier process at this step or later are hidden, as a resumed
+                run writes them again.
+
+        Raises:
+            OSError: the log cannot be written.
         """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -47,7 +50,7 @@ class TensorBoardWriter:
             raise
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
-        """One point of each tag; None is left out. Raises OSError where it cannot be written."""
+        """Add one point per tag; None is left out. Raises OSError where it cannot be written."""
         points = [
             self._summary.Value(tag=tag, simple_value=float(value))
             for tag, value in values.items()
@@ -72,8 +75,9 @@ class TensorBoardWriter:
 
 
 class MetricsWriter:
-    """One JSON object a line; each line is handed to the operating system at once, or as soon as
-    the disk has room again.
+    """Writes one JSON object per line.
+
+    Each line is passed to the operating system at once, or as soon as the disk has space again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,7 +93,7 @@ class MetricsWriter:
             self._write()
 
     def flush(self) -> None:
-        """Make what was added durable. Raises OSError where it cannot be written."""
+        """Flush what was added to disk. Raises OSError where it cannot be written."""
         self._write()
         os.fsync(self._file.fileno())
 
@@ -101,7 +105,7 @@ class MetricsWriter:
             self._file.close()
 
     def _write(self) -> None:
-        """All that waits, or nothing."""
+        """Write all that is waiting, or nothing."""
         if not self._waiting:
             return
         try:

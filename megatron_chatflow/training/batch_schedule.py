@@ -1,5 +1,6 @@
-"""How long a run is in samples and iterations, and which samples each iteration reads. Imports no
-torch.
+"""The length of a run in samples and iterations, and which samples each iteration reads.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ class Batches:
     rampup_batch_size: Sequence[int] | None = None
 
     def size_at(self, consumed: int) -> int:
-        """The global batch size after `consumed` samples of the run (megatron-core's ramp-up
-        rule).
-        """
+        """Return the global batch size after `consumed` samples, by megatron-core's ramp-up."""
         full, ramp = self.global_batch_size, self.rampup_batch_size
         if not ramp or consumed > ramp[2]:
             return full
@@ -36,8 +35,11 @@ class Batches:
         return min(start + steps * increment, full)
 
     def ramp_up(self, iterations: float, stop: float) -> tuple[int, int]:
-        """Steps through the ramp-up: at most so many iterations, and none beyond sample `stop`.
-        (iterations made, samples consumed after them.)
+        """Step through the ramp-up; returns (iterations made, samples consumed after them).
+
+        Args:
+            iterations: at most this many.
+            stop: no iteration reads beyond this sample.
         """
         done, consumed, ramp = 0, self.consumed, self.rampup_batch_size
         while (
@@ -54,13 +56,13 @@ class Batches:
 def batch_history(
     config: Config, saved: Iterable[Mapping[str, Any]] = (), iteration: int = 0, consumed: int = 0
 ) -> tuple[Batches, ...]:
-    """The batch sizes of a run: those of its checkpoint, and from there on the ones of these
-    settings.
+    """Return the batch sizes of a run: those of its checkpoint, then those of these settings.
 
     Args:
         config: the settings now.
         saved: `batches` of the checkpoint's state; nothing for a run that starts.
-        iteration, consumed: where the checkpoint stands.
+        iteration: iterations done at the checkpoint.
+        consumed: samples read at the checkpoint.
     """
     history = [Batches(**entry) for entry in saved if entry["iteration"] < iteration]
     t = config.training
@@ -74,12 +76,12 @@ def batch_history(
 
 
 def batches_state(history: Iterable[Batches]) -> list[dict[str, Any]]:
-    """The history as plain data for a checkpoint; `batch_history` reads it."""
+    """Return the history as plain data for a checkpoint; `batch_history` reads it."""
     return [asdict(entry) for entry in history]
 
 
 def samples_of_iteration(history: Sequence[Batches], iteration: int) -> tuple[int, int]:
-    """(first sample, one past the last) of an iteration counted from 1."""
+    """Return (first sample, one past the last) of an iteration counted from 1."""
     entry = next(entry for entry in reversed(history) if entry.iteration < iteration)
     before = iteration - 1 - entry.iteration
     done, consumed = entry.ramp_up(before, math.inf)
@@ -88,8 +90,9 @@ def samples_of_iteration(history: Sequence[Batches], iteration: int) -> tuple[in
 
 
 def count_iterations(history: Sequence[Batches], total: int) -> int:
-    """Whole iterations in a run of `total` samples; samples that do not fill a last one are not
-    read.
+    """Return the number of iterations in a run of `total` samples.
+
+    Samples that do not fill a last iteration are not read.
     """
     last = history[-1]
     done, consumed = last.ramp_up(math.inf, total)
@@ -97,14 +100,14 @@ def count_iterations(history: Sequence[Batches], total: int) -> int:
 
 
 def fix_length(config: Config, iteration: int, consumed: int) -> Config:
-    """The settings of a run that goes on after `iteration` iterations and `consumed` samples.
+    """Return the settings of a run that continues after `iteration` and `consumed` samples.
 
     `train_iters` counts iterations, those done with another batch size included; where that is
-    another number of samples than train_iters x global_batch_size, the result says `train_samples`
+    another number of samples than train_iters x global_batch_size, the result has `train_samples`
     instead.
 
     Raises:
-        ConfigError: the run would end before the place where it goes on.
+        ConfigError: the run would end before the sample where it continues.
     """
     t = config.training
     total = (
@@ -113,13 +116,13 @@ def fix_length(config: Config, iteration: int, consumed: int) -> Config:
         else consumed + (t.train_iters - iteration) * t.global_batch_size
     )
     if total < consumed:
-        told = (
+        length = (
             f"train_samples is {t.train_samples}"
             if t.train_iters is None
             else f"train_iters is {t.train_iters}"
         )
         raise ConfigError(
-            f"{told} and the checkpoint is at iteration {iteration}, sample {consumed}; "
+            f"{length} and the checkpoint is at iteration {iteration}, sample {consumed}; "
             f"give a longer run, or an earlier checkpoint with --ckpt-step"
         )
     if total == total_samples(config):

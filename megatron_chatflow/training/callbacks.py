@@ -92,41 +92,51 @@ class CallbackList(Callback):
         self.members = list(members)
 
     def on_fit_start(self, state: TrainState) -> None:
+        """See `Callback`."""
         for callback in self.members:
             callback.on_fit_start(state)
 
     def before_first_iteration(self, state: TrainState) -> None:
+        """See `Callback`."""
         for callback in self.members:
             callback.before_first_iteration(state)
 
     def before_update(self, state: TrainState) -> None:
+        """See `Callback`."""
         for callback in self.members:
             callback.before_update(state)
 
     def on_step_end(self, state: TrainState, result: IterationResult) -> None:
+        """See `Callback`."""
         for callback in self.members:
             callback.on_step_end(state, result)
 
     def on_iteration_end(self, state: TrainState) -> None:
+        """See `Callback`."""
         for callback in self.members:
             callback.on_iteration_end(state)
 
     def on_validation_end(self, state: TrainState, losses: HeldOutLosses) -> None:
+        """See `Callback`."""
         for callback in self.members:
             callback.on_validation_end(state, losses)
 
     def on_checkpoint_start(self, state: TrainState, record: dict[str, Any]) -> None:
+        """See `Callback`."""
         for callback in self.members:
             callback.on_checkpoint_start(state, record)
 
     def on_checkpoint_saved(self, state: TrainState, saved: Saved) -> None:
+        """See `Callback`."""
         for callback in self.members:
             callback.on_checkpoint_saved(state, saved)
 
     def on_fit_end(self, state: TrainState) -> None:
+        """See `Callback`."""
         for callback in self.members:
             callback.on_fit_end(state)
 
     def close(self) -> None:
+        """See `Callback`."""
         for callback in self.members:
             callback.close()

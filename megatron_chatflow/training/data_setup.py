@@ -1,5 +1,6 @@
-"""Everything a run reads, opened and checked before a model or a process group exists. Imports no
-torch.
+"""Everything a run reads, opened and checked before a model or a process group exists.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.tokenizer import TokenBytes, Tokenizer, load_tokenizer
 
 MUCH_LOST = 0.01
-"""Share of conversations, or of tokens to train on, above which their loss at seq_length is a
-warning.
-"""
+"""Share of conversations, or of tokens to train on, whose loss at seq_length is a warning."""
 _CHECKED_WINDOWS = 32
 _CHECKED_TOKENS = 1 << 17
 """How much of each corpus `check_tokens` reads at most."""
@@ -43,23 +42,24 @@ class Inputs:
     domains: Mapping[str, Any]
     """The training part of every domain."""
     held_out: Mapping[str, Any]
-    """What is validated on, by name: the domains' validation parts, then the named validation sets;
-    empty where nothing is validated.
-    """
+    """What is validated on: the domains' validation parts, then the named validation sets."""
     tokenizer_flags: str
-    """How the tokenizer that made the corpora is given."""
+    """The flags that give the tokenizer that made the corpora."""
     notes: tuple[str, ...]
-    """Sentences that the user should see once."""
+    """Messages that the user should see once."""
 
     @property
     def epoch_samples(self) -> dict[str, int]:
-        """Samples in one epoch of each domain's training part."""
+        """Return the samples in one epoch of each domain's training part."""
         return {name: domain.num_samples for name, domain in self.domains.items()}
 
 
 def open_inputs(config: Config, *, held_out: bool = False) -> Inputs:
-    """Open the curriculum, the tokenizer and every corpus, those for validation where `held_out` is
-    set.
+    """Open the curriculum, the tokenizer and every corpus.
+
+    Args:
+        config: resolved settings.
+        held_out: whether to open the corpora for validation, too.
 
     Raises:
         ValueError: (ConfigError among them) they do not fit together.
@@ -97,8 +97,9 @@ def open_inputs(config: Config, *, held_out: bool = False) -> Inputs:
 
 
 def check_tokens(inputs: Inputs) -> str:
-    """Read a few windows of every corpus, evenly spaced, and look for token ids outside of the
-    vocabulary.
+    """Read some windows of every corpus and look for token ids outside of the vocabulary.
+
+    The windows are evenly spaced.
 
     Returns:
         What was checked, as a note.
@@ -124,8 +125,10 @@ def check_tokens(inputs: Inputs) -> str:
 
 
 def open_tokenizer(config: Config) -> tuple[Tokenizer, int]:
-    """The tokenizer and the size of the vocabulary, where no corpus is read. Raises ConfigError
-    where none is given.
+    """Return the tokenizer and the size of the vocabulary, where no corpus is read.
+
+    Raises:
+        ConfigError: no tokenizer is given.
     """
     tokenizer = _tokenizer(config)
     if tokenizer is None:
@@ -136,8 +139,9 @@ def open_tokenizer(config: Config) -> tuple[Tokenizer, int]:
 def _open_held_out(
     config: Config, curriculum: Curriculum, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """The domains' validation parts and the named validation sets. Raises ConfigError where all of
-    them are empty.
+    """Open the domains' validation parts and the named validation sets.
+
+    Raises ConfigError where all of them are empty.
     """
     validated = dict(_open_subset(config, curriculum, tokenizer, "valid"))
     for name, entry in curriculum.validation.items():
@@ -183,8 +187,9 @@ def _held_out_notes(
 
 
 def _cut_notes(domains: Mapping[str, Any]) -> list[str]:
-    """What instruction domains lose at seq_length: a line for each that loses something, a warning
-    above 1%.
+    """Return a line for each instruction domain that loses something at seq_length.
+
+    The line is a warning above 1%.
     """
     notes = []
     for name, domain in domains.items():
@@ -212,7 +217,7 @@ def _cut_notes(domains: Mapping[str, Any]) -> list[str]:
 def _open_subset(
     config: Config, curriculum: Curriculum, tokenizer: Tokenizer | None, subset: str
 ) -> Mapping[str, Any]:
-    """The domains of one split (train or valid)."""
+    """Open the domains of one split (train or valid)."""
     data = config.data
     return open_domains(
         curriculum,
@@ -230,8 +235,12 @@ def _open_subset(
 def make_plan(
     config: Config, curriculum: Curriculum, epoch_samples: Mapping[str, int]
 ) -> BlendPlan:
-    """The plan that the curriculum file tells for this run. `epoch_samples`: samples in one epoch
-    of each domain.
+    """Return the plan of the curriculum file for this run.
+
+    Args:
+        config: resolved settings.
+        curriculum: the file.
+        epoch_samples: samples in one epoch of each domain.
     """
     return BlendPlan(
         curriculum,
@@ -305,18 +314,18 @@ def _vocab_size(
     manifests: Mapping[str, Manifest | None],
     flags: str,
 ) -> int:
-    """As given, or the tokenizer's, or what every manifest names."""
+    """Return the size that is given, or the tokenizer's, or the largest of the manifests."""
     given = config.tokenizer.vocab_size
     if tokenizer is None:
-        told = [
+        recorded = [
             manifest.tokenizer.get("vocab_size") if manifest else None
             for manifest in manifests.values()
         ]
-        if not given and not all(told):
+        if not given and not all(recorded):
             raise ConfigError(
                 f"the size of the vocabulary is not known; give {flags}, or --vocab-size"
             )
-        return given or max(told)
+        return given or max(recorded)
     if given and given < tokenizer.vocab_size:
         raise ConfigError(
             f"vocab_size {given} is smaller than the {tokenizer.vocab_size} tokens of "
@@ -326,7 +335,7 @@ def _vocab_size(
 
 
 def _tokenizer_flags(manifests: Mapping[str, Manifest | None]) -> str:
-    """The flags that give the tokenizer of the first corpus that names one."""
+    """Return the flags that give the tokenizer of the first corpus that names one."""
     made_with = next((manifest.tokenizer for manifest in manifests.values() if manifest), {})
     kind, name = made_with.get("type"), made_with.get("name")
     if not kind:
@@ -354,8 +363,9 @@ def _check_manifests(
     tokenizer: Tokenizer | None,
     vocab_size: int,
 ) -> None:
-    """Raises ConfigError for a corpus that another tokenizer made: than this run's, or, where none
-    is given, than the corpora before it.
+    """Raise ConfigError for a corpus that another tokenizer made.
+
+    Compared with this run's tokenizer, or, where none is given, with that of earlier corpora.
     """
     wanted = (
         None

@@ -1,4 +1,4 @@
-"""What the learning rate does to the curriculum."""
+"""A note where the learning rate is too low for the last stage of the curriculum."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from megatron_chatflow.curriculum import BlendPlan
 from megatron_chatflow.training.optimizer import build_scheduler
 
 FLOOR = 1 / 3
-"""Share of the peak below which a stage is taken to teach too little (arXiv 2511.18903 ends at
-about this).
-"""
+"""Share of the peak below which a stage teaches too little (arXiv 2511.18903 ends near it)."""
 
 
 def rate_at(config: Config, sample: int) -> float:
-    """The learning rate with which the iteration that begins at `sample` is made, told by
-    megatron-core's own schedule.
-    """
+    """Return the learning rate of the iteration that begins at `sample`, by megatron-core."""
     group = {"lr": 0.0, "weight_decay": 0.0}
     scheduler = build_scheduler(config, Schedule.of(config), SimpleNamespace(param_groups=[group]))
     scheduler.step(sample)
@@ -25,8 +21,7 @@ def rate_at(config: Config, sample: int) -> float:
 
 
 def late_stage_note(config: Config, plan: BlendPlan, end: int) -> str | None:
-    """A sentence where the last stage of the curriculum is trained at less than a third of the peak
-    rate on average, else None.
+    """Return a note if the last stage is trained at less than a third of the peak rate, else None.
 
     Args:
         config: resolved settings.

@@ -1,4 +1,4 @@
-"""Which ids of an extended tokenizer are new, by the token map in its folder. Imports no torch."""
+"""The ids of an extended tokenizer that are new, from the token map. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from megatron_chatflow.tokenizer.token_map import TOKEN_MAP, read_token_map
 
 
 def new_row_ids(config: Config, vocab_size: int) -> np.ndarray:
-    """The ids that --train-new-rows-samples trains, sorted, int64; empty where the setting is off.
+    """Return the ids that --train-new-rows-samples trains, sorted, int64; empty without it.
 
     Args:
         config: resolved settings.
         vocab_size: tokens that the model knows, before padding.
 
     Raises:
-        ConfigError: there is no map beside the tokenizer, or it is of another vocabulary.
+        ConfigError: the tokenizer has no map, or the map is of another vocabulary.
     """
     if not config.training.train_new_rows_samples:
         return np.empty(0, np.int64)
     model = config.tokenizer.tokenizer_model
     if model is None:
         raise ConfigError(
-            f"train_new_rows_samples needs the {TOKEN_MAP} beside the tokenizer; give "
-            f"--tokenizer-model the folder of an extended tokenizer"
+            f"train_new_rows_samples needs the {TOKEN_MAP} of an extended tokenizer; give "
+            f"--tokenizer-model the folder of one"
         )
     folder = Path(model) if os.path.isdir(model) else Path(model).parent
     path = folder / TOKEN_MAP

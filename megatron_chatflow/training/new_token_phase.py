@@ -1,9 +1,9 @@
 """A first phase that trains the new rows of the embedding and output layers, and nothing else.
 
-Zero gradients alone would not hold the rest still. Two more things move weights: weight decay,
-which is off during the phase, and moments of earlier steps, which there are none of, since the
-phase stands at the start of a run. A weight whose gradient and moments are zero takes a step of
-exactly zero.
+Zero gradients alone would not keep the other weights constant. Two more things change weights:
+weight decay, which is off during the phase, and moments of earlier steps, of which there are none,
+since the phase is at the start of a run. A weight whose gradient and moments are zero takes a step
+of exactly zero.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ class NewRows:
     """The rows of this rank's embedding and output layers that belong to new tokens."""
 
     def __init__(self, model: list[MegatronModule], ids: np.ndarray) -> None:
-        """`ids`: new tokens of the whole vocabulary; each tensor-parallel rank holds an equal slice
-        of it.
+        """Find the rows of this rank.
+
+        Args:
+            model: this rank's model chunks.
+            ids: new tokens of the vocabulary, of which each tensor-parallel rank holds an equal
+                slice.
         """
         self._parameters = [parameter for chunk in model for parameter in chunk.parameters()]
         self._rows: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
@@ -35,8 +39,9 @@ class NewRows:
 
     @contextlib.contextmanager
     def alone(self, optimizer: MegatronOptimizer) -> Iterator[None]:
-        """Inside, `optimizer` steps the new rows only. To be entered between the backward pass and
-        the step: it clears all other gradients.
+        """Inside, `optimizer` steps the new rows only.
+
+        To be entered between the backward pass and the step: it clears all other gradients.
         """
         kept = [
             (parameter.main_grad, rows, parameter.main_grad[rows]) for parameter, rows in self._rows
@@ -54,7 +59,7 @@ class NewRows:
 
 
 def forget_moments(optimizer: MegatronOptimizer) -> None:
-    """Make an optimizer as good as new, in place, at the end of the phase.
+    """Clear the moments and step counts of an optimizer, in place, at the end of the phase.
 
     Adam corrects its moments by the number of steps made. With the phase's steps counted, the first
     steps of all other weights would be up to (1 - beta1) / sqrt(1 - beta2) times too long, 3.2 with

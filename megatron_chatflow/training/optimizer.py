@@ -16,8 +16,9 @@ from megatron_chatflow.distributed import cuda_shim
 
 
 def build_optimizer(config: Config, model: list[MegatronModule]) -> MegatronOptimizer:
-    """The optimizer over the model chunks of this rank, with megatron-core's schedules told how
-    gradients are scaled, reduced and overlapped.
+    """Build the optimizer over the model chunks of this rank.
+
+    Also sets how megatron-core's schedules scale, reduce and overlap gradients.
     """
     o, training = config.optimizer, config.training
     optimizer = get_megatron_optimizer(
@@ -59,8 +60,9 @@ def build_optimizer(config: Config, model: list[MegatronModule]) -> MegatronOpti
 
 
 def _start_momentum(optimizer: torch.optim.SGD, config: OptimizerConfig | None = None) -> None:
-    """Give every parameter the state that a checkpoint is read into; megatron-core has that for
-    Adam.
+    """Give every parameter the state that a checkpoint is read into.
+
+    megatron-core does so for Adam only.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -69,14 +71,14 @@ def _start_momentum(optimizer: torch.optim.SGD, config: OptimizerConfig | None =
 
 
 def _one_or_all(functions: list[Any]) -> Any:
-    """megatron-core takes one function, or a list of them under the interleaved schedule."""
+    """Return one function, or the list that megatron-core's interleaved schedule takes."""
     return functions[0] if len(functions) == 1 else functions
 
 
 def build_scheduler(
     config: Config, schedule: Schedule, optimizer: MegatronOptimizer
 ) -> OptimizerParamScheduler:
-    """Learning rate and weight decay as functions of the samples trained on.
+    """Build the schedule of learning rate and weight decay over the samples trained on.
 
     Checkpoint and command were compared before (`resume_settings`), so `config` and `schedule` are
     in effect, and megatron-core's own comparison, which leaves out some of them, is not used.

@@ -1,4 +1,4 @@
-"""The ledger and the file: which plan a resumed run follows. Imports no torch."""
+"""Which plan a resumed run follows, and whether its data is unchanged. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from megatron_chatflow.training.data_setup import Inputs
 def resume_plan(
     ledger: BlendPlan, wanted: BlendPlan, consumed: int, *, amend: bool, curriculum: Curriculum
 ) -> BlendPlan:
-    """The plan to go on with after `consumed` samples.
+    """Return the plan to follow after `consumed` samples.
 
     Args:
         ledger: the plan of the checkpoint.
-        wanted: the plan that the curriculum file and the run's settings tell now.
+        wanted: the plan of the curriculum file and the run's settings as they are now.
         consumed: samples already trained on.
-        amend: whether the user allows the file to tell another past (--amend-curriculum).
+        amend: whether the file may have another past (--amend-curriculum).
         curriculum: what `wanted` was made from.
 
     Raises:
-        ConfigError: the file tells another past and `amend` is off; names the first sample that
-        differs and both cures.
+        ConfigError: the file has another past and `amend` is off; names the first sample that
+            differs and both ways to resolve it.
     """
     candidate = ledger.follow(wanted)
     first = ledger.first_difference(candidate, consumed)
@@ -34,16 +34,16 @@ def resume_plan(
     if amend:
         return ledger.amend_with(at=consumed, plan=wanted)
     raise ConfigError(
-        f"the curriculum tells another past than the checkpoint's ledger, first at sample "
+        f"the curriculum has another past than the checkpoint's ledger, first at sample "
         f"{first} of the {consumed} already trained on"
         f"{_moved_knots(ledger, wanted, curriculum)}; restore the file, or add "
-        f"--amend-curriculum to keep the past as it was and follow the file "
+        f"--amend-curriculum to keep the past unchanged and follow the file "
         "from here on"
     )
 
 
 def check_seq_length(ledger: BlendPlan, seq_length: int) -> None:
-    """Refuse another sequence length. Asked first: it also changes what corpora are compared by."""
+    """Refuse another sequence length. Called first: it changes what corpora are compared by."""
     if ledger.seq_length != seq_length:
         raise ConfigError(
             f"seq_length is {seq_length} here and {ledger.seq_length} in the checkpoint, so its "
@@ -53,8 +53,9 @@ def check_seq_length(ledger: BlendPlan, seq_length: int) -> None:
 
 
 def _moved_knots(ledger: BlendPlan, wanted: BlendPlan, curriculum: Curriculum) -> str:
-    """What moved the stages of a file that may not have changed: the length of the run, or the
-    batch size.
+    """Return why the stages of a file that may not have changed have moved.
+
+    The reason is the length of the run, or the batch size.
     """
     if wanted.num_samples != ledger.num_samples and any(
         stage.relative for stage in curriculum.stages
@@ -72,8 +73,9 @@ def _moved_knots(ledger: BlendPlan, wanted: BlendPlan, curriculum: Curriculum) -
 
 
 def data_identity(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """What fixes the tokens behind every (domain, ordinal): saved with a checkpoint, compared on
-    resume.
+    """Return what determines the tokens behind every (domain, ordinal).
+
+    It is saved with a checkpoint and compared at resume.
     """
     data, tokenizer = config.data, inputs.tokenizer
     return {
@@ -91,15 +93,16 @@ def data_identity(config: Config, inputs: Inputs) -> dict[str, Any]:
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse a resume that would read other tokens under the same ordinals. Domains that are new or
-    gone are no matter.
+    """Refuse a resume that would read other tokens under the same ordinals.
+
+    Domains may be added or removed.
     """
     for key, flag in (("seed", "--seed"), ("split", "--split")):
         if saved[key] != now[key]:
             raise ConfigError(
                 f"{key} is {now[key]} here and {saved[key]} in the checkpoint, which would "
                 f"read samples twice; use "
-                f"{flag} {saved[key]}, or --finetune to start afresh"
+                f"{flag} {saved[key]}, or --finetune to start from scratch"
             )
     before, here = saved["tokenizer"], now["tokenizer"]
     if before and here and before["hash"] != here["hash"]:
@@ -113,7 +116,7 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
             raise ConfigError(
                 f"domain {name}: its corpus is not the one the checkpoint was trained on; "
                 f"restore the files, give the new "
-                "corpus a name of its own, or --finetune to start afresh"
+                "corpus another domain name, or --finetune to start from scratch"
             )
         wanted = now["documents"][name]
         trained = saved["documents"].get(name, wanted)
@@ -121,17 +124,22 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
             raise ConfigError(
                 f"domain {name}: documents {wanted[0]} to {wanted[1]} would be trained on, "
                 f"and were {trained[0]} to {trained[1]} so far, which would "
-                f"read samples twice; restore domains.{name}.valid as it was (other text "
+                f"read samples twice; restore domains.{name}.valid (other text "
                 f"can be named under validation), or --finetune to start "
-                "afresh"
+                "from scratch"
             )
         trained = saved.get("left_out", {}).get(name, 0)
         wanted = now["left_out"].get(name, 0)
         if trained != wanted and name in saved["corpora"]:
+            remedy = (
+                "restore train_on_prompt"
+                if "left_out" in saved
+                else "resume with the version that made the checkpoint"
+            )
             raise ConfigError(
                 f"domain {name}: {wanted} conversations without a token to train on are "
                 f"left out, and {trained} were so far, which would read "
                 f"samples twice; "
-                f"{'resume with the version that made the checkpoint' if 'left_out' not in saved else 'restore train_on_prompt'}, "
+                f"{remedy}, "
                 "give the corpus a new domain name, or --finetune to start over"
             )

@@ -42,7 +42,7 @@ class Resumed:
     schedule: Schedule
     """Lengths of the schedule in effect."""
     notes: tuple[str, ...]
-    """What the user should see once: what differs, and what could not be compared."""
+    """Notes for the user: what differs, and what could not be compared."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ def _text(value: Any) -> str:
 
 
 def settings_to_save(config: Config, vocab_size: int, schedule: Schedule) -> dict[str, Any]:
-    """What a checkpoint records of its run's settings: `settings` in state.json."""
+    """Return what a checkpoint records of its run's settings: `settings` in state.json."""
     return model_settings(config, vocab_size) | training_settings(config, schedule)
 
 
 def saved_settings(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a checkpoint was made with, by name; nothing where it does not record them.
+    """Return the settings that a checkpoint was made with; empty where it does not record them.
 
     Checkpoints of version 0.1.0 and converted ones record them in the run's config.yaml, and the
     schedule in the state.
@@ -101,10 +101,10 @@ def saved_settings(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]
 def check_finetune(
     checkpoint: Path, state: Mapping[str, Any], config: Config, vocab_size: int
 ) -> tuple[str, ...]:
-    """Compare the model with that of a checkpoint whose weights are to be finetuned; returns what
-    the user should see.
+    """Compare the model with that of a checkpoint to finetune; returns notes for the user.
 
-    Raises ConfigError where the weights are of another model, naming every setting that differs.
+    Raises:
+        ConfigError: the weights are of another model; names every setting that differs.
     """
     saved, here = saved_settings(checkpoint, state), model_settings(config, vocab_size)
     found = _differences(saved, here)
@@ -178,15 +178,17 @@ def resume_settings(
 
 
 def check_optimizer_group(group: Mapping[str, Any], config: Config) -> str | None:
-    """Compare the settings in effect with those that the optimizer of an old checkpoint really
-    used; returns what the user should see.
+    """Compare the settings with those that the optimizer of an old checkpoint really used.
 
-    Version 0.1.0 recorded the command's settings and went on with the checkpoint's, so its
+    Version 0.1.0 recorded the command's settings and continued with the checkpoint's, so its
     config.yaml may be wrong.
 
     Args:
         group: the first parameter group of the optimizer, as saved.
         config: the settings in effect.
+
+    Returns:
+        A note for the user, or None.
 
     Raises:
         ConfigError: they differ, and --override-opt_param-scheduler is not given.
@@ -239,7 +241,7 @@ _WHAT_TO_DO = {
 
 
 def _refuse(found: Mapping[AtResume, list[_Difference]]) -> None:
-    """Raises ConfigError with all differences in one message, by class and with what to do."""
+    """Raise ConfigError with all differences in one message, by class and with what to do."""
     parts = [
         ", ".join(d.refused() for d in differences) + f"; {_WHAT_TO_DO[kind]}"
         for kind, differences in found.items()
