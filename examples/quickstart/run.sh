@@ -31,7 +31,13 @@ preprocess en-zh enzh --append-eod --kind parallel --template $'{en}\n{zh}'
 preprocess instruct instruct --kind instruct
 
 step "2. What the curriculum means for these corpora"
-python -m megatron_chatflow plan --config run.yaml --curriculum curriculum.yaml --plot "$out/plan.png" "$@"
+length=() # the flags of the training that the plan reads too
+for ((i = 1; i < $#; i++)); do
+    case "${!i}" in --train-iters | --train-samples | --global-batch-size | --seq-length)
+        length+=("${@:i:2}") ;;
+    esac
+done
+python -m megatron_chatflow plan --config run.yaml --curriculum curriculum.yaml --plot "$out/plan.png" "${length[@]}"
 
 step "3. Training on two processes"
 torchrun --standalone --nproc-per-node 2 -m megatron_chatflow train --config run.yaml --curriculum curriculum.yaml --save "$out/run" "$@"

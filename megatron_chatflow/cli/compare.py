@@ -16,8 +16,8 @@ from megatron_chatflow.report.metrics_file import read_records
 from megatron_chatflow.utils.user_files import load_json
 
 EPILOG = """examples:
-  {call} runs/a runs/b                      # all records, and the checkpoints that both have
-  {call} runs/a runs/b --iteration 100      # up to iteration 100, and its checkpoint
+  {call} runs/a runs/b                   # all records, and the checkpoints that both have
+  {call} runs/a runs/b --iteration 100   # up to iteration 100, and its checkpoint
 
 exit codes: 0 the same, 1 different (the first difference is printed), 2 not two runs that can be
 compared

@@ -30,7 +30,7 @@ EPILOG = """examples:
   {call} --load runs/zh --prompt 'The file' --prompt '文件'
   {call} --load runs/zh --prompt '文件' --temperature 0.8 --top-k 50 --top-p 0.95 --seed 7
   {call} --load runs/zh --chat --prompt 'Translate into Chinese: Good morning.'
-  {call} --load runs/zh --prompt-file prompts.jsonl --micro-batch-size 16 --json > answers.jsonl
+  {call} --load runs/zh --prompt-file prompts.jsonl --micro-batch-size 16 --json
   torchrun --nproc-per-node 2 -m megatron_chatflow generate --load runs/zh \\
       --tensor-model-parallel-size 2 --prompt '文件'
 

@@ -31,7 +31,8 @@ EPILOG = """examples:
   {call} --input 'crawl/*.jsonl.gz' --output-prefix data/en --append-eod \\
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model SmolLM2-135M
   # parallel text, {"en": ..., "zh": ...}: data/enzh_text_document.{bin,idx,json}
-  {call} --input pairs.jsonl --kind parallel --template '{en}\\n{zh}' --output-prefix data/enzh ...
+  {call} --input pairs.jsonl --kind parallel --template '{en}\\n{zh}' \\
+      --output-prefix data/enzh ...
   # conversations, {"messages": [...]} or {"instruction", "input", "output"}:
   # data/instruct_document.{bin,idx,json}
   {call} --input chat.jsonl --kind instruct --output-prefix data/instruct ...

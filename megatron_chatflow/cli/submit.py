@@ -19,7 +19,8 @@ from megatron_chatflow.utils.files import unwritable
 EPILOG = """examples:
   {call} --config run.yaml --curriculum curriculum.yaml --save /shared/runs/zh --nodes 16 \\
       -- --partition=gpu --time=24:00:00
-  {call} --config run.yaml --save /shared/runs/zh --load /shared/base --finetune --nodes 2 --dry-run
+  {call} --config run.yaml --save /shared/runs/zh --load /shared/base --finetune \\
+      --nodes 2 --dry-run
   {call} --config run.yaml --save /shared/runs/zh --nodes 4 --container chatflow.sqsh \\
       --mounts /shared:/shared
 

@@ -18,19 +18,21 @@ from megatron_chatflow.utils.user_files import check_name
 
 EPILOG = """examples:
   # 8,000 more byte-pair tokens for Chinese; English keeps its tokens
-  {call} --tokenizer-type SentencePieceTokenizer --tokenizer-model mistral/tokenizer.model \\
-      --input zh.jsonl.gz --base-input en.jsonl.gz --new-tokens 8000 --output mistral-zh
+  {call} --tokenizer-type SentencePieceTokenizer \\
+      --tokenizer-model mistral/tokenizer.model --input zh.jsonl.gz --base-input en.jsonl.gz \\
+      --new-tokens 8000 --output mistral-zh
   # the same for the tokenizer.json of a Hugging Face folder
   {call} --tokenizer-type HuggingFaceTokenizer --tokenizer-model SmolLM2-135M \\
       --input 'zh/*.jsonl' --new-tokens 8000 --output smollm2-zh
   # single characters only, the most frequent first
   {call} ... --input zh.jsonl.gz --characters --new-tokens 8076 --output llama-zh
   # the same size: 6,000 Hungarian tokens in place of the least used ones
-  {call} ... --input hu.jsonl.gz --base-input en.jsonl.gz --replace --new-tokens 6000 \\
-      --output mistral-hu
+  {call} ... --input hu.jsonl.gz --base-input en.jsonl.gz --replace \\
+      --new-tokens 6000 --output mistral-hu
 
 The output folder holds the tokenizer, report.json, and token_map.json: what each new token was made
 of, for `chatflow convert`.
+
 exit codes: 0 written, 1 a disk failed, 2 a flag or a file cannot be used and nothing was written,
 130 interrupted
 """
