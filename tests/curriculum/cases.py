@@ -13,6 +13,21 @@ from hypothesis import strategies as st
 
 from megatron_chatflow.curriculum import BlendPlan, Curriculum, parse_curriculum
 
+GOOD = """
+clock: samples              # samples | iterations | tokens: the unit of `at`
+domains:
+  en:       {path: data/en_text_document}
+  zh:       {path: data/zh_text_document, max_epochs: 4}
+  en-zh:    {path: data/enzh_text_document}
+  instruct: {path: data/instruct_document, kind: instruct}
+stages:                     # the share vector at each knot; between knots it moves by the ramp
+  - {name: english,   at: 0,   weights: {en: 0.7, en-zh: 0.3}}
+  - {name: bilingual, at: 40%, weights: {en: 0.3, zh: 0.5, en-zh: 0.2}, ramp: root2}
+  - {name: instruct,  at: 90%, weights: {en: 0.1, zh: 0.3, instruct: 0.6}, ramp: linear}
+on_exhausted: repeat        # repeat | redistribute | stop | error
+"""
+"""The example of docs/curriculum.md."""
+
 RAMPS = ("step", "linear", "cosine", "root2", "root3.5", "root0.5", "geometric")
 
 

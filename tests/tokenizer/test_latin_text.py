@@ -14,7 +14,7 @@ from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.tokenizer.extend import extend
 from megatron_chatflow.tokenizer.unicode_scripts import ZERO_WIDTH
 from tests.tokenizer import bases
-from tests.tokenizer.test_marks import LINES as MARKED
+from tests.tokenizer.marks import LINES as MARKED
 
 LINES = {
     **MARKED,

@@ -32,14 +32,7 @@ LLAMA3 = (
     "{%- if add_generation_prompt %}\n    {{- "
     "'<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n"
 )
-SPECIAL = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|begin|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
+SPECIAL = "<|im_start|> <|im_end|> <|begin|> <|start_header_id|> <|end_header_id|> <|eot_id|>"
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "2 + 2?"},
@@ -58,7 +51,7 @@ def folder(tmp_path_factory):
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=list(SPECIAL),
+        special_tokens=SPECIAL.split(),
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -20,7 +20,7 @@ from megatron_chatflow.data.preprocess.options import PreprocessOptions
 from megatron_chatflow.data.preprocess.pipeline import preprocess
 from megatron_chatflow.data.preprocess.resume_state import InputChanged, locked_folder
 from megatron_chatflow.errors import ChatflowError
-from tests.data.preprocess.test_input_files import write_table
+from tests.data.preprocess.samples import write_table
 
 ROOT = Path(__file__).resolve().parents[3]
 
