@@ -60,7 +60,7 @@ def continue_merges(
         no other occurs twice. They depend on the runs and their counts alone, not on the order of
         the runs: of equally good ones, the one with the smaller parts is first.
     """
-    state = _State(chunks, by_count, text)
+    state = _LinkedText(chunks, by_count, text)
     learned: list[LearnedToken] = []
     while len(learned) < wanted and (best := state.best()) is not None:
         new = text[best.left] if best.right is None else text[best.left] + text[best.right]
@@ -75,7 +75,7 @@ def continue_merges(
     return learned
 
 
-class _State:
+class _LinkedText:
     """The text as linked symbols, and where each pair is.
 
     A pair is stored as left << 32 | right, a character without a piece as minus its symbol. Every
@@ -84,6 +84,8 @@ class _State:
     """
 
     def __init__(self, chunks: Mapping[bytes, int], by_count: bool, text: SymbolText) -> None:
+        # All runs one after the other: symbol, weight (how often its run occurs), and the places of
+        # the left and right neighbor within the run or -1, int32 and int64 [symbols].
         sizes = np.fromiter((len(chunk) // 4 for chunk in chunks), np.int64, len(chunks))
         self._symbol = np.frombuffer(b"".join(chunks), np.int32).copy()
         self._weight = np.repeat(np.fromiter(chunks.values(), np.int64, len(chunks)), sizes)
@@ -96,6 +98,7 @@ class _State:
         self._counts: dict[int, int] = {}
         self._places: dict[int, np.ndarray] = {}
         self._heap: list[tuple[int, int]] = []
+        # Candidates, most saving first: all pairs, then characters that have no piece.
         self._add_pairs(np.flatnonzero(self._right >= 0))
         unknown = np.flatnonzero(self._symbol >= UNKNOWN_CHARACTER)
         for symbol, count, places in self._groups(
@@ -109,6 +112,7 @@ class _State:
     def best(self) -> LearnedToken | None:
         """Return the pair or character that saves most; None when there is none."""
         while self._heap:
+            # Counts in the heap may be too high by now: correct the top until it is exact.
             gain, key = self._heap[0]
             count = self._counts.get(key)
             if count is None:
@@ -136,7 +140,9 @@ class _State:
         if token.right is None:
             self._symbol[at] = new
         else:
-            at = self._standing(at, token.left, token.right)
+            # The right symbol of each pair, `gone`, is unlinked; pairs with it and with the symbol
+            # before are counted off, int64 [places].
+            at = self._still_there(at, token.left, token.right)
             gone = self._right[at]
             behind = self._right[gone]
             before = self._left[at]
@@ -145,10 +151,11 @@ class _State:
             self._symbol[gone] = -1
             self._right[at] = behind
             self._left[behind[behind >= 0]] = at[behind >= 0]
+        # New pairs are those of the new symbol with its neighbors.
         before = self._left[at]
         self._add_pairs(np.unique(np.concatenate([before[before >= 0], at[self._right[at] >= 0]])))
 
-    def _standing(self, at: np.ndarray, left: int, right: int) -> np.ndarray:
+    def _still_there(self, at: np.ndarray, left: int, right: int) -> np.ndarray:
         """Return those places, in order, that still hold the pair: int64 [m].
 
         In a run of one symbol that is every other place, from the first.
@@ -158,6 +165,7 @@ class _State:
         at = at[self._symbol[self._right[at]] == right]
         if left != right or not len(at):
             return at
+        # In a run of overlapping pairs (aaaa), take those at an even distance from its beginning.
         opens = np.flatnonzero(np.concatenate([[True], at[1:] != self._right[at[:-1]]]))
         lengths = np.diff(np.append(opens, len(at)))
         return at[(np.arange(len(at)) - np.repeat(opens, lengths)) % 2 == 0]
@@ -198,6 +206,7 @@ class _State:
         """
         if not len(keys):
             return iter(())
+        # Sort places by key; each key is then one slice, whose weights are added up.
         order = np.argsort(keys, kind="stable")
         keys, places = keys[order], places[order]
         starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))

@@ -220,8 +220,8 @@ class ByteLevelVocabulary(Vocabulary):
 def byte_alphabet() -> list[str]:
     """Return the character by which a byte-level vocabulary spells each byte.
 
-    A byte that is a printable character of Latin-1 is spelled as that character, the others take the
-    characters from U+0100 on (GPT-2's encoder.py).
+    A byte that is a printable character of Latin-1 is spelled as that character, the others take
+    the characters from U+0100 on (GPT-2's encoder.py).
     """
     printable = {
         *range(ord("!"), ord("~") + 1),

@@ -108,6 +108,8 @@ class SymbolRuns:
         """
         if not len(symbols):
             return
+        # The text as bytes [bytes], with the kind of each character, where each character opens and
+        # each symbol begins (`first`) and ends (`last`), int64 [n].
         parts = [text[symbol] for symbol in symbols.tolist()]
         joined = b"".join(parts)
         codepoints = np.frombuffer(joined.decode().encode("utf-32-le"), np.uint32)
@@ -118,6 +120,7 @@ class SymbolRuns:
         opens[np.cumsum(widths) - widths] = True
         last = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
         first = np.concatenate([[0], last[:-1]])
+        # Which neighboring symbols a token may hold together: bool [n - 1].
         border = first[1:]
         inside = ~opens[border]
         together = (
@@ -127,6 +130,7 @@ class SymbolRuns:
         )
         together &= ~ends[:-1]
 
+        # Runs of symbols, of which those of the target's kinds with anything to learn are counted.
         starts = np.flatnonzero(np.concatenate([[True], ~together]))
         stops = np.append(starts[1:], len(symbols))
         kind = np.maximum.reduceat(kind_at, first[starts])

@@ -53,6 +53,7 @@ def shuffle(
     crc32 = 0
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(f"{path}.{name}", "w+b")) for name in dtypes}
+        # First pass: deal the documents into buckets, each file separately.
         ends = {name: bound[:-1].copy() for name, bound in bounds.items()}
         for block in _blocks(source, seed, bucket_bytes // dtypes["bin"].itemsize):
             order = np.argsort(block.values["keys"], kind="stable")
@@ -65,6 +66,7 @@ def shuffle(
                     dealt,
                     ends[name],
                 )
+        # Second pass: sort each bucket by key, and write it back in place.
         for bucket in range(buckets):
             region = {
                 name: (int(bound[bucket]), int(bound[bucket + 1])) for name, bound in bounds.items()
