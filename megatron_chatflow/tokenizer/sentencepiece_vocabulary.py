@@ -148,7 +148,7 @@ class SentencePieceVocabulary(Vocabulary):
         model.CopyFrom(self._model)
         score = np.float32(min(piece.score for piece in model.pieces))
         for i in removed:
-            # Three or more characters of which no two neighbours are a piece: never found in a
+            # Three or more characters of which no two neighbors are a piece: never found in a
             # text.
             model.pieces[i].piece = f"\U0010fffd{i}\U0010fffd"
             model.pieces[i].score = score = _below(score)
@@ -189,7 +189,7 @@ class SentencePieceVocabulary(Vocabulary):
                 "pad_token": spec.pad_id,
             }
             config = {role: self._model.pieces[i].piece for role, i in names.items() if i >= 0}
-            # The first takes the tokenizer.json as it is; the other one makes its own from
+            # The first takes the tokenizer.json unchanged; the other one makes another from
             # tokenizer.model.
             config["tokenizer_class"] = (
                 "PreTrainedTokenizerFast" if fast is not None else "LlamaTokenizer"

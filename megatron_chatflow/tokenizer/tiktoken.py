@@ -146,7 +146,7 @@ def _parse(
         or not isinstance(parsed.get("config"), dict)
     ):
         raise _not_a_vocabulary(
-            type, path, "it is no list of tokens and has no `vocab` and `config`"
+            type, path, "it is not a list of tokens and has no `vocab` and `config`"
         )
     special = {entry["rank"]: entry["token_str"] for entry in parsed.get("special_tokens") or ()}
     return parsed["vocab"], parsed["config"], special or dict(enumerate(_SPECIAL[:3]))

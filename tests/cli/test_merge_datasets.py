@@ -189,7 +189,7 @@ def damage_manifest(folder):
         (damage_lengths, "sequence 1 does not start where the one before it ends"),
         (damage_manifest, "the manifest belongs to another corpus"),
         (lambda folder: [path.unlink() for path in folder.iterdir()], "holds no .bin and .idx"),
-        (lambda folder: folder.rename(folder.parent / "elsewhere"), "is no folder"),
+        (lambda folder: folder.rename(folder.parent / "elsewhere"), "is not a folder"),
     ],
 )
 def test_damaged_corpora_are_refused_and_nothing_is_left(folder, damage, named):

@@ -45,7 +45,7 @@ def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text_and_the_space_before_
 
 
 @given(text=samples.texts)
-def test_with_normalisation_and_unknown_characters_the_bytes_are_those_of_the_known_normalised_text(
+def test_with_normalization_and_unknown_characters_the_bytes_are_those_of_the_known_normalized_text(
     files, text
 ):
     tokenizer = load(files / "unigram.model")

@@ -106,7 +106,7 @@ def _messages(messages: Any, key: str, ignored: set[str]) -> Iterator[Message]:
     """Yield the messages under `key` as `{"role", "content", ...}`, with the marks under ""."""
     if not isinstance(messages, list) or not messages:
         raise MalformedRecord(
-            f"{key!r} is no list of messages"
+            f"{key!r} is not a list of messages"
             if not isinstance(messages, list)
             else f"{key!r} is empty"
         )
@@ -122,7 +122,7 @@ def _messages(messages: Any, key: str, ignored: set[str]) -> Iterator[Message]:
         )
         if names is None or (names[1] not in message and not message.get("tool_calls")):
             raise MalformedRecord(
-                f"{what} is no object with 'role' and 'content' (or 'from' and 'value')"
+                f"{what} is not an object with 'role' and 'content' (or 'from' and 'value')"
             )
         _refuse(message, what)
         role, content = message[names[0]], message.get(names[1])
@@ -166,7 +166,7 @@ def _alpaca(record: Mapping[str, Any]) -> Iterator[Message]:
     for number, pair in enumerate(history if isinstance(history, list) else [None]):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise MalformedRecord(
-                f"'history' is no list of [user, assistant] pairs (entry {number})"
+                f"'history' is not a list of [user, assistant] pairs (entry {number})"
             )
         for role, text in zip(("user", "assistant"), pair, strict=True):
             yield {
@@ -306,7 +306,7 @@ def _calls(calls: Any, what: str) -> list[Any]:
         inner = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise MalformedRecord(
-                f"{where} is no object with 'name' and 'arguments' (or with them under 'function')"
+                f"{where} is not an object with 'name' and 'arguments' (or with them under 'function')"
             )
         inner = inner | {
             "arguments": _parsed(inner.get("arguments", {}), f"'arguments' of {where}")
@@ -318,7 +318,7 @@ def _calls(calls: Any, what: str) -> list[Any]:
 def _tools(tools: Any) -> list[Any] | None:
     tools = _parsed(tools, "'tools'") if tools else None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise MalformedRecord("'tools' is no list of objects")
+        raise MalformedRecord("'tools' is not a list of objects")
     return tools or None
 
 

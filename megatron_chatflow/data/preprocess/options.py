@@ -195,7 +195,7 @@ def check(settings: PreprocessOptions) -> None:
         )
     if not os.path.basename(settings.output_prefix):
         raise DataError(
-            f"--output-prefix {settings.output_prefix!r} is no prefix of a file name: give "
+            f"--output-prefix {settings.output_prefix!r} is not a prefix of a file name: give "
             f"one such as out/en"
         )
     if settings.vocab_size is not None and settings.tokenizer_type not in (
@@ -221,7 +221,7 @@ def check(settings: PreprocessOptions) -> None:
     if settings.keep_newlines and not settings.split_sentences:
         raise DataError(
             "--keep-newlines has no meaning without --split-sentences: documents are kept "
-            "as they are; drop the flag"
+            "unchanged; drop the flag"
         )
     if kind != "text":
         for given, flag in (

@@ -165,7 +165,7 @@ _LONGEST = 20
 def _general(text: str) -> Iterator[int]:
     """Yield cuts at empty lines, and after .!?… and white space unless a small letter follows.
 
-    A full stop is no end after one letter, one or two digits, a word with a full stop
+    A full stop does not end one after one letter, one or two digits, a word with a full stop
     inside, or a common abbreviation.
     """
     for match in _GENERAL.finditer(text):

@@ -124,11 +124,11 @@ def test_a_conversation_of_which_nothing_is_trained_on_is_left_out(tmp_path, cap
         ({"messages": messages("a", "b"), "tools": "{"}, "'tools' is not JSON"),
         (
             {"instruction": "a", "output": "b", "history": [["x"]]},
-            r"'history' is no list of \[user, assistant\] pairs \(entry 0\)",
+            r"'history' is not a list of \[user, assistant\] pairs \(entry 0\)",
         ),
         (
             {"messages": messages("a", "b", tool_calls=[{"f": 1}])},
-            "tool call 0 of message 1 is no object with 'name'",
+            "tool call 0 of message 1 is not an object with 'name'",
         ),
     ],
 )

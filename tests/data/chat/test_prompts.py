@@ -79,7 +79,7 @@ def test_text_is_encoded_as_it_is_after_the_token_that_is_asked_for():
     [
         ({"messages": CHAT}, "the last message is the assistant's; a prompt ends with the user's"),
         ({"messages": []}, "the roles are assistant"),
-        ({"messages": "a"}, "'messages' is no list"),
+        ({"messages": "a"}, "'messages' is not a list"),
         ({"text": "a"}, "no key 'instruction'"),
         ({"instruction": 3}, "'instruction' is a number, not text"),
     ],

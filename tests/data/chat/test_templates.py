@@ -40,7 +40,7 @@ def chat(*contents, system=None):
 
 
 def render(template, record, tokenizer=TOKENIZER):
-    """Returns mode and parts of each passage, neighbouring texts joined."""
+    """Returns mode and parts of each passage, neighboring texts joined."""
     result = []
     for passage in CHAT_TEMPLATES[template](parse_conversation(record), tokenizer):
         parts = []
@@ -127,15 +127,15 @@ def test_chatml_writes_the_marks_as_text_where_the_tokenizer_lacks_them():
         ({"messages": None}, "none of 'messages', 'conversations', 'instruction' and 'prompt'"),
         ({"instruction": "a"}, "no key 'output'"),
         ({"instruction": "a", "input": 3, "output": "b"}, "'input' is a number, not text"),
-        ({"messages": "a"}, "'messages' is no list of messages"),
+        ({"messages": "a"}, "'messages' is not a list of messages"),
         ({"messages": []}, "'messages' is empty"),
         (
             {"messages": ["a"]},
-            "message 0 is no object with 'role' and 'content' (or 'from' and 'value')",
+            "message 0 is not an object with 'role' and 'content' (or 'from' and 'value')",
         ),
         (
             {"messages": [{"role": "user"}]},
-            "message 0 is no object with 'role' and 'content' (or 'from' and 'value')",
+            "message 0 is not an object with 'role' and 'content' (or 'from' and 'value')",
         ),
         ({"messages": [{"role": "bot", "content": "a"}]}, "message 0 has the role 'bot' " + KNOWN),
         (

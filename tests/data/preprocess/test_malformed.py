@@ -224,7 +224,9 @@ def test_an_output_prefix_needs_a_name(tmp_path):
         output_prefix=f"{tmp_path}/",
         tokenizer_type="ByteLevelTokenizer",
     )
-    with pytest.raises(ChatflowError, match="is no prefix of a file name: give one such as out/en"):
+    with pytest.raises(
+        ChatflowError, match="is not a prefix of a file name: give one such as out/en"
+    ):
         preprocess(settings)
 
 
