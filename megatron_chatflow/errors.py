@@ -38,6 +38,35 @@ class ConfigErrors(ConfigError):
         return "\n".join(self.messages)
 
 
+class DataError(ChatflowError):
+    """A corpus, or a text to make one of, cannot be used."""
+
+
+class SampleError(DataError):
+    """A sample that a run has begun to read cannot be trained on."""
+
+    exit_code = EXIT_FAILED
+
+
+class RunError(ChatflowError):
+    """Work that has begun cannot continue: the disk is full, or the lease of the folder is lost."""
+
+    exit_code = EXIT_FAILED
+
+
+class CheckpointError(ChatflowError):
+    """A checkpoint or a run directory cannot be used."""
+
+
+class TokenizerError(ChatflowError):
+    """A tokenizer's files cannot be used."""
+
+
+def is_shared(error: BaseException) -> bool:
+    """Return whether every rank of a job raises this error, so that no rank has to report it."""
+    return isinstance(error, ChatflowError) and not isinstance(error, SampleError)
+
+
 def messages_of(error: ChatflowError) -> tuple[str, ...]:
     """Return the messages of an error, each one line."""
     return error.messages if isinstance(error, ConfigErrors) else (str(error),)
@@ -65,32 +94,3 @@ class ErrorCollector:
         """Raise ConfigErrors if anything was collected."""
         if self.messages:
             raise ConfigErrors(self.messages)
-
-
-class DataError(ChatflowError):
-    """A corpus, or a text to make one of, cannot be used."""
-
-
-class SampleError(DataError):
-    """A sample that a run has begun to read cannot be trained on."""
-
-    exit_code = EXIT_FAILED
-
-
-class RunError(ChatflowError):
-    """Work that has begun cannot continue: the disk is full, or the lease of the folder is lost."""
-
-    exit_code = EXIT_FAILED
-
-
-def is_shared(error: BaseException) -> bool:
-    """Return whether every rank of a job raises this error, so that no rank has to report it."""
-    return isinstance(error, ChatflowError) and not isinstance(error, SampleError)
-
-
-class CheckpointError(ChatflowError):
-    """A checkpoint or a run directory cannot be used."""
-
-
-class TokenizerError(ChatflowError):
-    """A tokenizer's files cannot be used."""

@@ -230,7 +230,7 @@ class Saver:
         self._saved = Saved(iteration_folder(self._run, writing.iteration), 0.0, 0.0)
 
     def _publish(self, writer: Any, metadata: Any, everyone: list[Any]) -> None:
-        """Raises OSError or ValueError where it cannot be; then everything before is unchanged."""
+        """Raises OSError or CheckpointError where it cannot be; then everything before is unchanged."""
         partial, iteration = self._writing.partial, self._writing.iteration
         writer.finish(metadata, [results for _, results, _ in everyone])
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))

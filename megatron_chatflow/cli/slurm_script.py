@@ -48,7 +48,7 @@ def render(job: Job) -> str:
     stands in docs/clusters.md.
 
     Raises:
-        ValueError: a value holds a control character, or the run directory a backslash.
+        ConfigError: a value holds a control character, or the run directory a backslash.
     """
     _check(job)
     q = shlex.quote

@@ -69,7 +69,7 @@ def plot_run(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
         records: those of metrics.jsonl; at least one is of an iteration.
 
     Raises:
-        ValueError: no record is of an iteration.
+        DataError: no record is of an iteration.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

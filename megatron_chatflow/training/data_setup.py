@@ -62,7 +62,7 @@ def open_inputs(config: Config, *, held_out: bool = False) -> Inputs:
         held_out: whether to open the corpora for validation, too.
 
     Raises:
-        ValueError: (ConfigError among them) they do not fit together.
+        ChatflowError: they do not fit together.
     """
     curriculum = _curriculum(config)
     tokenizer = _tokenizer(config)

@@ -17,7 +17,7 @@ from megatron_chatflow.errors import ChatflowError
 
 
 def named_corpora(config: Config) -> dict[str, str]:
-    """{name: prefix} of everything that the curriculum or --data-path names. Raises ValueError for
+    """{name: prefix} of everything that the curriculum or --data-path names. Raises ConfigError for
     a curriculum file that says something wrong.
     """
     data = config.data
