@@ -291,7 +291,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     data.
     """
     try:
-        return load_json(read_text(folder / "state.json"))
+        state = load_json(read_text(folder / "state.json"))
+        if not isinstance(state, dict):
+            raise CheckpointError("it holds no JSON object")
+        return state
     except ChatflowError as error:
         raise CheckpointError(
             f"{folder / 'state.json'} cannot be read ({error}); load another checkpoint "

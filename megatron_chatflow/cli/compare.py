@@ -13,7 +13,6 @@ from megatron_chatflow.cli.run_command import run_command
 from megatron_chatflow.config import CommandParser
 from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.report.metrics_file import read_records
-from megatron_chatflow.utils.user_files import load_json
 
 EPILOG = """examples:
   {call} runs/a runs/b                   # all records, and the checkpoints that both have
@@ -122,15 +121,14 @@ def _checkpoints(run: Path) -> dict[int, Path]:
 def _checkpoint_differences(a: Path, b: Path) -> Iterator[str]:
     import torch
 
+    from megatron_chatflow.checkpoint.run_directory import read_state
     from megatron_chatflow.checkpoint.tensor_reader import read_common, read_tensors, tensor_names
 
     try:
-        states = [
-            load_json((folder / "state.json").read_text(encoding="utf-8")) for folder in (a, b)
-        ]
+        states = [read_state(folder) for folder in (a, b)]
         names = [tensor_names(folder) for folder in (a, b)]
         common = [read_common(folder) for folder in (a, b)]
-    except (OSError, ChatflowError) as error:
+    except ChatflowError as error:
         raise ConfigError(f"a checkpoint cannot be read: {error}") from None
     # The settings, as config.yaml, are what the runs were asked for, not what came of it. The
     # lineage has random names and shows whether a run was sent back.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_chatflow.cli.run_command import note, run_command
 from megatron_chatflow.config import CommandParser
-from megatron_chatflow.errors import ChatflowError, ConfigError
+from megatron_chatflow.errors import ConfigError, DataError
 
 EPILOG = """examples:
   {call} runs/zh                       # writes runs/zh/run.png
@@ -54,17 +54,13 @@ def _plot(args: argparse.Namespace) -> int:
     metrics, output = run / "metrics.jsonl", args.output or run / "run.png"
     try:
         records, bad = read_records(metrics)
-        plot_run(output, records)
     except OSError as error:
         raise ConfigError(
-            f"{error.filename}: {error.strerror}; give the --save folder of a training"
+            f"{metrics}: {error.strerror}; give the --save folder of a training"
         ) from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{metrics}: a record is not what a run writes ({error!r}); remove it, or restore the "
-            "file"
-        ) from None
-    except ChatflowError as error:
+    try:
+        plot_run(output, records)
+    except DataError as error:
         raise ConfigError(f"{metrics}: {error}; train first, or restore the file") from None
     if bad:
         some = f"line {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")

@@ -69,8 +69,9 @@ def plot_run(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
         records: those of metrics.jsonl; at least one is of an iteration.
 
     Raises:
-        DataError: no record is of an iteration.
+        DataError: no record is of an iteration, or one lacks the values that are drawn.
     """
+    _check(records)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -134,6 +135,25 @@ def _write_png(canvas: Any, path: str | Path) -> None:
         ) from None
     with file:
         canvas.print_png(file)
+
+
+_NUMBERS = {"samples": (int,), "share_target": (int, float), "tokens": (int,)}
+
+
+def _check(records: Sequence[Mapping[str, Any]]) -> None:
+    for record in records:
+        trained, validated = record.get("domains", {}), record.get("validation", {})
+        fits = isinstance(trained, dict) and isinstance(validated, dict)
+        fits = fits and (not trained or type(record.get("batch-size")) is int)
+        for row in (*trained.values(), *validated.values()) if fits else ():
+            fits = fits and isinstance(row, dict) and "loss" in row
+            fits = fits and isinstance(row["loss"], int | float | None)
+        for row in trained.values() if fits else ():
+            fits = fits and all(type(row.get(key)) in kinds for key, kinds in _NUMBERS.items())
+        if not fits:
+            raise DataError(
+                f"the record of iteration {record.get('iteration')} is not what a run writes"
+            )
 
 
 _NOTHING = {"samples": 0, "share_target": 0.0, "tokens": 0, "loss": None}
