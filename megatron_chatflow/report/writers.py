@@ -81,6 +81,7 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path) -> None:
+        """Open `path` to append. Raises OSError where that fails."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)
         self._end = self._file.seek(0, os.SEEK_END)

@@ -89,6 +89,7 @@ class CallbackList(Callback):
     """Forwards every hook to its members, in order."""
 
     def __init__(self, members: Sequence[Callback] = ()) -> None:
+        """Forward to `members`."""
         self.members = list(members)
 
     def on_fit_start(self, state: TrainState) -> None:

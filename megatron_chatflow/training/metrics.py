@@ -53,6 +53,7 @@ class SpikeDetector:
     """Compares each loss with those of the last iterations."""
 
     def __init__(self) -> None:
+        """Start without losses."""
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def observe(self, loss: float) -> float | None:

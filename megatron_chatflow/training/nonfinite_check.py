@@ -22,6 +22,7 @@ class NonFiniteCheckCallback(Callback):
     """Counts iterations in a row that were skipped because a value was not finite."""
 
     def __init__(self) -> None:
+        """Start without skipped iterations."""
         self._skipped_before = 0
 
     def on_step_end(self, state: TrainState, result: IterationResult) -> None:

@@ -50,6 +50,7 @@ class StopRequest:
         self._first = 0.0
 
     def __enter__(self) -> StopRequest:
+        """Install the handlers, and start the thread that reads the signals."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -60,6 +61,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        """Restore the handlers, and end the thread."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -107,6 +109,7 @@ class StopCallback(Callback):
     """Ends the run after the iteration in which its stop request was made."""
 
     def __init__(self, stop: StopRequest) -> None:
+        """End the run when `stop` asks for it."""
         self._stop = stop
 
     def on_fit_start(self, state: TrainState) -> None:
