@@ -179,7 +179,7 @@ class Served:
 
 
 def read_notes(launches: Sequence[Path]) -> Served:
-    """The notes of all launches of a run, in order. A launch goes on from a checkpoint: what was
+    """The notes of all launches of a run, in order. A launch continues from a checkpoint: what was
     read after that one is not in the weights.
     """
     samples: dict[int, tuple[str, int, str]] = {}
@@ -213,7 +213,7 @@ class Story:
         (folder / "run.yaml").write_text(yaml.safe_dump(TINY))
 
     def copy(self, folder: Path) -> Story:
-        """The same run in another folder, to go on in another way."""
+        """The same run in another folder, to continue differently."""
         shutil.copytree(self.folder, folder)
         other = copy.copy(self)
         other.folder, other.run = folder, folder / "run"
@@ -226,7 +226,7 @@ class Story:
         domains: Mapping[str, dict[str, Any]] = THREE,
         **top: Any,
     ) -> None:
-        """The curriculum file. `domains`: further keys of each; paths and kinds are told by the
+        """The curriculum file. `domains`: further keys of each; paths and kinds are given by the
         names.
         """
         kinds = {name: {"kind": "instruct"} if name == "instruct" else {} for name in domains}
@@ -239,7 +239,7 @@ class Story:
         )
 
     def launch(self, *words: str, world: int = 1) -> list[tuple[int, str, str]]:
-        """Starts the run, or goes on with it; the answer of each rank."""
+        """Start the run, or resume it; returns the answer of each rank."""
         notes = self.folder / f"launch{len(self.launches)}"
         done = self.pool.run(
             world,
@@ -309,12 +309,12 @@ class Story:
         assert [r["iteration"] for r in records] == list(range(1, len(records) + 1))
         for record in records:
             start, stop = record["samples"]
-            told = {
+            recorded = {
                 name: values["samples"]
                 for name, values in record["domains"].items()
                 if values["samples"]
             }
-            assert told == {
+            assert recorded == {
                 name: served.names[start:stop].count(name) for name in set(served.names[start:stop])
             }
         assert records[-1]["consumed_samples"] == samples

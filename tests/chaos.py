@@ -16,7 +16,7 @@ names, or where that one is damaged from the one before, and the checkpoint must
 process must be gone within 60 s, and no output may hold a traceback. At the end every loss and
 every bit of the checkpoint must be those of an undisturbed run, and the audit must find every
 sample read once. Filling the disk needs a separate small tmpfs, and root to mount it; without
-that this fault is left out, which is reported.
+that this failure is left out, which is reported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tests.stress import make_parser, markdown, prepare_process
 
 BATCH = 16
 LAYOUT = ["--tensor-model-parallel-size", "2", "--use-distributed-optimizer", "--ema-decay", "0.9"]
-ITERATIONS_PER_FAULT = 20
+ITERATIONS_PER_FAILURE = 20
 DOWN = 60.0
 """Seconds within which all ranks must exit after one is killed."""
 
@@ -51,9 +51,9 @@ AT_RANDOM_MOMENTS = {
     "stopped for 3 s": 1, "stopped": 1, "full disk": 1,
     "second run": 1,
 }  # fmt: skip
-"""{fault at a random moment of a launch: its weight}."""
+"""{failure at a random moment of a launch: its weight}."""
 AT_LAUNCH = {"kill -9 at a file operation": 4, "damaged checkpoint": 1, "sent back": 1}
-"""{fault that is decided when the run is started: its weight}."""
+"""{failure that is decided when the run is started: its weight}."""
 
 
 class ChaosRun:
@@ -66,7 +66,7 @@ class ChaosRun:
         (folder / "corpora").mkdir()
         self.faults, self.log = faults, log
         self.source, self.context = random.Random(seed), preload()
-        self.total = ITERATIONS_PER_FAULT * (faults + 2) * BATCH
+        self.total = ITERATIONS_PER_FAILURE * (faults + 2) * BATCH
         self.story = Story(None, build(folder / "corpora"), folder / "story")
         settings = TINY | {
             "training": TINY["training"] | {"train_samples": self.total},
@@ -89,13 +89,13 @@ class ChaosRun:
         return sum(self.done.values()) < self.faults
 
     def choose(self, kinds: Mapping[str, int]) -> str:
-        """Choose a kind of fault by weight."""
+        """Choose a kind of failure by weight."""
         return self.source.choices(list(kinds), list(kinds.values()))[0]
 
     def count(self, kind: str, where: str) -> None:
-        """Record a fault."""
+        """Record a failure."""
         self.done[kind] += 1
-        self.log(f"fault {sum(self.done.values())} of {self.faults}: {kind} {where}", flush=True)
+        self.log(f"failure {sum(self.done.values())} of {self.faults}: {kind} {where}", flush=True)
 
     def words(self, run: Path) -> list[str]:
         """Return the command of the run."""
@@ -116,7 +116,7 @@ class ChaosRun:
         """Start the run, cause faults, and wait for its end; returns whether it is complete."""
         from megatron_chatflow.checkpoint.run_directory import complete_iterations
 
-        source, run, words, fault = self.source, self.story.run, self.words(self.story.run), {}
+        source, run, words, failure = self.source, self.story.run, self.words(self.story.run), {}
         note = self.note = self.story.folder / f"instant{self.launches}"
         there = complete_iterations(run) if run.exists() else []
         if self.more() and source.random() < sum(AT_LAUNCH.values()) / (
@@ -124,7 +124,7 @@ class ChaosRun:
         ):
             kind = self.choose(AT_LAUNCH)
             if kind == "kill -9 at a file operation":
-                fault = {source.randrange(WORLD): (run, source.randrange(1, 150), note)}
+                failure = {source.randrange(WORLD): (run, source.randrange(1, 150), note)}
             elif len(there) > 1 and kind == "damaged checkpoint":
                 damage_newest(run, source)
                 self.kept = there[1]
@@ -133,7 +133,7 @@ class ChaosRun:
                 words += ["--ckpt-step", str(there[1])]
                 self.kept = there[1]
                 self.count(kind, f"to {there[1]} from {there[0]}")
-        launch = Launch(self.context, self.story.folder, self.launches, words, fault)
+        launch = Launch(self.context, self.story.folder, self.launches, words, failure)
         self.launches += 1
         begin = time.monotonic()
         try:
@@ -141,7 +141,7 @@ class ChaosRun:
             codes = launch.wait(DOWN if ended else 900)
             assert None not in codes, (
                 f"not every process had exited {time.monotonic() - begin:.0f} s after the "
-                f"fault:\n{launch.text()}"
+                f"failure:\n{launch.text()}"
             )
         finally:
             launch.end()
@@ -165,7 +165,7 @@ class ChaosRun:
         while self.more():
             target = (
                 max(launch.samples(), self.kept * BATCH)
-                + source.randrange(1, 2 * ITERATIONS_PER_FAULT) * BATCH
+                + source.randrange(1, 2 * ITERATIONS_PER_FAILURE) * BATCH
             )
             while launch.samples() < target and None in launch.wait(0):
                 time.sleep(0.01)
@@ -210,7 +210,7 @@ class ChaosRun:
             second.end()
 
     def end(self, launch: Launch, kind: str, victim: Any) -> None:
-        """Cause a fault that ends a launch: every process must exit within `DOWN` seconds."""
+        """Cause a failure that ends a launch: every process must exit within `DOWN` seconds."""
         begin = time.monotonic()
         number = {"kill -9": signal.SIGKILL, "stopped": signal.SIGSTOP}.get(kind) or signal.Signals[
             kind
@@ -312,7 +312,9 @@ def main() -> int:
         result = run_chaos(Path(folder), args.faults, args.seed)
     print("the losses and the last checkpoint have the bits of the undisturbed run")
     print(
-        markdown({"fault": Counter(result["faults"]), "killed before": Counter(result["instants"])})
+        markdown(
+            {"failure": Counter(result["faults"]), "killed before": Counter(result["instants"])}
+        )
     )
     print(json.dumps(result))
     return 0

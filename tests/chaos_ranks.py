@@ -24,7 +24,7 @@ def rank_main(
     notes: Path,
     log: Path,
     words: list[str],
-    fault: tuple[Any, ...] | None,
+    kill: tuple[Any, ...] | None,
 ) -> None:
     """Run the real command as one rank, with a loader that records what it hands out.
 
@@ -44,10 +44,10 @@ def rank_main(
     from megatron_chatflow.__main__ import main
     from megatron_chatflow.training import train_loop
     from tests.audit import recording_loader
-    from tests.fault_points import kill_at
+    from tests.kill_points import kill_at
 
-    if fault:
-        kill_at(*fault)
+    if kill:
+        kill_at(*kill)
     try:
         train_loop.BlendDataLoader = recording_loader(notes)
         code = main(["train", "--config", str(folder / "run.yaml"), *words])
@@ -79,7 +79,7 @@ class Launch:
         words: list[str],
         faults: Mapping[int, tuple[Any, ...]] | None = None,
     ) -> None:
-        """`faults`: for ranks that are to be killed the arguments of `fault_points.kill_at`."""
+        """`faults`: for ranks that are to be killed the arguments of `kill_points.kill_at`."""
         self.notes, self.logs = folder / f"launch{number}", folder / f"logs{number}"
         self.notes.mkdir()
         self.logs.mkdir()

@@ -1,5 +1,6 @@
-"""One pool of gloo ranks for a test process's whole session: importing megatron-core costs seconds
-a rank, so it is done once.
+"""One pool of gloo ranks for all tests of a process.
+
+Importing megatron-core costs seconds per rank, so it is done once.
 
 A job is a function and its arguments, run on the first `world_size` ranks under torchrun's
 environment variables (one rank alone gets none of them, as a plain command would). Jobs leave their

@@ -15,7 +15,7 @@ curriculum in force and whether it was skipped (a *history*). After each step
 
 - the pointer names a checkpoint that exists and, unless this test damaged it, is intact;
 - checkpoints of equal histories have equal bits, whatever happened in between;
-- the run continued from the newest intact checkpoint of its own history, or from the one asked for;
+- the run continued from the newest intact checkpoint of its history, or from the one asked for;
 - metrics.jsonl has each iteration up to the pointer's once, with the loss of that history (records
   of a course are cut when it is left: those are missing where the run is sent back to it);
 - nothing printed a traceback.
@@ -84,7 +84,7 @@ class RunDirectory(RuleBasedStateMachine):
         skip=st.sets(st.integers(1, 3), max_size=1),
         back=st.one_of(st.none(), st.none(), st.integers(0, 30)),
         keep=st.sampled_from([None, None, 2]),
-        fault=st.one_of(st.none(), st.integers(1, 120)),
+        kill=st.one_of(st.none(), st.integers(1, 120)),
     )
     def train(
         self,
@@ -94,9 +94,9 @@ class RunDirectory(RuleBasedStateMachine):
         skip: set[int],
         back: int | None,
         keep: int | None,
-        fault: int | None,
+        kill: int | None,
     ) -> None:
-        """Train some iterations; from an older checkpoint with `back`, killed with `fault`."""
+        """Train some iterations; from an older checkpoint with `back`, killed with `kill`."""
         intact = sorted(i for i, s in self.saved.items() if not s.damaged)
         step = intact[back % len(intact)] if back is not None and intact else None
         if step is None and self.pointer is not None and not self.candidates():
@@ -115,7 +115,7 @@ class RunDirectory(RuleBasedStateMachine):
             self.missing = set(range(1, begin + 1))
         note = self.run.parent / "instant"
         note.unlink(missing_ok=True)
-        code, said = self.command(words, (self.run, fault, note) if fault else None)
+        code, said = self.command(words, (self.run, kill, note) if kill else None)
         world.counts[
             "trained" + (", back" if step is not None else "") + (", skipping" if skipped else "")
         ] += 1
@@ -214,9 +214,9 @@ class RunDirectory(RuleBasedStateMachine):
     def folder(self, iteration: int) -> Path:
         return self.run / f"iter_{iteration:07d}"
 
-    def command(self, words: list[str], fault: tuple[Any, ...] | None = None) -> tuple[int, str]:
+    def command(self, words: list[str], kill: tuple[Any, ...] | None = None) -> tuple[int, str]:
         """Return exit code and output of a command."""
-        process = world.context.Process(target=command, args=(self.log, words, fault))
+        process = world.context.Process(target=command, args=(self.log, words, kill))
         process.start()
         process.join(120)
         hangs = process.exitcode is None

@@ -30,21 +30,21 @@ History = tuple[tuple[Amendments, bool], ...]
 """For each iteration the amendments known to it, and whether it was skipped."""
 
 
-def command(log: Path, words: list[str], fault: tuple[Any, ...] | None) -> None:
+def command(log: Path, words: list[str], kill: tuple[Any, ...] | None) -> None:
     """Run `chatflow WORDS` in this process, with its output in `log`.
 
-    With `fault` the process is killed at a file operation.
+    With `kill` the process is killed at a file operation.
     """
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1)
     from megatron_chatflow.__main__ import main
-    from tests.fault_points import kill_at
+    from tests.kill_points import kill_at
 
     try:
-        if fault:
-            kill_at(*fault)
+        if kill:
+            kill_at(*kill)
         code = main(words)
     except BaseException:
         traceback.print_exc()

@@ -84,7 +84,7 @@ def plan_table(
     length = f"{end:,} samples" if end == num_samples else f"{end:,} of {num_samples:,} samples"
     blocks.append(
         (
-            f"the whole run: {length} of {seq_length:,} tokens, {_tokens(end * seq_length)} tokens",
+            f"the complete run: {length} of {seq_length:,} tokens, {_tokens(end * seq_length)} tokens",
             [last, *lines],
         )
     )

@@ -76,7 +76,7 @@ def _facts(result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
                 "bubble",
                 (
                     f"{batch['bubble']:.1%} of the computing time, "
-                    f"{batch['bubble'] / (1 + batch['bubble']):.1%} of the whole"
+                    f"{batch['bubble'] / (1 + batch['bubble']):.1%} of the total"
                 ),
             )
     if run := result.get("run"):

@@ -159,7 +159,7 @@ def test_later_records_in_the_middle_are_moved(tmp_path: Path) -> None:
 def test_what_is_kept_are_the_records_of_the_run(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Bytes anywhere: no exception, every whole line is kept or moved, and the second pass finds
+    """Bytes anywhere: no exception, every complete line is kept or moved, and the second pass finds
     nothing more to move."""
     path = tmp_path_factory.mktemp("fuzz") / "metrics.jsonl"
     content = bytearray(b"".join(RUN))

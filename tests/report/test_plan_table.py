@@ -72,7 +72,7 @@ def test_each_stage_lists_the_domains_that_have_a_share_in_it():
     assert [block.splitlines()[0] for block in blocks] == [
         "stage one: samples 0 to 59,999",
         "stage two: samples 60,000 to 99,999",
-        "the whole run: 100,000 samples of 2,048 tokens, 205M tokens",
+        "the complete run: 100,000 samples of 2,048 tokens, 205M tokens",
         "warning: rare gets no sample",
     ]
     listed = [[line.split()[0] for line in block.splitlines()[2:]] for block in blocks[:3]]
@@ -97,6 +97,6 @@ def test_columns_end_at_the_same_place_whatever_the_script():
 
 
 def test_a_run_that_ends_early_says_so():
-    assert "the whole run: 90,000 of 100,000 samples of 2,048 tokens, 184M tokens" in table(
+    assert "the complete run: 90,000 of 100,000 samples of 2,048 tokens, 184M tokens" in table(
         end=90_000
     )

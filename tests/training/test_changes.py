@@ -1,4 +1,4 @@
-"""Every change that people make to a run, each as a real run that is interrupted and goes on:
+"""Every change that people make to a run, each as a real run that is interrupted and resumed:
 nothing is lost and nothing is read twice.
 """
 
@@ -23,7 +23,7 @@ AMEND = "--amend-curriculum"
 
 
 def percent(stages: list[dict[str, Any]], samples: int) -> list[dict[str, Any]]:
-    """The same stages with knots in percent of a run of so many samples."""
+    """The same stages with knots in percent of a run of N samples."""
     return [stage | {"at": f"{stage['at'] * 100 / samples}%"} for stage in stages]
 
 
@@ -52,11 +52,11 @@ def test_an_edited_curriculum_is_followed_from_the_next_sample_on(story: Story) 
         },
     ]
     story.write(edited)
-    told = story.refused()
+    message = story.refused()
     assert (
         "first at sample 0 of the 128 already trained on; restore the file, or add "
         "--amend-curriculum"
-    ) in told
+    ) in message
     assert "amended at sample 128" in story.go(AMEND, "--exit-interval", "10")
     assert "amended" not in story.go(AMEND)  # file and ledger agree now, so the flag does nothing
     story.audit(320, (0, STAGES), (128, edited))
@@ -102,7 +102,9 @@ def test_a_domain_that_is_dropped_gives_nothing_more_and_stays_in_the_file(story
     assert "en-zh" in served.names[:128] and "en-zh" not in served.names[128:]
 
 
-def test_another_global_batch_and_micro_batch_size_go_on_at_the_same_sample(story: Story) -> None:
+def test_another_global_batch_and_micro_batch_size_continue_at_the_same_sample(
+    story: Story,
+) -> None:
     story.go("--global-batch-size", "12", "--micro-batch-size", "3", "--exit-interval", "16")
     story.go("--global-batch-size", "32", "--micro-batch-size", "1")
     story.audit(320, (0, STAGES))
@@ -152,7 +154,7 @@ def test_one_run_goes_through_every_layout(story: Story) -> None:
     story.audit(320, (0, STAGES))
 
 
-def test_a_longer_run_with_knots_in_samples_goes_on(story: Story) -> None:
+def test_a_longer_run_with_knots_in_samples_continues(story: Story) -> None:
     assert "train_samples 480 (before: 320)" in story.go("--train-samples", "480")
     story.audit(480, (0, STAGES))
 
@@ -166,18 +168,18 @@ def test_a_run_that_was_finished_is_lengthened(story: Story) -> None:
 
 
 @pytest.mark.slow
-def test_a_longer_run_with_knots_in_percent_tells_another_past_and_is_amended(
+def test_a_longer_run_with_knots_in_percent_has_another_past_and_is_amended(
     pool: Pool, sample: Path, tmp_path: Path
 ) -> None:
     story = Story(pool, sample, tmp_path / "story")
     story.write(percent(STAGES, 320))
     story.go("--exit-interval", "8")
     longer = ["--train-samples", "640", SCHEDULE]
-    told = story.refused(*longer)
+    message = story.refused(*longer)
     assert (
         "(percentages were of 320 samples and are of 640 now); restore the file, or add "
         "--amend-curriculum"
-    ) in told
+    ) in message
     story.go(*longer, AMEND)
     doubled = [stage | {"at": stage["at"] * 2} for stage in STAGES]
     story.audit(640, (0, STAGES), (128, doubled))
@@ -249,11 +251,11 @@ def test_many_changes_in_one_run_with_a_kill_between(story: Story) -> None:
 
 
 def test_another_sequence_length_is_refused_with_the_reason(story: Story) -> None:
-    told = story.refused("--seq-length", "32")
+    message = story.refused("--seq-length", "32")
     assert (
         "seq_length is 32 here and 64 in the checkpoint, so its samples are other tokens; "
         "use --seq-length 64, or --finetune"
-    ) in told
+    ) in message
 
 
 def test_another_split_is_refused(story: Story) -> None:
@@ -265,7 +267,7 @@ def test_another_split_is_refused(story: Story) -> None:
 
 @pytest.fixture
 def own(pool: Pool, sample: Path, tmp_path: Path) -> Story:
-    """A run over corpora of its own that is stopped at sample 32, with files that may be
+    """A run over its own corpora that is stopped at sample 32, with files that may be
     changed.
     """
     story = Story(pool, tmp_path / "corpora", tmp_path / "story")
@@ -297,15 +299,15 @@ def test_another_tokenizer_is_refused_with_and_without_manifests(
     bytewise = ["--tokenizer-type", "ByteLevelTokenizer", "--vocab-size", "4096"]
     settings = {key: value for key, value in TINY.items() if key != "tokenizer"}
     (own.folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    told = own.refused(*bytewise)
+    message = own.refused(*bytewise)
     assert (
         "domain en: en_text_document was made with the tokenizer tokenizer.model "
         "(SentencePieceTokenizer), not with bytes of this run"
-    ) in told
+    ) in message
     for path in own.corpora.glob("*.json"):
         path.unlink()
-    told = own.refused(*bytewise)
+    message = own.refused(*bytewise)
     assert (
-        "the tokenizer is bytes here and another one, tokenizer.model, in the checkpoint" in told
-        and "give it with --tokenizer-type" in told
+        "the tokenizer is bytes here and another one, tokenizer.model, in the checkpoint" in message
+        and "give it with --tokenizer-type" in message
     )

@@ -51,11 +51,11 @@ def plan(story: Story, *words: str) -> tuple[int, str, str]:
     return command("plan", "--config", str(story.folder / "run.yaml"), *words)
 
 
-def whole_run(out: str, name: str) -> list[str]:
-    """The columns of a domain in the table of the whole run: share, samples, tokens, epochs, max
+def complete_run(out: str, name: str) -> list[str]:
+    """The columns of a domain in the table of the complete run: share, samples, tokens, epochs, max
     epochs, sample at which it runs out.
     """
-    return re.search(rf"^  {name} +(.+)$", out[out.index("the whole run") :], re.MULTILINE)[
+    return re.search(rf"^  {name} +(.+)$", out[out.index("the complete run") :], re.MULTILINE)[
         1
     ].split()
 
@@ -63,7 +63,7 @@ def whole_run(out: str, name: str) -> list[str]:
 def test_repeat_reads_a_domain_again_in_another_order(story: Story) -> None:
     windows = write(story, "repeat")
     code, out, _ = plan(story)
-    assert code == 0 and whole_run(out, "zh") == [
+    assert code == 0 and complete_run(out, "zh") == [
         "50.0%",
         "160",
         "10.2K",
@@ -98,7 +98,7 @@ def test_what_cannot_be_met_is_refused_before_the_run(
     assert sentence in story.refused() and not story.run.exists()
     code, out, err = plan(story)
     assert code == 2 and sentence in err
-    runs_out = int(whole_run(out, "zh")[-1])
+    runs_out = int(complete_run(out, "zh")[-1])
     assert (
         f"warning: zh runs out at sample {runs_out}: the run would be refused "
         f"(on_exhausted: {on_exhausted})"
@@ -106,10 +106,12 @@ def test_what_cannot_be_met_is_refused_before_the_run(
     assert abs(runs_out - 2 * windows * keys.get("max_epochs", 1)) <= 2
 
 
-def test_stop_ends_the_run_with_the_last_whole_iteration_that_can_be_served(story: Story) -> None:
+def test_stop_ends_the_run_with_the_last_complete_iteration_that_can_be_served(
+    story: Story,
+) -> None:
     windows = write(story, "stop")
     code, out, _ = plan(story)
-    end = int(whole_run(out, "zh")[-1])
+    end = int(complete_run(out, "zh")[-1])
     assert (
         code == 0
         and f"warning: the run ends at sample {end} of 320: zh runs out there (on_exhausted: stop)"
@@ -147,12 +149,14 @@ def test_stop_ends_the_run_with_the_last_whole_iteration_that_can_be_served(stor
 def test_redistribute_gives_the_share_to_the_others(story: Story) -> None:
     windows = write(story, "redistribute")
     code, out, _ = plan(story)
-    end = int(whole_run(out, "zh")[-1])
+    end = int(complete_run(out, "zh")[-1])
     assert (
         code == 0
         and f"warning: zh runs out at sample {end}: from there its share goes to the others" in out
     )
-    assert whole_run(out, "zh")[1] == str(windows) and whole_run(out, "en")[1] == str(320 - windows)
+    assert complete_run(out, "zh")[1] == str(windows) and complete_run(out, "en")[1] == str(
+        320 - windows
+    )
     for stop in (end // 16, end // 16 + 1):
         story.go("--exit-interval", str(stop))
     story.go()
@@ -205,5 +209,5 @@ def test_plan_shows_what_a_resumed_run_would_read(story: Story) -> None:
     assert code == 2 and "domain zh: it is in the plan but not in the curriculum" in err
     write(story, "repeat", ENGLISH)
     code, out, _ = plan(story, *words, AMEND)
-    assert code == 0 and whole_run(out, "en")[1] == "240" and whole_run(out, "zh")[1] == "80"
+    assert code == 0 and complete_run(out, "en")[1] == "240" and complete_run(out, "zh")[1] == "80"
     assert "stage halves: samples 0 to 159" in out and "stage english: samples 160 to 319" in out

@@ -77,19 +77,19 @@ def rates(run: Path, samples: list[int]) -> list[float]:
         ),
     ],
 )
-def test_a_late_stage_at_a_low_rate_is_told(
+def test_a_late_stage_at_a_low_rate_is_reported(
     pool: Pool, at: int, optimizer: dict[str, object], warned: bool
 ) -> None:
-    (told,) = pool.run(1, note, at, optimizer)
-    assert bool(told) == warned, told
-    if told:
-        assert "stage late" in told and "--min-lr 0.0001" in told
+    (message,) = pool.run(1, note, at, optimizer)
+    assert bool(message) == warned, message
+    if message:
+        assert "stage late" in message and "--min-lr 0.0001" in message
 
 
 def test_the_rate_is_the_one_the_run_is_made_with(pool: Pool, reference: Path) -> None:
     records = metrics(reference)
-    (told,) = pool.run(1, rates, reference, [record["samples"][0] for record in records])
-    assert told == pytest.approx([record["learning-rate"] for record in records], rel=1e-12)
+    (message,) = pool.run(1, rates, reference, [record["samples"][0] for record in records])
+    assert message == pytest.approx([record["learning-rate"] for record in records], rel=1e-12)
 
 
 def test_train_prints_the_sentence_once(pool: Pool, sample: Path) -> None:

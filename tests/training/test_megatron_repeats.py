@@ -1,4 +1,4 @@
-"""What megatron-core's own blend does at a change of weights or of length, measured beside ours at
+"""What megatron-core's own blend does at a change of weights or of length, measured next to ours at
 the same change.
 
 The corpora have the documents of the sample corpora, with every token its own position in the
@@ -21,7 +21,7 @@ from tests.pool import Pool
 
 SEQ, SEED = 64, 1234
 CHANGE = 1000
-"""The sample at which the run is stopped and goes on otherwise."""
+"""The sample at which the run is stopped and continues differently."""
 STOP = 2000
 
 
@@ -102,7 +102,7 @@ def megatron(
 
 
 def megatron_change(prefixes: list[str], *phases: tuple[list[float], int]) -> Tally:
-    """A run that stops at CHANGE and goes on with other weights or another size; only the number of
+    """A run that stops at CHANGE and continues with other weights or another size; only the number of
     samples is carried over.
     """
     (one, size), (two, other) = phases
@@ -153,7 +153,7 @@ def test_a_change_of_weights_makes_megatron_repeat_one_domain_and_skip_in_the_ot
 ) -> None:
     phases = ((HALVES, STOP), (OTHER, STOP))
     (theirs,) = pool.run(1, megatron_change, positions, *phases)
-    # From 500 of each domain the run goes on where 0.8 : 0.2 would be after 1,000 samples: 800 and
+    # From 500 of each domain the run continues where 0.8 : 0.2 would be after 1,000 samples: 800 and
     # 200.
     assert theirs.skipped[0] == pytest.approx(300, abs=3) and theirs.repeated[0] == 0
     assert theirs.repeated[1] == pytest.approx(200, abs=3) and theirs.skipped[1] == 0
@@ -161,7 +161,7 @@ def test_a_change_of_weights_makes_megatron_repeat_one_domain_and_skip_in_the_ot
     assert our_change(positions, *phases) == ([0, 0], [0, 0], 0.0)
 
 
-def test_a_longer_run_makes_megatron_shuffle_anew_and_read_text_again(
+def test_a_longer_run_makes_megatron_shuffle_again_and_read_text_again(
     pool: Pool, positions: list[str]
 ) -> None:
     phases = ((HALVES, STOP), (HALVES, 10_000))

@@ -32,7 +32,7 @@ def test_realised_shares_follow_the_curriculum_within_four_samples(reference: Pa
 
 def test_the_losses_of_the_domains_add_up_to_the_loss(reference: Path) -> None:
     """Text windows have 64 trained tokens each but for a last one, instruction windows fewer, so
-    weights are told by two equations.
+    weights are determined by two equations.
     """
     for record in metrics(reference):
         losses = [d["loss"] for d in record["domains"].values() if d["loss"] is not None]

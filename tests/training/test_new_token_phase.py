@@ -69,9 +69,9 @@ def ok(results: list[tuple[int, str, str]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(pool: Pool, sample: Path, phase: list[str]) -> Path:
+def uninterrupted(pool: Pool, sample: Path, phase: list[str]) -> Path:
     """Six iterations of one process, each saved."""
-    run = sample / "rows whole"
+    run = sample / "rows uninterrupted"
     ok(pool.run(1, train, sample, "--save", str(run), "--save-interval", "1", *phase))
     return run
 
@@ -135,9 +135,9 @@ def test_only_the_new_rows_change_in_the_phase_and_everything_after_it(
         assert not torch.equal(at_end[name], after[name]), name
 
 
-def test_the_first_step_of_all_weights_is_no_longer_than_adams_first(whole: Path) -> None:
-    before, after = weights(whole, 3), weights(whole, 4)
-    lr = metrics(whole)[3]["learning-rate"]
+def test_the_first_step_of_all_weights_is_no_longer_than_adams_first(uninterrupted: Path) -> None:
+    before, after = weights(uninterrupted, 3), weights(uninterrupted, 4)
+    lr = metrics(uninterrupted)[3]["learning-rate"]
     for name, tensor in before.items():
         assert (
             (after[name] - tensor).abs() <= lr * (1 + 0.1 * tensor.abs()) * 1.001 + 1e-7
@@ -146,7 +146,7 @@ def test_the_first_step_of_all_weights_is_no_longer_than_adams_first(whole: Path
 
 @pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_phase_resumes_to_the_same_bits_within_it_and_at_its_end(
-    pool: Pool, sample: Path, whole: Path, phase: list[str], stop: int
+    pool: Pool, sample: Path, uninterrupted: Path, phase: list[str], stop: int
 ) -> None:
     parts = sample / f"rows parts {stop}"
     ok(
@@ -164,9 +164,10 @@ def test_the_phase_resumes_to_the_same_bits_within_it_and_at_its_end(
         )
     )
     ok(pool.run(1, train, sample, "--save", str(parts), "--load", str(parts), *phase))
-    assert metrics(parts) == metrics(whole)
+    assert metrics(parts) == metrics(uninterrupted)
     assert all(
-        torch.equal(tensor, weights(whole, 6)[name]) for name, tensor in weights(parts, 6).items()
+        torch.equal(tensor, weights(uninterrupted, 6)[name])
+        for name, tensor in weights(parts, 6).items()
     )
 
 

@@ -92,7 +92,7 @@ def test_an_iteration_without_a_finite_loss_is_as_if_it_were_skipped(
 
 
 def test_more_of_them_in_a_row_than_allowed_stop_the_run(pool: Pool, sample: Path) -> None:
-    run = sample / "bad for ever"
+    run = sample / "bad forever"
     words = ["--save", str(run), "--save-interval", "1", "--max-nonfinite-iterations", "2"]
     ((code, out, err),) = pool.run(1, train_with_bad_samples, sample, 16, 1000, *words, *SHORT)
     assert code == 1 and out.count("skipped, the weights stay") == 2

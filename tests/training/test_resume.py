@@ -23,7 +23,7 @@ def ok(results: list[tuple[int, str, str]]) -> str:
 
 
 def half(reference: Path, name: str) -> Path:
-    """A copy of the reference run as it was after iteration 10, as a kill would leave it: with
+    """A copy of the reference run at iteration 10, as a kill would leave it: with
     lines of iterations that were not saved.
     """
     run = reference.with_name(name)
@@ -82,7 +82,7 @@ def test_bad_lines_of_the_metrics_do_not_stop_a_resume(
         pytest.param("TP2PP2", 4, [*TP, *PP], marks=pytest.mark.slow),
     ],
 )
-def test_a_checkpoint_goes_on_in_another_layout(
+def test_a_checkpoint_resumes_in_another_layout(
     pool: Pool, sample: Path, reference: Path, name: str, world: int, flags: list[str]
 ) -> None:
     run = half(reference, f"into-{name}")
@@ -112,11 +112,11 @@ def test_dropout_resumes_to_the_same_bits(pool: Pool, sample: Path) -> None:
         "--lr-decay-iters",
         "20",
     ]
-    whole, parts = sample / "dropout", sample / "dropout-parts"
-    ok(pool.run(2, train, sample, "--save", str(whole), *flags, *TP))
+    uninterrupted, parts = sample / "dropout", sample / "dropout-parts"
+    ok(pool.run(2, train, sample, "--save", str(uninterrupted), *flags, *TP))
     ok(pool.run(2, train, sample, "--save", str(parts), "--exit-interval", "3", *flags, *TP))
     ok(pool.run(2, train, sample, "--save", str(parts), "--load", str(parts), *flags, *TP))
-    assert metrics(parts) == metrics(whole)
+    assert metrics(parts) == metrics(uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_bf16_resumes_to_the_same_bits(
     pool: Pool, sample: Path, name: str, world: int, extra: list[str]
 ) -> None:
     flags = ["--bf16", "--train-iters", "6", "--lr-decay-iters", "20", *extra]
-    whole, parts = sample / f"bf16-whole-{name}", sample / f"bf16-parts-{name}"
-    ok(pool.run(world, train, sample, "--save", str(whole), *flags))
+    uninterrupted, parts = sample / f"bf16-uninterrupted-{name}", sample / f"bf16-parts-{name}"
+    ok(pool.run(world, train, sample, "--save", str(uninterrupted), *flags))
     ok(pool.run(world, train, sample, "--save", str(parts), "--exit-interval", "3", *flags))
     ok(pool.run(world, train, sample, "--save", str(parts), "--load", str(parts), *flags))
-    assert metrics(parts) == metrics(whole)
+    assert metrics(parts) == metrics(uninterrupted)
 
 
 def test_the_batch_ramp_up_resumes_to_the_same_bits(pool: Pool, sample: Path) -> None:
@@ -154,14 +154,14 @@ def test_the_batch_ramp_up_resumes_to_the_same_bits(pool: Pool, sample: Path) ->
     del settings["training"]["train_iters"]
     settings["data"]["curriculum"] = str(sample / "curriculum.yaml")
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    whole, parts = folder / "whole", folder / "parts"
-    ok(pool.run(1, train, folder, "--save", str(whole), *flags))
+    uninterrupted, parts = folder / "uninterrupted", folder / "parts"
+    ok(pool.run(1, train, folder, "--save", str(uninterrupted), *flags))
     ok(pool.run(1, train, folder, "--save", str(parts), "--exit-interval", "4", *flags))
     ok(pool.run(2, train, folder, "--save", str(parts), "--load", str(parts), *flags))
-    assert [r["batch-size"] for r in metrics(whole)][:3] == [4, 4, 4] and metrics(whole)[-1][
-        "batch-size"
-    ] == 8
-    assert largest_difference(metrics(parts), metrics(whole)) < 1e-5
+    assert [r["batch-size"] for r in metrics(uninterrupted)][:3] == [4, 4, 4] and metrics(
+        uninterrupted
+    )[-1]["batch-size"] == 8
+    assert largest_difference(metrics(parts), metrics(uninterrupted)) < 1e-5
 
 
 def test_ckpt_step_loads_an_earlier_checkpoint(pool: Pool, sample: Path, reference: Path) -> None:
@@ -175,7 +175,7 @@ def test_ckpt_step_loads_an_earlier_checkpoint(pool: Pool, sample: Path, referen
     assert metrics(run) == [r for r in metrics(reference) if r["iteration"] > 10]
 
 
-def test_finetune_takes_the_weights_and_starts_the_curriculum_afresh(
+def test_finetune_takes_the_weights_and_starts_the_curriculum_from_scratch(
     pool: Pool, sample: Path, reference: Path
 ) -> None:
     run = sample / "finetune"
@@ -202,7 +202,7 @@ def test_finetune_takes_the_weights_and_starts_the_curriculum_afresh(
     assert first["iteration"] == 0 and first["validation"] == last["validation"]
 
 
-def test_a_file_that_tells_another_past_is_refused_and_can_be_amended(
+def test_a_file_that_has_another_past_is_refused_and_can_be_amended(
     pool: Pool, sample: Path, reference: Path
 ) -> None:
     run = half(reference, "amended")

@@ -285,7 +285,7 @@ def made_other_tokenizer(path: Path) -> None:
 
 
 def test_all_differences_are_in_one_message(save: Any) -> None:
-    told = save().refused(
+    message = save().refused(
         "--num-layers 2 --ffn-hidden-size 128 --rotary-base 5000 --lr 1e-3 --adam-beta2 0.5 "
         "--optimizer sgd"
     )
@@ -297,8 +297,8 @@ def test_all_differences_are_in_one_message(save: Any) -> None:
         ". Also, lr is 0.001 here and 0.003 in the checkpoint, "
         "adam_beta2 is 0.5 here and 0.999 in the checkpoint; add ",
     ):
-        assert part in told, told
-    assert "\n" not in told
+        assert part in message, message
+    assert "\n" not in message
 
 
 def test_lengthening_a_run_at_a_constant_rate_needs_no_flag(save: Any) -> None:
@@ -309,9 +309,9 @@ def test_lengthening_a_run_at_a_constant_rate_needs_no_flag(save: Any) -> None:
 
 
 def test_lengthening_a_run_at_a_decaying_rate_is_refused(save: Any) -> None:
-    told = save().refused("--train-iters 30")
-    assert "lr_decay_samples is 240 here and 160 in the checkpoint; add" in told
-    assert OVERRIDE in told and USE_CHECKPOINT in told
+    message = save().refused("--train-iters 30")
+    assert "lr_decay_samples is 240 here and 160 in the checkpoint; add" in message
+    assert OVERRIDE in message and USE_CHECKPOINT in message
 
 
 def test_the_length_of_a_growing_weight_decay_is_the_checkpoints_where_that_was_asked_for(
@@ -353,9 +353,9 @@ def test_a_checkpoint_of_version_0_1_0_is_compared_by_its_config_yaml(
     shutil.copy(reference / "config.yaml", saved.run)
     (note,) = saved.load("").notes
     assert note == f"not compared, {path.parent} does not record them: vocab_size"
-    told = saved.refused("--num-layers 3 --lr 4e-3 --adam-beta1 0.5 --lr-warmup-init 1e-5")
+    message = saved.refused("--num-layers 3 --lr 4e-3 --adam-beta1 0.5 --lr-warmup-init 1e-5")
     for name in ("num_layers is 3", "lr is 0.004", "adam_beta1 is 0.5", "lr_warmup_init is 1e-05"):
-        assert name in told
+        assert name in message
     assert "num_layers is 3" in saved.refused("--num-layers 3 --finetune")
 
 

@@ -24,7 +24,7 @@ SHORT = ["--train-iters", "6", "--lr-decay-iters", "20", "--eval-interval", "2"]
 
 
 @pytest.fixture(scope="module")
-def whole(pool: Pool, sample: Path) -> Path:
+def uninterrupted(pool: Pool, sample: Path) -> Path:
     run = sample / "not stopped"
     results = pool.run(2, train, sample, "--save", str(run), *SHORT, *TP)
     assert {code for code, _, _ in results} == {0}, results
@@ -82,7 +82,7 @@ def train_and_signal(
 def test_a_signal_at_any_moment_leaves_a_checkpoint(
     pool: Pool,
     sample: Path,
-    whole: Path,
+    uninterrupted: Path,
     where: str,
     rank: int,
     number: int,
@@ -102,9 +102,9 @@ def test_a_signal_at_any_moment_leaves_a_checkpoint(
     results = pool.run(2, train, sample, *words)
     assert {code for code, _, _ in results} == {0}, results
     assert (run / "metrics.jsonl").read_text().count('"validation"') == (
-        whole / "metrics.jsonl"
+        uninterrupted / "metrics.jsonl"
     ).read_text().count('"validation"')
-    assert metrics(run) == metrics(whole)
+    assert metrics(run) == metrics(uninterrupted)
 
 
 def test_a_run_leaves_when_its_minutes_are_over(pool: Pool, sample: Path) -> None:

@@ -14,30 +14,30 @@ from tests.pool import Pool, command
 from tests.sample import train
 
 
-def told(sample: Path, seq_length: int) -> tuple[int, str]:
+def note_of(sample: Path, seq_length: int) -> tuple[int, str]:
     words = ["--config", str(sample / "run.yaml"), "--curriculum", str(sample / "curriculum.yaml")]
     code, out, err = command("plan", *words, "--seq-length", str(seq_length))
     return code, next((line for line in (out + err).splitlines() if "domain instruct" in line), "")
 
 
 def test_plan_counts_what_seq_length_cuts_off_and_warns_above_one_percent(sample: Path) -> None:
-    code, line = told(sample, 32)
+    code, line = note_of(sample, 32)
     assert code == 0 and line.startswith("warning: domain instruct: at seq_length 32, ")
     assert (
         "conversations (26.9%) have no token to train on and are left out, 250 are cut, and "
         "97.2% of the tokens"
     ) in line
-    code, line = told(sample, 340)
+    code, line = note_of(sample, 340)
     assert code == 0 and line.startswith(
         "domain instruct: at seq_length 340, 0 of 342 conversations (0.0%)"
     )
-    assert told(sample, 380) == (0, "")
+    assert note_of(sample, 380) == (0, "")
 
 
 def test_a_domain_that_trains_on_nothing_is_refused_by_plan_and_train(
     pool: Pool, sample: Path
 ) -> None:
-    code, line = told(sample, 16)
+    code, line = note_of(sample, 16)
     assert (
         code == 2
         and (

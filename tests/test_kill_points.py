@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_points import kill_at
+from tests.kill_points import kill_at
 
 
 def work(folder: Path, note: Path, number: int, only: str) -> None:
