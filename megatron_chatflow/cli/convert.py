@@ -12,7 +12,6 @@ from pathlib import Path
 from megatron_chatflow.cli.run_command import run_command
 from megatron_chatflow.config import CommandParser
 from megatron_chatflow.errors import ConfigError
-from megatron_chatflow.utils.files import disk_errors
 from megatron_chatflow.utils.logging import configure_logging
 
 DESCRIPTION = """Convert weights of the LLaMA family (LLaMA 2 and 3, Mistral, SmolLM2, Qwen2) from
@@ -118,17 +117,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "chatflow convert") -> i
 
 def _convert(arguments: argparse.Namespace) -> int:
     load, save, begin = arguments.load_dir, arguments.save_dir, time.perf_counter()
-    methods = {
-        "input": arguments.new_input_rows or arguments.new_rows,
-        "output": arguments.new_output_rows or arguments.new_rows,
-    }
     is_run, is_hugging_face = map(os.path.isfile, (load / "config.yaml", load / "config.json"))
     if is_run == is_hugging_face:
         raise ConfigError(
             f"--load-dir {load} has neither config.json (Hugging Face) nor config.yaml (a "
             f"run directory); give one of the two"
         )
-    if is_run and any(methods.values()):
+    rows = (arguments.new_rows, arguments.new_input_rows, arguments.new_output_rows)
+    if is_run and any(rows):
         raise ConfigError("new rows are made on the way from Hugging Face only; drop --new-rows")
     for flag, given in (
         ("--ckpt-step", arguments.ckpt_step is not None),
@@ -142,37 +138,28 @@ def _convert(arguments: argparse.Namespace) -> int:
     from megatron_chatflow.distributed.fake_ranks import hide_devices
 
     hide_devices()
-    from megatron_chatflow.checkpoint.lease import Lease
-    from megatron_chatflow.conversion.safetensors_io import check_target
-    from megatron_chatflow.distributed.process_groups import hide_engine_warnings
-
-    hide_engine_warnings()
     configure_logging()
-    check_target(save)
-    with disk_errors(save), Lease.beside(save, "save-dir") as lease:
-        lease.acquire()
-        use = _write(arguments, methods, is_run)
-    _say(f"{save}: written in {time.perf_counter() - begin:.1f} s; {use}")
-    return 0
+    from megatron_chatflow.conversion.convert import convert_from_hf, convert_to_hf
 
-
-def _write(arguments: argparse.Namespace, methods: dict[str, str | None], is_run: bool) -> str:
-    """Convert; returns a line that shows how the result is used."""
-    load, save = arguments.load_dir, arguments.save_dir
     if is_run:
-        from megatron_chatflow.checkpoint.selection import choose_weights
-        from megatron_chatflow.conversion import export_hf
-
-        chosen = choose_weights(
-            load, arguments.ckpt_step, arguments.average_checkpoints, arguments.use_ema
+        convert_to_hf(
+            load,
+            save,
+            ckpt_step=arguments.ckpt_step,
+            average_checkpoints=arguments.average_checkpoints,
+            use_ema=arguments.use_ema,
+            tokenizer_folder=arguments.tokenizer_folder,
         )
-        export_hf.convert(load, save, chosen, arguments.tokenizer_folder)
-        return f"transformers: AutoModelForCausalLM.from_pretrained({str(save)!r})"
-    from megatron_chatflow.conversion import import_hf
-
-    import_hf.convert(load, save, arguments.tokenizer_folder, methods)
-    return f"chatflow train --config {save}/config.yaml --load {save} --finetune ..."
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
+        use = f"transformers: AutoModelForCausalLM.from_pretrained({str(save)!r})"
+    else:
+        convert_from_hf(
+            load,
+            save,
+            tokenizer_folder=arguments.tokenizer_folder,
+            new_rows=arguments.new_rows,
+            new_input_rows=arguments.new_input_rows,
+            new_output_rows=arguments.new_output_rows,
+        )
+        use = f"chatflow train --config {save}/config.yaml --load {save} --finetune ..."
+    print(f"{save}: written in {time.perf_counter() - begin:.1f} s; {use}", flush=True)
+    return 0

@@ -20,7 +20,6 @@ from megatron_chatflow.conversion.safetensors_io import (
     MODEL_FILES,
     TOKENIZER_FILES,
     WeightsWriter,
-    check_target,
     copy_files,
     read_json,
 )
@@ -57,7 +56,6 @@ def convert(
     Raises:
         ConfigError: what is there cannot be converted; nothing has been written.
     """
-    check_target(save)
     config = _read_config(load)
     check_files(chosen)
     vocab_size, files = _vocabulary(config, tokenizer_folder)

@@ -25,7 +25,6 @@ from megatron_chatflow.conversion.hf_model import Opened, open_folder
 from megatron_chatflow.conversion.safetensors_io import (
     MODEL_FILES,
     TOKENIZER_FILES,
-    check_target,
     copy_files,
 )
 from megatron_chatflow.conversion.torch_dist import Piece, write
@@ -55,7 +54,6 @@ def convert(
     Raises:
         ConfigError: what is there cannot be converted; nothing has been written.
     """
-    check_target(save)
     model = open_folder(load, tokenizer_folder, methods)
     log_notes(logger, model.notes)
     partial = save.with_name(save.name + ".partial")

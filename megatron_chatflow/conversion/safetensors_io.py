@@ -52,12 +52,6 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def check_target(folder: Path) -> None:
-    """Refuse to write where something is."""
-    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--save-dir {folder} is there already; give a new folder")
-
-
 class Weights:
     """The tensors of a folder, found by name and read one at a time.
 

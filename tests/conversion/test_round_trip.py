@@ -243,3 +243,25 @@ def test_one_key_head_over_three_tensor_ranks_goes_both_ways(
     ((code, _, err),) = pool.run(1, tool, "--load-dir", tuned, "--save-dir", back)
     assert code == 0, err
     assert apart(tuned, back) < 1e-4 < 1e-2 < apart(tuned, folder)
+
+
+def _call_both_ways(folder: Path, run: Path, back: Path) -> tuple[Path, Path]:
+    from megatron_chatflow.conversion.convert import convert_from_hf, convert_to_hf
+
+    return convert_from_hf(folder, run), convert_to_hf(str(run), str(back))
+
+
+def test_the_functions_write_the_files_of_the_command(
+    pool: Pool, folders: Folders, runs: Folders, tmp_path: Path
+) -> None:
+    run, back = tmp_path / "run", tmp_path / "back"
+    assert pool.run(1, _call_both_ways, folders("qwen2"), run, back) == [(run, back)]
+    ((code, _, err),) = pool.run(
+        1, tool, "--load-dir", runs("qwen2"), "--save-dir", tmp_path / "wanted"
+    )
+    assert code == 0, err
+    for wanted, found in ((runs("qwen2"), run), (tmp_path / "wanted", back)):
+        names = {path.relative_to(wanted) for path in wanted.rglob("*") if path.is_file()}
+        assert names == {path.relative_to(found) for path in found.rglob("*") if path.is_file()}
+        for name in names:
+            assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
