@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from megatron_chatflow.config import Config
     from megatron_chatflow.curriculum import BlendPlan, load_curriculum
     from megatron_chatflow.data import open_blend
+    from megatron_chatflow.evaluation.evaluate import evaluate
+    from megatron_chatflow.evaluation.generate import generate
     from megatron_chatflow.tokenizer import load_tokenizer
     from megatron_chatflow.training.callbacks import Callback
     from megatron_chatflow.training.trainer import Trainer
@@ -21,6 +23,8 @@ __all__ = [
     "Callback",
     "Config",
     "Trainer",
+    "evaluate",
+    "generate",
     "load_curriculum",
     "load_tokenizer",
     "open_blend",
@@ -31,6 +35,8 @@ _MODULE_OF = {
     "Callback": "training.callbacks",
     "Config": "config",
     "Trainer": "training.trainer",
+    "evaluate": "evaluation.evaluate",
+    "generate": "evaluation.generate",
     "load_curriculum": "curriculum",
     "load_tokenizer": "tokenizer",
     "open_blend": "data",

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from megatron_chatflow.config.schema.checkpoint import CheckpointSettings
@@ -65,6 +66,17 @@ class Config:
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a configuration file; settings that it does not name have their defaults.
+
+        Raises:
+            ConfigError: The file cannot be read, or has unknown settings or wrong types.
+        """
+        from megatron_chatflow.config.loader import load_values
+
+        return cls().replace(**load_values(Path(path)))
 
     def replace(self, **settings: Any) -> Self:
         """Return a copy with some settings changed, in whichever sections they are.
