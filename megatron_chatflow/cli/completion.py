@@ -1,4 +1,4 @@
-"""``chatflow completion``: the script that completes commands, flags, choices and files in a shell."""
+"""``chatflow completion``: the script that completes commands, flags and files in a shell."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from megatron_chatflow.errors import ChatflowError, ConfigError
 MERGE_EPILOG = """examples:
   {call} --input parts --output-prefix data/zh_text_document
 
-exit codes: 0 written; nothing is written at 1 (a disk failed), 2 (the corpora or the flags cannot be
-used) and 130 (interrupted)
+exit codes: 0 written; nothing is written at 1 (a disk failed), 2 (the corpora or the flags cannot
+be used) and 130 (interrupted)
 """
 VERIFY_EPILOG = """examples:
   {call} data/zh_text_document data/en_text_document

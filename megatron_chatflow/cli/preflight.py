@@ -99,9 +99,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _look(config: Config, world_size: int, result: dict[str, Any]) -> list[str]:
-    """Fill `result` with what can be found out; returns the reasons for which the run would not
-    start.
-    """
+    """Fill in `result`; return the reasons why the run would not start."""
     layout = layout_of(config, world_size)
     vocab_size, refusals = _read_data(config, result)
     result["layout"] = {
@@ -146,7 +144,7 @@ def _look_at_model(
     return [
         f"the model that was built for stage {stage.stage} has {count:,} parameters on "
         f"tensor rank {rank}, and the closed form says "
-        f"{stage.parameters:,}: a fault of preflight, please report it"
+        f"{stage.parameters:,}: a bug of preflight, please report it"
         for stage, counts in zip(stages, built, strict=True)
         for rank, count in enumerate(counts)
         if count != stage.parameters
@@ -159,11 +157,10 @@ def _raised_by_megatron_core(error: BaseException) -> bool:
 
 
 def _build(config: Config, vocab_size: int, layout: Layout) -> list[list[int]]:
-    """Parameters of every pipeline stage's tensor ranks, in one data-parallel replica, as the code
-    that `train` runs builds them.
+    """Return the parameters of every pipeline stage's tensor ranks, in one replica.
 
-    FP8 is left out: without CUDA its layers would be other ones than on the cluster, with the same
-    parameters.
+    The models are built by the code that `train` runs, without FP8: without CUDA its layers would
+    differ from those on the cluster, and have the same parameters.
     """
     from megatron_chatflow.distributed.fake_ranks import hide_devices, rehearse
 
@@ -220,21 +217,19 @@ def _describe_run(config: Config, vocab_size: int, result: dict[str, Any]) -> No
 
 
 def _read_data(config: Config, result: dict[str, Any]) -> tuple[int | None, list[str]]:
-    """(size of the vocabulary where it is known, why the corpora cannot be trained on); fills in
-    `data`.
-    """
+    """Fill in `data`; return (size of the vocabulary or None, why the corpora cannot be used)."""
     from megatron_chatflow.curriculum import check_exhaustion, forecast
     from megatron_chatflow.training.data_setup import check_tokens, make_plan, open_inputs
 
     if not (config.data.curriculum or config.data.data_path):
         result["notes"].append(
-            "no corpus was looked at: neither --curriculum nor --data-path is given"
+            "no corpus was checked: neither --curriculum nor --data-path is given"
         )
         return _vocab_size(config, [])
     try:
         inputs = open_inputs(config, held_out=bool(config.validation.eval_interval))
     except ChatflowError as error:
-        return _vocab_size(config, _faults(config) or [str(error)])
+        return _vocab_size(config, _corpus_errors(config) or [str(error)])
     result["notes"] += inputs.notes
     result["notes"].append(_files_note(len(inputs.domains)))
     try:
@@ -253,7 +248,7 @@ def _read_data(config: Config, result: dict[str, Any]) -> tuple[int | None, list
 
 
 def _vocab_size(config: Config, refusals: list[str]) -> tuple[int | None, list[str]]:
-    """The vocabulary as given, or the tokenizer's, where no corpus could tell it."""
+    """Return the size as given, or the tokenizer's, and the refusals with those found here."""
     from megatron_chatflow.tokenizer import load_tokenizer
 
     t = config.tokenizer
@@ -277,10 +272,8 @@ def _vocab_size(config: Config, refusals: list[str]) -> tuple[int | None, list[s
     return tokenizer.vocab_size, refusals
 
 
-def _faults(config: Config) -> list[str]:
-    """One sentence for every domain of the curriculum file whose corpus cannot be opened; none
-    where the file itself is the fault.
-    """
+def _corpus_errors(config: Config) -> list[str]:
+    """Return a message per corpus of the curriculum that cannot be opened."""
     from megatron_chatflow.curriculum import load_curriculum
     from megatron_chatflow.data import open_domains
 
@@ -290,7 +283,7 @@ def _faults(config: Config) -> list[str]:
         curriculum = load_curriculum(config.data.curriculum)
     except ChatflowError:
         return []
-    faults = []
+    errors = []
     for name, domain in curriculum.domains.items():
         try:
             open_domains(
@@ -300,8 +293,8 @@ def _faults(config: Config) -> list[str]:
                 split=config.data.split,
             )
         except ChatflowError as error:
-            faults.append(str(error))
-    return faults
+            errors.append(str(error))
+    return errors
 
 
 def _files_note(corpora: int) -> str:
@@ -314,19 +307,19 @@ def _files_note(corpora: int) -> str:
 
 def _note_disk(save: str | None, checkpoint: dict[str, int], notes: list[str]) -> None:
     if save is None:
-        notes.append("no --save: nothing would be kept of the run")
+        notes.append("no --save: nothing of the run would be kept")
         return
     folder = next(path for path in (Path(save), *Path(save).parents) if os.path.exists(path))
     free, wanted = shutil.disk_usage(folder).free, checkpoint["count"] * checkpoint["bytes"]
     if free < wanted:
         notes.append(
             f"old checkpoints are not removed: {save} would grow to {wanted / 1e9:,.0f} GB, "
-            f"and {free / 1e9:,.0f} GB are free there"
+            f"and {free / 1e9:,.0f} GB are free"
         )
 
 
 def _check_layers(config: Config) -> None:
-    """What only a machine with CUDA refuses."""
+    """Refuse what only a machine with CUDA would refuse."""
     if config.precision.fp8_format and config.model.transformer_impl == "local":
         raise ConfigError(
             f"fp8_format {config.precision.fp8_format} needs Transformer Engine on CUDA, "
@@ -350,16 +343,16 @@ def _note_devices(config: Config, layout: Layout, notes: list[str]) -> None:
 
 
 def _fit(config: Config, result: dict[str, Any]) -> tuple[str, list[str]]:
-    """The verdict on memory, and its reason."""
+    """Return the verdict on memory, and its reason."""
     fullest = max(result["stages"], key=lambda stage: stage["total"])
     gpu, needed = result["gpu_memory_gib"], fullest["total"] / GIB
-    room = gpu * (1 - RESERVE)
+    available = gpu * (1 - RESERVE)
     reserve = f"{RESERVE:.0%} are left to CUDA, NCCL and fragmentation"
     reason = (
-        f"stage {fullest['stage']} needs {needed:.1f} GiB a GPU and has {room:.1f} of {gpu:g} "
-        f"({reserve})"
+        f"stage {fullest['stage']} needs {needed:.1f} GiB per GPU and has {available:.1f} of "
+        f"{gpu:g} ({reserve})"
     )
-    if needed <= room:
+    if needed <= available:
         return "fits", [reason]
     activations = (fullest["activations"] + fullest["logits"]) / fullest["total"]
     return "does not fit", [

@@ -49,23 +49,26 @@ _ORDER = "documents always keep the order of the input; drop the flag"
 _TUNING = (
     "the pipeline keeps every process busy; drop the flag and give --workers the number of cores"
 )
+_PADDING = "the vocabulary is padded when the model is built; drop the flag"
 _REFUSED = {
-    "--partitions": "one run uses all --workers on all files, zipped ones included; drop the flag",
+    "--partitions": "one run uses all --workers on all files, packed ones too; drop the flag",
     "--keep-sequential-samples": _ORDER,
     "--find-optimal-num-workers": _TUNING,
     "--workers-to-check": _TUNING,
     "--max-documents": _TUNING,
     "--use-gigatoken": "the tokenizer's own library is used; drop the flag",
     "--dataset-impl": "there is one format, Megatron's .bin/.idx; drop the flag",
-    "--make-vocab-size-divisible-by": "the vocabulary is padded when the model is built; drop the flag",
-    "--tensor-model-parallel-size": "the vocabulary is padded when the model is built; drop the flag",
+    "--make-vocab-size-divisible-by": _PADDING,
+    "--tensor-model-parallel-size": _PADDING,
     "--vocab-extra-ids": "extend the tokenizer itself; drop the flag",
     "--tiktoken-pattern": (
         "a list of tokens is split by Megatron's pattern v2, a tekken.json by its own; drop the "
         "flag"
     ),
-    "--tiktoken-num-special-tokens": "a list of tokens has 1000 special ones, a tekken.json says it; drop the flag",
-    "--tokenizer-special-tokens": "the tokenizer's files say which tokens are special; drop the flag",
+    "--tiktoken-num-special-tokens": (
+        "a list of tokens has 1000 special ones, a tekken.json names its own; drop the flag"
+    ),
+    "--tokenizer-special-tokens": "the tokenizer's files name the special tokens; drop the flag",
     "--trust-remote-code": "tokenizers are read from files and never run code; drop the flag",
     "--rank": "it had no meaning in Megatron either; drop the flag",
 }

@@ -15,18 +15,22 @@ class ProgressBar:
     """Shows progress at most once per second: as a bar on a terminal, as lines elsewhere."""
 
     def __init__(self, stream: TextIO) -> None:
+        """Draw on `stream`."""
         self._stream = stream
         self._drawn = False
         self._last = 0.0
 
     def __enter__(self) -> ProgressBar:
+        """Return the bar."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """End the line of the bar."""
         if self._drawn:
             print(file=self._stream)
 
     def __call__(self, progress: PreprocessProgress) -> None:
+        """Show how far preprocessing is."""
         if progress.seconds - self._last < 1:
             return
         self._last = progress.seconds

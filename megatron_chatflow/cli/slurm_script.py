@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_chatflow.errors import EXIT_PREEMPTED, ConfigError
 from megatron_chatflow.utils.user_files import check_line
 
-EXIT_UNHEARD = 138
+EXIT_AT_START = 138
 """Exit code of a process that SIGUSR1 ended while it started, before its handler was installed."""
 
 
@@ -23,15 +23,15 @@ class Job:
     save: str
     """The run directory, the same for all nodes."""
     folder: str
-    """Where the job was submitted, and where it works."""
+    """Where the job was submitted, and its working folder."""
     nodes: int
     ntasks_per_node: int
-    """Processes on a node, one a GPU."""
+    """Processes per node, one per GPU."""
     gpus_per_node: int
-    """0 leaves the request for GPUs out."""
+    """0 requests none."""
     cpus_per_task: int
     lead_seconds: int
-    """How long before the time limit the processes are told to save and leave."""
+    """How long before the time limit the processes get the signal to save and exit."""
     container: str | None = None
     """Image for srun's --container-image (the pyxis plugin); None takes `chatflow` from PATH."""
     mounts: str | None = None
@@ -41,11 +41,11 @@ class Job:
 
 
 def render(job: Job) -> str:
-    """The text of the script.
+    """Return the text of the script.
 
-    It resumes by itself: the processes leave with a checkpoint at the signal, the script puts the
-    job back into the queue, and the next start finds the checkpoint. What it does at each exit code
-    stands in docs/clusters.md.
+    The job resumes automatically: the processes save and exit at the signal, the script requeues
+    the job, and the next start finds the checkpoint. docs/clusters.md lists what it does at each
+    exit code.
 
     Raises:
         ConfigError: a value holds a control character, or the run directory a backslash.
@@ -78,7 +78,7 @@ def render(job: Job) -> str:
         srun=" ".join(map(q, srun)),
         train=" ".join(map(q, job.words)),
         preempted=EXIT_PREEMPTED,
-        unheard=EXIT_UNHEARD,
+        at_start=EXIT_AT_START,
     )
 
 
@@ -96,15 +96,13 @@ def _check(job: Job) -> None:
             check_line(key, text)
     if "\\" in job.save:
         raise ConfigError(
-            f"save: {job.save!r} holds a backslash, and SLURM then does not fill in the "
-            f"job's number "
-            "in the name of the log; give --save another folder"
+            f"save: {job.save!r} holds a backslash, and SLURM then does not fill in the job's "
+            "number in the name of the log; give --save another folder"
         )
 
 
 def _sbatch_quote(word: str) -> str:
-    """Quote a word of an #SBATCH line as sbatch reads it: there a backslash escapes in quotes of
-    either kind.
+    """Quote a word of an #SBATCH line: in it a backslash escapes in quotes of either kind.
 
     Older releases of sbatch blank `packjob` and `hetjob` anywhere in such a line; a backslash
     inside hides them.
@@ -115,7 +113,7 @@ def _sbatch_quote(word: str) -> str:
 
 
 def _flags(words: Sequence[str]) -> list[str]:
-    """One line a flag: a word that does not begin with a dash is the value of the one before."""
+    """Return one line per flag; a word without a leading dash is the value of the previous one."""
     lines: list[list[str]] = []
     for word in words:
         if word.startswith("-") or not lines:
@@ -125,28 +123,31 @@ def _flags(words: Sequence[str]) -> list[str]:
 
 
 _SCRIPT = """#!/usr/bin/env bash
-# Made by `chatflow submit`, which says what every line is for: chatflow submit --help, docs/clusters.md.
+# Written by `chatflow submit`; docs/clusters.md explains it.
 {head}
 set -euo pipefail
 
 save={save}
 
-# The processes meet on the first node. Each finds its rank in what srun sets for it. A node list that cannot be read ends the job here.
+# The processes connect on the first node. Each takes its rank from what srun sets. A node list that
+# cannot be read ends the job here.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR="${{hosts%%$'\\n'*}}" MASTER_PORT="$((10000 + SLURM_JOB_ID % 20000))"
 
-# Needed with tensor or context parallelism before Blackwell (megatron-core insists): kernels are launched in the order in which they were issued.
+# megatron-core requires it with tensor parallelism before Blackwell: kernels are launched in the
+# order in which they were issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-# Leaves room on the device for the collectives while norms run; worth it when communication overlaps with computation.
+# Leaves multiprocessors to the collectives while norms run, for communication that overlaps with
+# computation.
 export NVTE_FWD_LAYERNORM_SM_MARGIN=16 NVTE_BWD_LAYERNORM_SM_MARGIN=16
-# Memory: segments that grow instead of fragmenting; and no blocks kept alive by collectives in flight.
+# Memory: segments that grow instead of fragmenting, and no blocks kept by collectives in flight.
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True TORCH_NCCL_AVOID_RECORD_STREAMS=1
-# CPU threads of a task; a shared home folder is no place for compiled kernels.
+# CPU threads per task; compiled kernels on a local disk, not in a shared home folder.
 export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-1}}"
 export TRITON_CACHE_DIR="/tmp/triton_${{USER:-job}}_$SLURM_JOB_ID"
-# Left unset on purpose: NVTE_FLASH_ATTN, NVTE_FUSED_ATTN, NVTE_UNFUSED_ATTN (the model sets them and insists on its own values).
+# Not set on purpose: NVTE_FLASH_ATTN, NVTE_FUSED_ATTN, NVTE_UNFUSED_ATTN, which the model sets.
 
-# With a checkpoint in the run directory the run goes on from it, whatever it was started from.
+# A run that has a checkpoint in its run directory resumes from it, whatever it started from.
 pointer="$save/latest_checkpointed_iteration.txt"
 resume=()
 before=none
@@ -155,7 +156,8 @@ if [ -s "$pointer" ]; then
     resume=(--load "$save" --no-finetune)
 fi
 
-# --wait: when a process has ended, the others have a minute to follow. --kill-on-bad-exit would end those that still leave in order.
+# --wait: when a process has exited, the others have a minute to exit too. --kill-on-bad-exit would
+# kill those that still save.
 code=0
 {srun} \\
     chatflow train {train} "${{resume[@]}}" || code=$?
@@ -165,15 +167,15 @@ if [ -s "$pointer" ]; then after=$(cat "$pointer"); fi
 if [ "$code" -eq 0 ]; then
     echo "job $SLURM_JOB_ID: the run is finished"
 elif [ "$code" -eq 2 ]; then
-    echo "job $SLURM_JOB_ID: the configuration is refused (see the message above); a new try would end the same way" >&2
-elif [ "$code" -eq {preempted} ] || [ "$code" -eq {unheard} ]; then
-    echo "job $SLURM_JOB_ID: left at a signal (code $code), with checkpoint $after; back into the queue"
+    echo "job $SLURM_JOB_ID: the settings cannot be used (see the message above); not requeued" >&2
+elif [ "$code" -eq {preempted} ] || [ "$code" -eq {at_start} ]; then
+    echo "job $SLURM_JOB_ID: exited at a signal (code $code), with checkpoint $after; requeued"
     scontrol requeue "$SLURM_JOB_ID"
 elif [ "$after" != "$before" ]; then
-    echo "job $SLURM_JOB_ID: failed with code $code, after checkpoint $after; back into the queue, to go on from there" >&2
+    echo "job $SLURM_JOB_ID: failed with code $code after checkpoint $after; requeued to resume" >&2
     scontrol requeue "$SLURM_JOB_ID"
 else
-    echo "job $SLURM_JOB_ID: failed with code $code before a new checkpoint; a new try would likely end the same way" >&2
+    echo "job $SLURM_JOB_ID: failed with code $code before a new checkpoint; not requeued" >&2
 fi
 exit "$code"
 """

@@ -55,8 +55,8 @@ def extend_tokenizer(settings: argparse.Namespace) -> None:
     files = outcome.vocabulary.save(settings.output, file)
     if "tokenizer.json" not in files:
         note(
-            "no tokenizer.json is written, because the model normalizes text; transformers makes one "
-            "from tokenizer.model"
+            "no tokenizer.json is written, because the model normalizes text; transformers makes "
+            "one from tokenizer.model"
         )
     written = (
         os.path.join(settings.output, "tokenizer.model")

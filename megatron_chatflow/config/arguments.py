@@ -33,6 +33,7 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog: str, description: str, epilog: str = "") -> None:
+        """Make a parser without arguments; ``{call}`` in `epilog` is the command."""
         self.call = f"python tools/{prog}" if prog.endswith(".py") else prog
         super().__init__(
             prog=prog,
@@ -138,7 +139,7 @@ class CommandParser(argparse.ArgumentParser):
             return 0
 
     def _report_unknown(self, argv: Sequence[str], unknown: Iterable[str]) -> None:
-        """Collect an error for each unknown flag, and for each word that is not the value of one."""
+        """Collect an error per unknown flag, and per word that is not the value of one."""
         position, after_flag = -1, -1
         for word in unknown:
             position = next(i for i in range(position + 1, len(argv)) if argv[i] == word)
@@ -221,7 +222,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def number(
     kind: type[int] | type[float], accepts: Callable[[Any], bool], what: str
 ) -> Callable[[str], Any]:
-    """Return an argparse type: a number of a kind that `accepts` is true of, described by `what`."""
+    """Return an argparse type for numbers that `accepts` is true of, described by `what`."""
 
     def convert(text: str) -> Any:
         try:
@@ -235,8 +236,8 @@ def number(
     return convert
 
 
-positive_int = number(int, lambda n: n > 0, "a positive whole number")
-non_negative_int = number(int, lambda n: n >= 0, "a whole number from 0 up")
+positive_int = number(int, lambda n: n > 0, "a positive integer")
+non_negative_int = number(int, lambda n: n >= 0, "an integer from 0 up")
 positive_float = number(float, lambda x: 0 < x < float("inf"), "a positive number")
 non_negative_float = number(float, lambda x: 0 <= x < float("inf"), "a number from 0 up")
 

@@ -1,5 +1,6 @@
-"""YAML sections and flags in, one `Config` out; flags win. Whatever is not understood is refused
-with the nearest known name.
+"""Read the settings of a run from YAML sections and flags into one `Config`.
+
+Flags win over the file. What is not known is an error that suggests the nearest known name.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from megatron_chatflow.utils.user_files import (
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass: {field name: text}."""
+    """Return {field name: the string under the field} of a dataclass."""
     (definition,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}
@@ -50,8 +51,10 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def convert(name: str, value: Any, cls: type) -> Any:
-    """One value from YAML as the field's type. Raises ConfigError that names the setting, the value
-    and what is wanted.
+    """Return one value of a file or a flag as the field's type.
+
+    Raises:
+        ConfigError: it is of another kind; the message names the setting and the value.
     """
     base, optional = base_type(type_hints(cls)[name])
     if value is None:
@@ -100,17 +103,18 @@ def convert(name: str, value: Any, cls: type) -> Any:
 def _describe(base: Any) -> str:
     return {
         bool: "true or false",
-        int: "a whole number",
+        int: "an integer",
         float: "a number",
         str: "text",
-        list[int]: "a list of whole numbers",
+        list[int]: "a list of integers",
         list[str]: "a list of texts",
     }[base]
 
 
 def _yaml_values(path: Path, errors: ErrorCollector) -> dict[str, Any]:
-    """Return {field name: value} of a YAML file with sections; what is wrong with it goes into
-    `errors`. Relative paths in the file are relative to its folder.
+    """Return {field name: value} of a YAML file, and add what is wrong with it to `errors`.
+
+    Relative paths in the file are relative to its folder.
     """
     try:
         text = read_text(path)
@@ -268,13 +272,12 @@ def parse(
     *,
     resolve: Callable[[Config, argparse.Namespace], Any] | None = None,
 ) -> tuple[Any, argparse.Namespace]:
-    """Flags and the file named by ``--config``, over `base` ({field: value}, e.g. a checkpoint's
-    settings).
+    """Read flags and the file that ``--config`` names, over the settings `base`.
 
     Args:
         parser: made by `make_parser`.
         argv: the command line, without the command.
-        base: the settings that the file and the flags win over.
+        base: {field: value} that the file and the flags win over, e.g. a checkpoint's settings.
         resolve: fills in and checks the configuration, given the command's own arguments; its
             errors are reported with those of the command line and of the file.
 
@@ -353,8 +356,10 @@ def _flag_values(parser: CommandParser, args: argparse.Namespace) -> dict[str, A
 
 
 def load_values(path: Path) -> dict[str, Any]:
-    """{field name: value} of a resolved ``config.yaml``; raises ConfigError where it cannot be
-    read.
+    """Return {field name: value} of a file such as ``config.yaml``.
+
+    Raises:
+        ConfigErrors: it cannot be read, or something in it cannot be used.
     """
     errors = ErrorCollector()
     values = _yaml_values(path, errors)
@@ -363,5 +368,5 @@ def load_values(path: Path) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as the YAML text that `parse` reads back to the same values."""
+    """Return the YAML text that `parse` reads back to the same values."""
     return dump_yaml(dataclasses.asdict(config))

@@ -220,7 +220,7 @@ def test_replacing_keeps_the_size_and_lists_what_is_gone(model, tmp_path, capsys
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--new-tokens", 0], "--new-tokens: '0' is not a positive whole number"),
+        (["--new-tokens", 0], "--new-tokens: '0' is not a positive integer"),
         (["--new-tokens", 5, "--replace"], "--replace needs --base-input"),
         (
             ["--new-tokens", 5, "--replace", "--base-input", EN, "--characters"],
@@ -244,7 +244,7 @@ def test_replacing_keeps_the_size_and_lists_what_is_gone(model, tmp_path, capsys
             ["--new-tokens", 5, "--base-inputs", EN],
             "unknown flag --base-inputs; did you mean --base-input?",
         ),
-        (["--new-tokens", "many"], "--new-tokens: 'many' is not a positive whole number"),
+        (["--new-tokens", "many"], "--new-tokens: 'many' is not a positive integer"),
         (
             ["--new-tokens", 5, "--tokenizer-model", "absent.model"],
             "tokenizer_model absent.model cannot be read",

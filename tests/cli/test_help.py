@@ -120,7 +120,7 @@ def test_all_errors_of_a_command_line_are_reported_together(tmp_path: Path) -> N
     text = "\n".join(error.value.messages)
     for part in (
         "unknown section 'modle'; did you mean model?",
-        "model.num_layers: 'four' is not a whole number",
+        "model.num_layers: 'four' is not an integer",
         "unknown setting 'num_layr' in section model; did you mean num_layers?",
         "unknown flag --num-head",
         "--lr: 'fast' is not a number",
@@ -145,7 +145,7 @@ def test_contradictions_are_reported_with_the_errors_of_the_command_line() -> No
 def test_consequences_of_a_value_that_cannot_be_read_are_not_reported() -> None:
     code, _, err = command("plan", "--seq-length", "many", "--train-iters", "10")
     assert code == 2 and "seq_length is missing" not in err
-    assert "--seq-length: 'many' is not a whole number" in err
+    assert "--seq-length: 'many' is not an integer" in err
 
 
 @pytest.mark.parametrize("tool", TOOLS)

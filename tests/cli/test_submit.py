@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megatron_chatflow.cli import slurm_script
-from megatron_chatflow.cli.slurm_script import EXIT_PREEMPTED, EXIT_UNHEARD, Job, render
+from megatron_chatflow.cli.slurm_script import EXIT_AT_START, EXIT_PREEMPTED, Job, render
 from megatron_chatflow.training import signals
 from tests.pool import command
 from tests.sample import SETTINGS
@@ -60,7 +60,7 @@ def test_the_example_is_what_submit_writes() -> None:
 
 def test_the_script_knows_the_exit_code_of_a_run_that_was_told_to_leave() -> None:
     assert slurm_script.EXIT_PREEMPTED == signals.EXIT_PREEMPTED
-    assert slurm_script.EXIT_UNHEARD == 128 + signal.SIGUSR1
+    assert slurm_script.EXIT_AT_START == 128 + signal.SIGUSR1
 
 
 def test_a_dry_run_prints_the_script_with_the_flags_as_written_and_leaves_nothing_behind(
@@ -209,7 +209,7 @@ def run_script(folder: Path, code: int, *, checkpoint: bool, moved: bool) -> tup
         (2, False, False),
         (EXIT_PREEMPTED, True, True),
         (EXIT_PREEMPTED, False, True),
-        (EXIT_UNHEARD, False, True),
+        (EXIT_AT_START, False, True),
         (1, True, True),
         (1, False, False),
         (137, True, True),

@@ -105,9 +105,9 @@ def test_a_job_on_nodes_with_disks_of_their_own_is_preempted_requeued_and_finish
     run = tmp_path / "saved"
     done = submit(two_nodes, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    number = re.search(
-        r"^job (\d+) is in the queue: 4 processes on 2 nodes$", done.stdout, re.MULTILINE
-    )[1]
+    number = re.search(r"^job (\d+) is queued: 4 processes on 2 nodes$", done.stdout, re.MULTILINE)[
+        1
+    ]
     log = run / f"slurm-{number}.log"
     until(lambda: len(records(run)) >= 12, 400, log)
     two_nodes.slurm("scancel", "--signal=USR1", number)
@@ -118,7 +118,7 @@ def test_a_job_on_nodes_with_disks_of_their_own_is_preempted_requeued_and_finish
     text, job = log.read_text(), two_nodes.job(number)
     assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("COMPLETED", "1", "0:0"), text
     left = re.findall(
-        rf"^job {number}: left at a signal \(code 3\), with checkpoint (\d+); back into the queue$",
+        rf"^job {number}: exited at a signal \(code 3\), with checkpoint (\d+); requeued$",
         text,
         re.MULTILINE,
     )
@@ -155,7 +155,7 @@ def test_a_killed_process_brings_the_job_down_within_a_minute_and_it_goes_on_fro
     text = log.read_text()
     assert two_nodes.job(number)["JobState"] == "COMPLETED", text
     assert seconds < 60 and re.search(
-        rf"^job {number}: failed with code \d+, after checkpoint \d+; back into the queue",
+        rf"^job {number}: failed with code \d+ after checkpoint \d+; requeued",
         text,
         re.MULTILINE,
     ), text

@@ -1,4 +1,4 @@
-"""What `doctor` looks at, one file a subject; each returns rows."""
+"""What `doctor` checks, one file per subject; each returns rows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what was looked at, what is there, and why that is so or what follows
-    from it.
-    """
+    """One line of the table: what was checked, what was found, and the reason or consequence."""
 
     name: str
     value: str
     reason: str = ""
     wrong: bool = False
-    """Whether training cannot run because of it."""
+    """Whether it prevents training."""

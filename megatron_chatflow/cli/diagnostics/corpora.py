@@ -1,6 +1,4 @@
-"""The corpora that the settings name, as far as opening them tells: files, sizes, manifests,
-tokenizers.
-"""
+"""The corpora that the settings name, as far as opening them shows it."""
 
 from __future__ import annotations
 
@@ -17,8 +15,10 @@ from megatron_chatflow.errors import ChatflowError
 
 
 def named_corpora(config: Config) -> dict[str, str]:
-    """{name: prefix} of everything that the curriculum or --data-path names. Raises ConfigError for
-    a curriculum file that says something wrong.
+    """Return {name: prefix} of the corpora that the curriculum or --data-path names.
+
+    Raises:
+        ConfigError: the curriculum file cannot be used.
     """
     data = config.data
     if data.curriculum:
@@ -38,9 +38,7 @@ def named_corpora(config: Config) -> dict[str, str]:
 
 
 def fingerprints(prefixes: dict[str, str]) -> dict[str, str]:
-    """{name: fingerprint, or what is wrong with the corpus}: the same on every machine that reads
-    the same corpora.
-    """
+    """Return {name: fingerprint, or the error}, equal on machines that read the same corpora."""
     found = {}
     for name, prefix in prefixes.items():
         try:
@@ -51,7 +49,7 @@ def fingerprints(prefixes: dict[str, str]) -> dict[str, str]:
 
 
 def corpora(prefixes: dict[str, str]) -> list[Row]:
-    """A row for each corpus, and one that compares their tokenizers."""
+    """Return a row for each corpus, and one that compares their tokenizers."""
     rows = [_corpus(name, prefix) for name, prefix in prefixes.items()]
     if any(row.wrong for row in rows):
         return rows
@@ -63,14 +61,14 @@ def corpora(prefixes: dict[str, str]) -> list[Row]:
                 f"{manifest.tokenizer['name']} {manifest.tokenizer['hash'][:8]}", []
             ).append(name)
     if len(made_with) > 1:
-        told = "; ".join(
+        listed = "; ".join(
             f"{tokenizer}: {', '.join(names)}" for tokenizer, names in made_with.items()
         )
         rows.append(
             Row(
                 "tokenizer",
                 f"{len(made_with)} different ones",
-                f"{told}; preprocess with one for all",
+                f"{listed}; preprocess with one for all",
                 wrong=True,
             )
         )
@@ -87,32 +85,30 @@ def _corpus(name: str, prefix: str) -> Row:
         return Row(title, "cannot be read", str(error), wrong=True)
     header = dataset.header
     value = f"{header.num_documents:,} documents, {header.num_tokens:,} tokens"
-    fault = manifest_error(header, manifest, prefix) if manifest else None
-    if fault:
-        return Row(title, value, fault, wrong=True)
+    mismatch = manifest_error(header, manifest, prefix) if manifest else None
+    if mismatch:
+        return Row(title, value, mismatch, wrong=True)
     notes = [prefix] if manifest else [prefix, "no manifest: bytes and tokenizer are not known"]
     return Row(title, value, "; ".join(notes))
 
 
 def checkpoint_size(config: Config, prefixes: dict[str, str]) -> int | None:
-    """Bytes of one checkpoint of the model that the settings describe; None where they do not
-    describe one, or its vocabulary is not known.
-    """
+    """Return the bytes of one checkpoint; None where the model or its vocabulary is not known."""
     from megatron_chatflow.planner.memory import checkpoint_bytes
     from megatron_chatflow.planner.parameters import layout_of, stage_parameters
 
     vocab_size = config.tokenizer.vocab_size or _vocab_size(prefixes)
     try:
-        whole = resolve_model(dataclasses.replace(config, parallel=ParallelSettings()), 1)
+        alone = resolve_model(dataclasses.replace(config, parallel=ParallelSettings()), 1)
     except ChatflowError:
         return None
     if vocab_size is None:
         return None
-    return checkpoint_bytes(whole, stage_parameters(whole, vocab_size, layout_of(whole, 1), 0))
+    return checkpoint_bytes(alone, stage_parameters(alone, vocab_size, layout_of(alone, 1), 0))
 
 
 def _vocab_size(prefixes: dict[str, str]) -> int | None:
-    """The largest vocabulary that a manifest names."""
+    """Return the largest vocabulary that a manifest names."""
     sizes = []
     for prefix in prefixes.values():
         try:

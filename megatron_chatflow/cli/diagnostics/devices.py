@@ -1,5 +1,6 @@
-"""Devices, collectives and layers. torch is imported where a GPU is possible, or where it was asked
-for; elsewhere the answer is known without it.
+"""Devices, collectives and layers.
+
+torch is imported only where there may be a GPU, or on request; elsewhere the answer is known.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 
 def no_cuda_reason() -> str | None:
-    """Why there can be no CUDA device, or None where only torch can tell."""
+    """Return why there can be no CUDA device; None where only torch can find out."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return "torch is missing"
-    told = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
-    if told.get("cuda") is None:
-        return f"torch {told['__version__']} was built without CUDA"
+    build = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    if build.get("cuda") is None:
+        return f"torch {build['__version__']} was built without CUDA"
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -37,7 +38,7 @@ def no_cuda_reason() -> str | None:
 
 
 def devices(*, full: bool) -> list[Row]:
-    """Rows of devices, collectives, layers and the extension that apex builds."""
+    """Return the rows of devices, collectives, layers and the extension that apex builds."""
     reason = no_cuda_reason()
     if reason is None or full:
         return _asked_of_torch()
@@ -50,7 +51,7 @@ def devices(*, full: bool) -> list[Row]:
         Row(
             "imports",
             "not tried",
-            "`chatflow doctor --full` imports torch and megatron-core, and lets the processes meet",
+            "`chatflow doctor --full` imports torch and megatron-core and connects the processes",
         ),
     ]
 
@@ -59,9 +60,8 @@ def _asked_of_torch() -> list[Row]:
     begin = time.perf_counter()
     try:
         import torch
-    except (
-        Exception
-    ) as error:  # a library that is missing or does not fit raises OSError or RuntimeError
+    # A library that is missing or does not match raises OSError or RuntimeError.
+    except Exception as error:
         return [Row("torch", "does not import", str(error), wrong=True)]
     there = torch.cuda.is_available()
     rows = [
@@ -126,7 +126,7 @@ def _layers(torch: Any, there: bool) -> list[Row]:
         ]
     if reason:
         return [Row("layers", "portable", f"{reason}; no FP8")]
-    rows = [Row("layers", "transformer_engine", "CUDA and Transformer Engine are there")]
+    rows = [Row("layers", "transformer_engine", "CUDA and Transformer Engine are available")]
     capability, cuda = torch.cuda.get_device_capability(), torch.version.cuda
     for recipe in RECIPES:
         why = device_reason(recipe, capability, cuda)
@@ -135,14 +135,15 @@ def _layers(torch: Any, there: bool) -> list[Row]:
 
 
 def _cpu(units: bool | None) -> Row:
-    """What the CPU can do, and which way bfloat16 products take on it."""
+    """Return what the CPU supports, and how it computes bfloat16 products."""
     found, _, way = describe_cpu(None if units is None else not units).partition("; ")
     return Row("  features", found, way)
 
 
 def _fused_weight_gradients() -> Row:
-    """By this extension megatron-core's own layers add weight gradients in place; Transformer
-    Engine's have a way of their own.
+    """Return the row of the extension with which megatron-core adds weight gradients in place.
+
+    Transformer Engine's layers do this without it.
     """
     reason = gradient_accumulation_reason()
     return Row(

@@ -16,17 +16,17 @@ from pathlib import Path
 from megatron_chatflow.cli.diagnostics import Row
 
 GIB = 2**30
-_UNSYNCHRONISED = 5
+_UNSYNCHRONIZED = 5
 """TIME_ERROR of adjtimex(2)."""
 
 
 def machine(save: str | None, checkpoint_bytes: int | None, corpora: int) -> list[Row]:
-    """Rows of the machine.
+    """Return the rows of the machine.
 
     Args:
         save: the run directory, where one is given.
         checkpoint_bytes: size of one checkpoint, where it is known.
-        corpora: how many corpora a process maps.
+        corpora: number of corpora that a process maps.
     """
     return [
         _cores(),
@@ -40,7 +40,7 @@ def machine(save: str | None, checkpoint_bytes: int | None, corpora: int) -> lis
 
 
 def _control_group(name: str) -> list[list[str]]:
-    """The words of a control file (cgroup v2) of this process's group and of those above it."""
+    """Return the words of a cgroup v2 file of this process's group and of its parents."""
     found = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -104,12 +104,12 @@ def _disk(save: str | None, checkpoint_bytes: int | None) -> Row:
         )
     if checkpoint_bytes is None:
         return Row("disk", value, str(folder))
-    room = f"{folder}; a checkpoint of this model takes {checkpoint_bytes / 1e9:,.1f} GB"
-    # The next checkpoint is written beside the one before it, which stays until then.
+    where = f"{folder}; a checkpoint of this model takes {checkpoint_bytes / 1e9:,.1f} GB"
+    # The next checkpoint is written before the previous one is removed.
     return Row(
         "disk",
         value,
-        room + (", and two must fit" if free < 2 * checkpoint_bytes else ""),
+        where + (", and two must fit" if free < 2 * checkpoint_bytes else ""),
         wrong=bool(save) and free < 2 * checkpoint_bytes,
     )
 
@@ -128,7 +128,7 @@ def _limits(corpora: int) -> list[Row]:
     with contextlib.suppress(OSError):
         allowed = int(Path("/proc/sys/vm/max_map_count").read_text())
         needed = 2 * corpora
-        # Libraries take some hundreds of the maps.
+        # Libraries take some hundreds of maps.
         tight = needed > allowed - 5000
         rows.append(
             Row(
@@ -159,13 +159,15 @@ def _clock() -> Row:
         return Row(
             "clock",
             now,
-            f"whether it is synchronised is not known ({os.strerror(ctypes.get_errno())})",
+            f"whether it is synchronized is not known ({os.strerror(ctypes.get_errno())})",
         )
-    if state == _UNSYNCHRONISED:
+    if state == _UNSYNCHRONIZED:
         return Row(
-            "clock", now, "not synchronised, says the kernel; logs of several nodes may not line up"
+            "clock",
+            now,
+            "not synchronized, according to the kernel; logs of several nodes may not line up",
         )
-    return Row("clock", now, "synchronised, says the kernel")
+    return Row("clock", now, "synchronized, according to the kernel")
 
 
 def _locale() -> Row:

@@ -1,4 +1,4 @@
-"""Who started this process, and what SLURM shows of itself."""
+"""What started this process, and the state of SLURM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_chatflow.distributed.launch import Launch, read_launch
 from megatron_chatflow.distributed.sockets import resolve
 from megatron_chatflow.errors import ChatflowError
 
-_TOLD = {
+_SIGNS = {
     "single": "neither torchrun's nor SLURM's variables are set",
     "torchrun": "RANK and WORLD_SIZE are set",
     "slurm": "SLURM_PROCID and SLURM_NTASKS are set",
@@ -20,7 +20,7 @@ _TOLD = {
 
 
 def launcher() -> tuple[Launch | None, list[Row]]:
-    """(the launch, None where it is broken; its rows)."""
+    """Return (the launch, or None where it is broken; its rows)."""
     try:
         launch = read_launch()
     except ChatflowError as error:
@@ -29,7 +29,7 @@ def launcher() -> tuple[Launch | None, list[Row]]:
         Row(
             "launcher",
             launch.launcher,
-            f"{_TOLD[launch.launcher]}; rank {launch.rank} of {launch.world_size}",
+            f"{_SIGNS[launch.launcher]}; rank {launch.rank} of {launch.world_size}",
         )
     ]
     if launch.master_addr is not None:
@@ -58,17 +58,17 @@ def _slurm() -> Row:
             f"job {env['SLURM_JOB_ID']}, {nodes} node{'s' * (nodes != '1')}, {tasks} "
             f"task{'s' * (tasks != '1')}"
         )
-        gpus = env.get("SLURM_GPUS_ON_NODE", "none asked for")
-        told = [
+        gpus = env.get("SLURM_GPUS_ON_NODE", "none requested")
+        facts = [
             f"on {env.get('SLURMD_NODENAME', '?')}",
             f"GPUs on this node: {gpus}",
-            f"cores a task: {env.get('SLURM_CPUS_PER_TASK', '1')}",
+            f"cores per task: {env.get('SLURM_CPUS_PER_TASK', '1')}",
         ]
         if int(env.get("SLURM_RESTART_COUNT", 0)):
-            told.append(f"requeued {env['SLURM_RESTART_COUNT']} times")
+            facts.append(f"requeued {env['SLURM_RESTART_COUNT']} times")
         if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
-            told.append("this is the batch script, not a task: put srun before the command")
-        return Row("slurm", value, "; ".join(told))
+            facts.append("this is the batch script, not a task: put srun before the command")
+        return Row("slurm", value, "; ".join(facts))
     if shutil.which("sinfo") is None:
         return Row("slurm", "none", "sinfo is not on PATH")
     try:

@@ -1,6 +1,4 @@
-"""The packages that are installed, held against the bounds that this project names. Imports none of
-them.
-"""
+"""The installed packages, compared with the bounds that this project names, without imports."""
 
 from __future__ import annotations
 
@@ -18,15 +16,13 @@ _NEED = {
 
 
 def versions() -> dict[str, str]:
-    """{distribution: version or "missing"} of this project, of all that it needs, and of
-    Transformer Engine.
-    """
+    """Return {distribution: version or "missing"} of this project and of all that it needs."""
     found = {"megatron_chatflow": __version__, "python": platform.python_version()}
     return found | {name: _installed(name) or "missing" for name in _bounds()}
 
 
 def packages() -> list[Row]:
-    """A row for each of `versions`; wrong where a package is missing or out of bounds."""
+    """Return a row per package; wrong where it is missing or out of bounds."""
     rows = [
         Row("megatron_chatflow", __version__),
         Row("python", platform.python_version(), sys.executable),
@@ -35,8 +31,9 @@ def packages() -> list[Row]:
 
 
 def _bounds() -> dict[str, str]:
-    """{distribution: bounds, e.g. "==0.16.1"}, the most telling first; bounds are empty where this
-    project is not installed.
+    """Return {distribution: bounds, e.g. "==0.16.1"}, the most important ones first.
+
+    Bounds are empty where this project is not installed.
     """
     from packaging.requirements import Requirement
 

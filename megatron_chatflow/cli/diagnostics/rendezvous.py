@@ -1,4 +1,4 @@
-"""All processes of the job meet, add numbers, and compare what they have."""
+"""Connect all processes of the job, add a number over them, and compare what they have."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ TIMEOUT_MINUTES = 2
 
 
 def meeting(launch: Launch, facts: Mapping[str, str], init_timeout: int) -> list[Row]:
-    """Make the process groups that a run would make, within `init_timeout` seconds, add a number
-    over all processes, and compare `facts`. Called by every process."""
+    """Make the process groups of a run, add a number over all processes, and compare `facts`.
+
+    Called by every process. They have `init_timeout` seconds to connect.
+    """
     import torch
 
     from megatron_chatflow.distributed import process_groups
@@ -32,7 +34,7 @@ def meeting(launch: Launch, facts: Mapping[str, str], init_timeout: int) -> list
         total = torch.ones(1, device=process_groups.device(launch.local_rank))
         torch.distributed.all_reduce(total)
         gathered = gather_facts(facts)
-    # what a backend raises when the network, the driver or a peer fails is not one class
+    # Backends raise many classes when the network, the driver or a peer fails.
     except Exception as error:
         return [
             Row(
@@ -58,6 +60,6 @@ def meeting(launch: Launch, facts: Mapping[str, str], init_timeout: int) -> list
         )
     ]
     return rows + [
-        Row(f"  {name}", "differs", told, wrong=True)
-        for name, told in differences(gathered).items()
+        Row(f"  {name}", "differs", values, wrong=True)
+        for name, values in differences(gathered).items()
     ]
