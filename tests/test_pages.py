@@ -216,3 +216,14 @@ def test_the_commands_of_a_page_run_in_order(readme: Walk, tmp_path: Path, page:
     shutil.copytree(readme.folder, folder, symlinks=True)
     ran = Walk(folder).run_page(page)
     assert ran or page == "docs/fp8.md"
+
+
+@pytest.mark.parametrize("page", [*pages.PAGES, "CONTRIBUTING.md", "SECURITY.md"])
+def test_paths_on_the_pages_exist(page: str) -> None:
+    text = (pages.ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w/.-])(?:\w[\w-]*/)+[\w-]*\.(?:py|sh|sbatch|yaml)\b", text))
+    roots = {path.name for path in pages.ROOT.iterdir()}
+    ours = {path for path in named if path.split("/")[0] in roots}
+    assert sorted(path for path in ours if not (pages.ROOT / path).exists()) == []
+    inside = {path.parent.name for path in (pages.ROOT / "megatron_chatflow").rglob("*.py")} - roots
+    assert sorted(path for path in named if path.split("/")[0] in inside) == []
