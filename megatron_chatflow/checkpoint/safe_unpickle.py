@@ -68,7 +68,7 @@ def read_range(file: Any, offset: int, length: int) -> torch.Tensor:
     if offset + length > size:
         raise UnpicklingError(f"it refers to byte {offset + length} of a file of {size}")
     raw = torch.empty(length, dtype=torch.uint8)
-    view, done = memoryview(raw.numpy()), 0
+    view, done = raw.numpy().data, 0
     while done < length:
         count = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], offset + done)
         if count == 0:

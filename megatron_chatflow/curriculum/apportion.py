@@ -114,6 +114,8 @@ class Apportionment:
         # Targets and nearest integers of all these points at once: [points, K].
         target = self._target(np.array([*new, *middles], np.int64))
         nearest = _nearest(target)
+        apportion: Any  # one of two functions, with the types of its own branch
+        no_limit: Any
         if self._few:
             apportion, no_limit, target, nearest = (
                 _apportion_few,

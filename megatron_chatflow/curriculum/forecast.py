@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -247,7 +248,8 @@ def _warnings(plan: BlendPlan, domains: list[DomainForecast], end: int) -> list[
     found = []
     if end < plan.num_samples:
         first = min(
-            (d for d in domains if d.exhausted_at is not None), key=lambda d: d.exhausted_at
+            (d for d in domains if d.exhausted_at is not None),
+            key=lambda d: math.inf if d.exhausted_at is None else d.exhausted_at,
         )
         found.append(
             f"the run ends at sample {end} of {plan.num_samples}: {first.name} runs out "

@@ -142,8 +142,8 @@ def build_intervals(
         else np.array([segment.capacities.get(name, 0) for name in names], np.int64)
     )
     for ramp in stage_ramps(segment.stages, segment.start, stop):
-        begin = ramp.begin
-        while begin < ramp.end:
+        begin, end = ramp.begin, stop if ramp.end is None else ramp.end
+        while begin < end:
             # Counts and integrals so far, int64 and float64 [K]; domains that join now have 0.
             given, integral = np.zeros(len(names), np.int64), np.zeros(len(names))
             if previous is not None:
@@ -164,7 +164,7 @@ def build_intervals(
             members = sorted(before if joins_later else {**before, **after})
             interval = Interval(
                 begin,
-                begin + 1 if joins_later else ramp.end,
+                begin + 1 if joins_later else end,
                 ramp.origin,
                 pace,
                 _vector(before, number),

@@ -12,6 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -67,9 +68,9 @@ class Pacing:
 
     def _cell(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         cells = len(self.knots) - 1
-        cell = (
-            np.minimum(self.knots.searchsorted(x, side="right") - 1, cells - 1) if cells > 1 else 0
-        )
+        cell: Any = 0
+        if cells > 1:
+            cell = np.minimum(self.knots.searchsorted(x, side="right") - 1, cells - 1)
         return cell, x - self.knots[cell], self._slopes[cell]
 
     @cached_property
@@ -113,7 +114,7 @@ def pacing(ramp: str, width: int) -> Pacing:
             _power(np.full(cells + 1, 1 / GEOMETRIC_START), s) * GEOMETRIC_START - GEOMETRIC_START
         ) / (1 - GEOMETRIC_START)
     else:
-        power = float(_ROOT.fullmatch(ramp)[1])
+        power = float(ramp.removeprefix("root"))
         s, values = (_power(s, power), s) if power > 1 else (s, _power(s, 1 / power))
     keep = np.concatenate([[True], np.diff(s) > 2.0**-40])
     s, values = s[keep], values[keep]

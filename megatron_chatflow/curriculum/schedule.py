@@ -126,14 +126,14 @@ def stage_ramps(stages: Sequence[PlannedStage], start: int, stop: int | None) ->
         before = shares or grid_shares(stage.weights)
         shares = grid_shares(following.weights) if following else None
         after = shares if following and shares and following.ramp != "step" else before
-        moving = following is not None and after != before
+        moving = after != before
         yield Ramp(
             begin,
             end,
             stage.at,
             before,
             after,
-            pacing(following.ramp, following.at - stage.at) if moving else CONSTANT,
+            pacing(following.ramp, following.at - stage.at) if following and moving else CONSTANT,
         )
 
 

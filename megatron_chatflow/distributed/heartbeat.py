@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megatron_chatflow.errors import SampleError
 
@@ -45,9 +46,7 @@ class Lifeline:
     Until `joined` the process groups are being made, for `init_timeout` seconds at most.
     """
 
-    def __init__(
-        self, store: dist.Store, rank: int, names: Sequence[str], init_timeout: float
-    ) -> None:
+    def __init__(self, store: Store, rank: int, names: Sequence[str], init_timeout: float) -> None:
         """Args:
         store: a client of the job's store that nothing else uses: a call that waits for the store
             blocks all others of the same client.
@@ -78,7 +77,10 @@ class Lifeline:
         self._stop.set()
         self._threads[0].join(2 * PATIENCE)
         try:
-            self._store.set(f"beat/{self._rank}", _LEFT)
+            # torch's annotations leave bytes out.
+            self._store.set(  # pyright: ignore[reportArgumentType]
+                f"beat/{self._rank}", _LEFT
+            )
             self._linger("closed")
         except Exception:  # rank 0 is gone, and had no reason to report
             pass
@@ -206,15 +208,18 @@ class Lifeline:
         return True
 
 
-def prefixed(store: dist.Store) -> dist.Store:
+def prefixed(store: Store) -> Store:
     """The part of the job's store that heartbeats are in."""
-    return dist.PrefixStore("lifeline", store)
+    return PrefixStore("lifeline", store)
 
 
-def prepare(store: dist.Store, size: int) -> None:
+def prepare(store: Store, size: int) -> None:
     """Called on rank 0 before any `Lifeline` begins: a read of what is missing would wait."""
     keys = [f"beat/{rank}" for rank in range(size)]
-    prefixed(store).multi_set(keys, [b"0"] * size)
+    # torch's annotations leave multi_set out.
+    prefixed(store).multi_set(  # pyright: ignore[reportAttributeAccessIssue]
+        keys, [b"0"] * size
+    )
 
 
 def _say(text: str) -> None:

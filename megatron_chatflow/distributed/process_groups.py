@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from megatron_chatflow.config.pipeline_layout import virtual_pipeline_size
 from megatron_chatflow.config.schema import ParallelSettings
@@ -65,7 +66,7 @@ def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> L
     if where.type == "cuda":
         _use_gpu(launch.local_rank)
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-    store, lifeline = dist.HashStore(), None
+    store, lifeline = HashStore(), None
     if launch.world_size > 1:
         own_gpu = backend == "nccl" and where.type == "cuda"  # gloo can share one
         gpu = str(torch.cuda.get_device_properties(where).uuid) if own_gpu else None
@@ -103,14 +104,14 @@ def _use_gpu(local_rank: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
-def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[dist.Store, Lifeline]:
+def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[Store, Lifeline]:
     """The store of the job's process groups, and this rank's lifeline over a client of its own."""
     timeout = datetime.timedelta(seconds=seconds)
 
-    def open_store(host: str, port: int, *, serve: bool = False) -> dist.TCPStore:
-        return dist.TCPStore(host, port, None, serve, timeout, wait_for_workers=False)
+    def open_store(host: str, port: int, *, serve: bool = False) -> TCPStore:
+        return TCPStore(host, port, None, serve, timeout, wait_for_workers=False)
 
-    served: list[dist.TCPStore] = []
+    served: list[TCPStore] = []
 
     def serve() -> int:
         _allow_connections(4 * launch.world_size)
@@ -124,7 +125,7 @@ def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[dist.Store, Li
         try:
             with _deadline(seconds + 5):
                 agent = open_store(launch.master_addr or "", launch.master_port or 0)
-                shared = dist.PrefixStore(f"chatflow/{attempt}/{next(_meetings)}", agent)
+                shared = PrefixStore(f"chatflow/{attempt}/{next(_meetings)}", agent)
                 if own is not None:
                     return int(shared.compare_set("port", "", str(own)))
                 shared.wait(["port"], datetime.timedelta(seconds=max(left, 1)))

@@ -20,7 +20,7 @@ from megatron_chatflow.distributed import process_groups
 from megatron_chatflow.distributed.launch import Launch
 from megatron_chatflow.errors import is_shared
 from megatron_chatflow.evaluation.eval_model import EvalModel
-from megatron_chatflow.model.forward import make_forward_step, schedule_shape
+from megatron_chatflow.model.forward import ScheduleShape, make_forward_step, schedule_shape
 from megatron_chatflow.model.gpt import build_model
 from megatron_chatflow.model.spec import choose_transformer_impl
 from megatron_chatflow.tokenizer import TokenBytes
@@ -49,7 +49,7 @@ class ModelSession:
         )
 
     @property
-    def shape(self) -> Mapping[str, int]:
+    def shape(self) -> ScheduleShape:
         """`seq_length` and `micro_batch_size` of the pipeline schedule."""
         return schedule_shape(
             self.config.data.seq_length,

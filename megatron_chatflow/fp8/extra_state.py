@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import pickle
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -130,10 +130,13 @@ _KNOWN = PICKLED_TENSORS | {
 }
 
 
-class _Writer(pickle._Pickler):
+_Pickler: Any = pickle._Pickler  # not in the annotations of pickle
+
+
+class _Writer(_Pickler):
     """Writes a `_Recipe` as the object that it stands for."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar = dict(_Pickler.dispatch)
 
     def _save_recipe(self, recipe: _Recipe) -> None:
         module, name = recipe.name

@@ -39,6 +39,7 @@ class Products(Protocol):
 
     def weight(self, weight: torch.Tensor, *, training: bool) -> Tensors:
         """[out, in] -> what `forward` and `backward` take as the weight."""
+        ...
 
     def forward(
         self, x: torch.Tensor, weight: Tensors, bias: torch.Tensor | None, *, training: bool
@@ -46,11 +47,13 @@ class Products(Protocol):
         """[tokens, in] -> (y [tokens, out], what `backward` needs of x; nothing unless
         training).
         """
+        ...
 
     def backward(
         self, grad: torch.Tensor, saved: Tensors, weight: Tensors
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, out] -> (dx [tokens, in], dw [out, in])."""
+        ...
 
 
 def product(

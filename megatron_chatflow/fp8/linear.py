@@ -10,6 +10,7 @@ from torch.distributed import (
     ProcessGroup,
     all_gather_into_tensor,
     all_reduce,
+    get_world_size,
     reduce_scatter_tensor,
 )
 
@@ -76,7 +77,7 @@ class Collective:
         """[s / ranks, b, h] -> [s, b, h]."""
         if not self._gathers:
             return x
-        total = x.new_empty(x.shape[0] * self._group.size(), *x.shape[1:])
+        total = x.new_empty(x.shape[0] * get_world_size(self._group), *x.shape[1:])
         all_gather_into_tensor(total, x.contiguous(), group=self._group)
         return total
 
@@ -85,7 +86,7 @@ class Collective:
         it.
         """
         if self._gathers:
-            shard = dx.new_empty(dx.shape[0] // self._group.size(), *dx.shape[1:])
+            shard = dx.new_empty(dx.shape[0] // get_world_size(self._group), *dx.shape[1:])
             reduce_scatter_tensor(shard, dx.contiguous(), group=self._group)
             return shard
         if self._sums:
@@ -136,7 +137,9 @@ class _ReferenceLinear:
         afresh.
         """
         if isinstance(self.products, Delayed):
-            found = extra_state.unpack(saved, self.scope.delayed.forward.length)
+            delayed = self.scope.delayed
+            assert delayed is not None, "the products are those of delayed scaling"
+            found = extra_state.unpack(saved, delayed.forward.length)
             if found is not None:
                 self.products.load(found)
 

@@ -24,7 +24,8 @@ def transformer_engine_reason() -> str | None:
     if cuda_shim.is_needed():
         return "there is no CUDA device"
     try:
-        import transformer_engine.pytorch  # noqa: F401
+        # An optional package.
+        import transformer_engine.pytorch  # noqa: F401  # pyright: ignore[reportMissingImports]
     # a package without its compiled part raises RuntimeError, a missing library OSError
     except Exception as error:
         return f"transformer_engine does not import ({error})"

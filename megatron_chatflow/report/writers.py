@@ -30,11 +30,13 @@ class TensorBoardWriter:
         Raises:
             OSError: the log cannot be written.
         """
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._summary = Event, Summary
+        # The classes of a protobuf module are made at run time.
+        events: Any = event_pb2
+        summaries: Any = summary_pb2
+        self._event, self._summary = events.Event, summaries.Summary
         folder.mkdir(parents=True, exist_ok=True)
         unique = (
             f"{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
@@ -44,7 +46,8 @@ class TensorBoardWriter:
         self._records = RecordWriter(self)
         try:
             self._add(file_version="brain.Event:2")
-            self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
+            start = events.SessionLog(status=events.SessionLog.START)
+            self._add(step=first_step, session_log=start)
         except OSError:
             self.close()
             raise

@@ -242,7 +242,7 @@ def _reason(error: Exception) -> str:
 
 _U8, _U16, _U32, _U64 = (struct.Struct(code) for code in ("<B", "<H", "<I", "<Q"))
 _STOP = pickle.STOP[0]
-_CODES: dict[bytes, Callable[[StrictUnpickler], None]] = {
+_CODES: dict[bytes, Callable[[StrictUnpickler], object]] = {
     pickle.PROTO: StrictUnpickler._protocol,
     pickle.FRAME: lambda self: self._take(8),
     pickle.NONE: lambda self: self._stack.append(None),

@@ -45,13 +45,13 @@ def read_torch_file(raw: torch.Tensor, known: Known | None = None) -> Any:
     Raises:
         pickle.UnpicklingError: the file is damaged, or holds anything but tensors and plain data.
     """
-    names = TENSORS | (known or {})
+    names = {**TENSORS, **(known or {})}
     is_zip = _bytes(raw[:4]) == b"PK\x03\x04"
     return _read_zip(raw, names) if is_zip else _read_legacy(raw, names)
 
 
 def _read_zip(raw: torch.Tensor, known: Known) -> Any:
-    data = memoryview(raw.numpy())
+    data = memoryview(raw.numpy().data)
     members = _members(data)
     roots = {name.partition("/")[0] for name in members}
     if len(roots) != 1:

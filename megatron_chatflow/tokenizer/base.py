@@ -6,7 +6,7 @@ import abc
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, AnyStr
 
 import numpy as np
 
@@ -161,7 +161,7 @@ class TokenBytes:
         return cls(table, tokenizer.byte_space())
 
 
-def neighbors(texts: Iterable[str | bytes]) -> frozenset[str | bytes]:
+def neighbors(texts: Iterable[AnyStr]) -> frozenset[AnyStr]:
     """Return every two characters (bytes) that are neighbors in one of the texts."""
     return frozenset(text[i : i + 2] for text in texts for i in range(len(text) - 1))
 

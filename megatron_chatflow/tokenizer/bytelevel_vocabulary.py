@@ -169,6 +169,7 @@ class ByteLevelVocabulary(Vocabulary):
             vocab[entry["content"]] = entry["id"]
         for token in new:
             vocab[self._spelled(token.text)] = token.id
+            assert token.right is not None, "every character is in a byte-level vocabulary"
             merges.append((self._spelled(token.left), self._spelled(token.right)))
         as_text = bool(model["merges"]) and isinstance(model["merges"][0], str)
         model["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))

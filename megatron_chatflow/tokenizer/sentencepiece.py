@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -101,8 +102,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _joined(self) -> frozenset[str] | None:
-        from sentencepiece import sentencepiece_model_pb2 as protocol
+        from sentencepiece import sentencepiece_model_pb2
 
+        protocol: Any = sentencepiece_model_pb2  # its classes are made at run time
         model = protocol.ModelProto.FromString(self._model.serialized_model_proto())
         bpe = model.trainer_spec.model_type == protocol.TrainerSpec.BPE
         return neighbors(piece.piece for piece in model.pieces) if bpe else None

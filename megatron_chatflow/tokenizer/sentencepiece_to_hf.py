@@ -5,13 +5,15 @@ That file has a list of merges where SentencePiece has scores.
 
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2 as protocol
+from sentencepiece import sentencepiece_model_pb2
 
+# The classes of a protobuf module are made at run time.
+protocol: Any = sentencepiece_model_pb2
 _Piece = protocol.ModelProto.SentencePiece
 _SPACE = "\u2581"
 
 
-def tokenizer_json(model: protocol.ModelProto) -> dict[str, Any] | None:
+def tokenizer_json(model: Any) -> dict[str, Any] | None:
     """Return the content of the `tokenizer.json` that gives the same ids.
 
     `transformers` makes such a list too, but in the order of the ids, which is not that of the
@@ -99,7 +101,7 @@ def tokenizer_json(model: protocol.ModelProto) -> dict[str, Any] | None:
     }
 
 
-def _begin(model: protocol.ModelProto) -> dict[str, Any] | None:
+def _begin(model: Any) -> dict[str, Any] | None:
     """Return the step that puts the begin token before a text, as LLaMA needs it.
 
     It applies where the caller asks for special tokens.

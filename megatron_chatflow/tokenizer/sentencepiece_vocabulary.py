@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2 as protocol
+from sentencepiece import sentencepiece_model_pb2
 
 from megatron_chatflow.errors import TokenizerError
 from megatron_chatflow.tokenizer.merge_candidates import (
@@ -23,6 +24,8 @@ from megatron_chatflow.tokenizer.vocabulary_base import (
     write_json,
 )
 
+# The classes of a protobuf module are made at run time.
+protocol: Any = sentencepiece_model_pb2
 _Piece = protocol.ModelProto.SentencePiece
 _LONGEST = 16
 """Characters of a new token, as in SentencePiece's training."""
@@ -199,13 +202,13 @@ class SentencePieceVocabulary(Vocabulary):
         return [*written, *copied]
 
 
-def _text_of(piece: _Piece) -> bytes:
+def _text_of(piece: Any) -> bytes:
     if piece.type == _Piece.BYTE:
         return bytes([int(piece.piece[3:5], 16)])
     return b"" if piece.type in (_Piece.CONTROL, _Piece.UNKNOWN) else piece.piece.encode()
 
 
-def _with_bytes(model: protocol.ModelProto) -> protocol.ModelProto:
+def _with_bytes(model: Any) -> Any:
     """Return the model, made to spell what it does not know in bytes.
 
     The bytes follow the last id where the model has none.
@@ -220,7 +223,7 @@ def _with_bytes(model: protocol.ModelProto) -> protocol.ModelProto:
     return result
 
 
-def _bare(model: protocol.ModelProto) -> protocol.ModelProto:
+def _bare(model: Any) -> Any:
     """Return the model without a space before the text and without normalization."""
     result = protocol.ModelProto()
     result.CopyFrom(model)

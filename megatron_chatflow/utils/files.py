@@ -132,7 +132,7 @@ def sync_file(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def sync_folder(path: str) -> None:
+def sync_folder(path: str | Path) -> None:
     """Brings the names in a folder to the disk."""
     folder = os.open(path, os.O_RDONLY)
     try:

@@ -35,7 +35,10 @@ _MERGE = "<<"
 _MERGED = object()
 
 
-class _Events(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Events(_Loader):
     """libyaml's parser where PyYAML was built with it: an order of magnitude faster."""
 
 
@@ -111,6 +114,7 @@ def _build(text: str) -> Any:
     anchors: dict[str, Any] = {}
     open_nodes: list[_Node] = [_Node(documents)]
     for event in yaml.parse(text, Loader=_Events):
+        anchor = getattr(event, "anchor", None)
         line = event.start_mark.line + 1
         if isinstance(event, yaml.ScalarEvent):
             value = _scalar(event, line)
@@ -126,7 +130,7 @@ def _build(text: str) -> Any:
             continue
         elif isinstance(event, yaml.CollectionEndEvent):
             value = open_nodes[-1].finished()
-            event.anchor = open_nodes.pop().anchor
+            anchor = open_nodes.pop().anchor
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors:
                 raise ConfigError(
@@ -138,8 +142,8 @@ def _build(text: str) -> Any:
             raise ConfigError(f"a second document begins in line {line}; keep one")
         else:
             continue
-        if event.anchor is not None:
-            anchors[event.anchor] = value
+        if anchor is not None:
+            anchors[anchor] = value
         plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0]
         open_nodes[-1].add(value, line, plain)
     return documents[0] if documents else None
@@ -215,7 +219,7 @@ def _kind(text: str) -> str:
     return "int" if _INT.fullmatch(text) else "float" if _FLOAT.fullmatch(text) else "str"
 
 
-def absolute_path(path: str, folder: str | Path = ".") -> str:
+def absolute_path(path: str | Path, folder: str | Path = ".") -> str:
     """Return a path that a user wrote, relative to `folder`, as an absolute one without links.
 
     A home directory or a link that cannot be resolved stays; opening the path reports it.

@@ -87,7 +87,8 @@ def first_outside(batch: Batch, vocab_size: int | None) -> int | None:
     unsigned = [batch[key].view(np.uint64) for key in ("tokens", "labels")]
     if all(ids.max() < vocab_size for ids in unsigned):
         return None
-    return int(np.argmax(np.logical_or(*((ids >= vocab_size).any(1) for ids in unsigned))))
+    wrong = [(ids >= vocab_size).any(axis=1) for ids in unsigned]
+    return int(np.argmax(np.logical_or.reduce(wrong)))
 
 
 def segments_of(

@@ -201,4 +201,6 @@ class InstructDataset(WindowDataset):
         # Tokens first .. last - 1 of the document, of which 1 .. size are labels that are read.
         last = first + self.dataset.sequence_lengths[sequence]
         labels = np.minimum(last, size[which] + 1) - np.clip(first, 1, size[which] + 1)
-        return which, np.maximum(labels, 0), self.dataset.sequence_modes[sequence] == 0
+        modes = self.dataset.sequence_modes
+        assert modes is not None, "an instruction corpus has modes"
+        return which, np.maximum(labels, 0), modes[sequence] == 0

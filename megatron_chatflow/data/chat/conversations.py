@@ -96,7 +96,7 @@ def parse_conversation(record: Mapping[str, Any]) -> Conversation:
                 {"role": "system", "content": system},
                 *(m for m in messages if m["role"] != "system"),
             ]
-    trained = _mark(record, "the record", True)
+    trained = bool(_mark(record, "the record", True))
     return _conversation(
         messages, trained, _tools(record.get("tools")), given, tuple(sorted(ignored))
     )

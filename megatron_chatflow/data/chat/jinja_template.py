@@ -262,9 +262,9 @@ def _render(
     """
     spelled = {token: spelling for spelling, token in tokenizer.control_tokens().items()}
     names = {
-        "bos_token": spelled.get(tokenizer.bos, ""),
+        "bos_token": "" if tokenizer.bos is None else spelled.get(tokenizer.bos, ""),
         "eos_token": spelled.get(tokenizer.eod, ""),
-        "pad_token": spelled.get(tokenizer.pad, ""),
+        "pad_token": "" if tokenizer.pad is None else spelled.get(tokenizer.pad, ""),
     }
     sandbox = _sandbox(tokenizer)
     # As in transformers: templates take a key without a value for text, and write "None".

@@ -83,6 +83,8 @@ class TemplateSandbox:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet
         )
+        assert self._process.stdin and self._process.stdout, "both are pipes"
+        self._requests, self._replies = self._process.stdin, self._process.stdout
         threading.Thread(target=_watch, args=[weakref.ref(self)], daemon=True).start()
         limits = {"seconds": SECONDS, "memory": MEMORY, "output": OUTPUT}
         try:
@@ -114,20 +116,22 @@ class TemplateSandbox:
     def close(self) -> None:
         """End the process."""
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self._requests.close()
         self._process.kill()
         self._process.wait()
-        self._process.stdout.close()
+        self._replies.close()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if not self._broken:
             try:
-                self._process.stdin.write(json.dumps(request).encode() + b"\n")
-                self._process.stdin.flush()
-                line = self._process.stdout.readline()
+                self._requests.write(json.dumps(request).encode() + b"\n")
+                self._requests.flush()
+                line = self._replies.readline()
             except BrokenPipeError:
                 line = b""
-            reply = json.loads(line) if line.endswith(b"\n") else {"limit": self._ending()}
+            reply: dict[str, Any] = (
+                json.loads(line) if line.endswith(b"\n") else {"limit": self._ending()}
+            )
             if "refused" in reply:
                 raise TemplateRefusal(reply["refused"], always=reply["always"])
             if "limit" not in reply:

@@ -49,7 +49,7 @@ class Manifest:
     documents: int
     tokens: int
     bytes: int
-    sources: Sequence[str]
+    sources: Sequence[str | dict[str, Any]]
     append_eod: bool
     conversations: bool
     crc32: Mapping[str, str] | None = None

@@ -54,6 +54,7 @@ def map_file(path: str) -> np.ndarray:
         os.close(descriptor)
     buffer = (ctypes.c_uint8 * size).from_address(address)
     weakref.finalize(buffer, _libc.munmap, address, size).atexit = False
-    array = np.frombuffer(buffer, np.uint8)
+    # numpy's annotation leaves ctypes arrays out.
+    array = np.frombuffer(buffer, np.uint8)  # pyright: ignore[reportCallIssue, reportArgumentType]
     array.flags.writeable = False
     return array

@@ -76,7 +76,7 @@ class IndexedDatasetBuilder:
             )
         self.multimodal = multimodal
         self.num_tokens = 0
-        self._limits = np.iinfo(self.dtype)
+        self._limits = np.iinfo(self.dtype.type)
         self._parts: list[IndexPart] = []
         self._start_part()
         self._temporary = {

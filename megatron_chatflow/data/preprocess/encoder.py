@@ -151,11 +151,11 @@ class Encoder:
             corpora, len(columns[0]) + len(malformed), len(malformed), malformed[:SHOWN]
         )
 
-    def _all_texts(self, data: bytes, format: str) -> list[list[Document]] | None:
+    def _all_texts(self, data: bytes | bytearray, format: str) -> list[list[Document]] | None:
         """Return the documents of each key; None when a record needs a closer look."""
         try:
             records = all_records(data, format)
-            columns = [list(map(field, records)) for field in self._fields]
+            columns: list[Any] = [list(map(field, records)) for field in self._fields]
             if any(set(map(type, column)) - {str} for column in columns):
                 return None
             for column in columns:
@@ -190,7 +190,7 @@ class Encoder:
             [split(document) if isinstance(document, str) else document for document in documents]
         )
 
-    def _encode_texts(self, texts: list[str]) -> EncodedDocuments:
+    def _encode_texts(self, texts: list[Any]) -> EncodedDocuments:
         """Encode documents of one sequence each."""
         encoded = self._ids(texts)
         kept = [ids for ids in encoded if ids]
@@ -358,13 +358,13 @@ class Encoder:
             empty,
         ), refused
 
-    def _ids(self, texts: list[str]) -> list[Ids]:
+    def _ids(self, texts: list[Any]) -> list[Ids]:
         """Return the tokens of each text.
 
         They are lists, or arrays where there is much text, which take a tenth of the memory.
         """
         if sum(map(len, texts)) <= 2 * PIECE:
-            return self._tokenizer.encode_batch(texts)
+            return [*self._tokenizer.encode_batch(texts)]
         return [encode_in_pieces(self._tokenizer, text) for text in texts]
 
     def _flat(self, tokens: list[Ids], lengths: np.ndarray) -> np.ndarray:

@@ -145,9 +145,10 @@ def _on_one_line(element: bytes) -> bytes:
 
 def _check_end(rest: bytes, blocks: Iterator[bytes]) -> None:
     while not rest.strip():
-        rest = next(blocks, None)
-        if rest is None:
+        more = next(blocks, None)
+        if more is None:
             return
+        rest = more
     raise BrokenArray(
         "something follows the array that it begins with: write one array, "
         "or one JSON object on each line"

@@ -233,11 +233,10 @@ class _Run:
             self._encode(corpora)
             self._check_result()
             self._save(corpora, InputPosition(len(self.sources)))
-            if self.settings.shuffle:
+            seed = self.settings.chosen_seed()
+            if seed is not None:
                 corpora = {
-                    key: stack.enter_context(
-                        shuffle(files, self.path(key), self.settings.chosen_seed())
-                    )
+                    key: stack.enter_context(shuffle(files, self.path(key), seed))
                     for key, files in corpora.items()
                 }
             for files in corpora.values():
@@ -247,8 +246,8 @@ class _Run:
         save_state(self.settings.unfinished(), self.state)
 
     def _encode(self, corpora: dict[str, TokenFiles]) -> None:
-        sizes = [source.size for source in self.sources]
-        total = None if None in sizes else sum(sizes)
+        sizes = [source.size for source in self.sources if source.size is not None]
+        total = sum(sizes) if len(sizes) == len(self.sources) else None
         self.due = time.perf_counter() + _CHECKPOINT_SECONDS
         with encoder_pool(
             self.settings.workers, self.tokenizer, self.settings.tokenizer_arguments(), self.task

@@ -104,7 +104,7 @@ def encoder_pool(
             size = len(chunk.data)
             sizes = [given for _, given, future in pending if not future.done()]
             room = not sizes or sum(sizes) + size <= _MAX_PENDING_BYTES * others
-            if number and len(sizes) < _AHEAD * others and room:
+            if pool and number and len(sizes) < _AHEAD * others and room:
                 with _interrupts_held_back():
                     pending.append((done, size, pool.submit(_work, *work)))
             else:
@@ -139,7 +139,8 @@ def _result(future: "Future[EncodedChunk]", pool: ProcessPoolExecutor) -> Encode
         except TimeoutError:
             if future.done():
                 return future.result()
-        stopped = [process.pid for process in pool._processes.values() if is_stopped(process.pid)]
+        pids = [process.pid for process in pool._processes.values()]
+        stopped = [pid for pid in pids if pid is not None and is_stopped(pid)]
         # Counted, not measured: this process may have been stopped with its workers.
         seconds = Counter({pid: seconds[pid] + 1 for pid in stopped})
         for pid, count in seconds.items():
@@ -156,7 +157,8 @@ def _end(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=False, cancel_futures=True)
     end = time.monotonic() + _EXIT_SECONDS
     for process in processes:
-        process.join(0 if is_stopped(process.pid) else max(0, end - time.monotonic()))
+        stopped = process.pid is not None and is_stopped(process.pid)
+        process.join(0 if stopped else max(0, end - time.monotonic()))
         process.kill()
         process.join()
 
@@ -197,7 +199,8 @@ def _start_worker(tokenizer_arguments: dict[str, Any], task: EncodeTask) -> None
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 
