@@ -16,6 +16,7 @@ from typing import Any
 from megatron_chatflow.config import (
     CommandParser,
     Config,
+    ResolvedConfig,
     make_parser,
     padded_vocab_size,
     parse,
@@ -86,19 +87,19 @@ def main(argv: Sequence[str]) -> int:
     config, args = parse(parser(), argv)
     result = {"world_size": args.world_size, "gpu_memory_gib": args.gpu_memory_gib, "notes": []}
     try:
-        config = resolve(config, args.world_size)
-        _check_layers(config)
+        resolved = resolve(config, args.world_size)
+        _check_layers(resolved)
     except ChatflowError as error:
-        refusals = list(messages_of(error))
+        verdict, reasons = "refused", list(messages_of(error))
     else:
-        refusals = _look(config, args.world_size, result)
-    verdict, reasons = ("refused", refusals) if refusals else _fit(config, result)
+        reasons = _look(resolved, args.world_size, result)
+        verdict, reasons = ("refused", reasons) if reasons else _fit(resolved, result)
     result |= {"verdict": verdict, "reasons": reasons}
     console.say(json.dumps(result, ensure_ascii=False) if args.json else preflight_table(result))
     return _EXIT[verdict]
 
 
-def _look(config: Config, world_size: int, result: dict[str, Any]) -> list[str]:
+def _look(config: ResolvedConfig, world_size: int, result: dict[str, Any]) -> list[str]:
     """Fill in `result`; return the reasons why the run would not start."""
     layout = layout_of(config, world_size)
     vocab_size, refusals = _read_data(config, result)
@@ -117,8 +118,8 @@ def _look(config: Config, world_size: int, result: dict[str, Any]) -> list[str]:
         "tokens": tokens,
         "micro_batches": count,
         "micro_batch_size": t.micro_batch_size,
+        "bubble": bubble(layout, count),
     }
-    result["batch"]["bubble"] = bubble(layout, count)
     _note_devices(config, layout, result["notes"])
     return (
         refusals
@@ -128,7 +129,7 @@ def _look(config: Config, world_size: int, result: dict[str, Any]) -> list[str]:
 
 
 def _look_at_model(
-    config: Config, vocab_size: int, layout: Layout, result: dict[str, Any]
+    config: ResolvedConfig, vocab_size: int, layout: Layout, result: dict[str, Any]
 ) -> list[str]:
     stages = [stage_memory(config, vocab_size, layout, stage) for stage in range(layout.pp)]
     result["stages"] = [dataclasses.asdict(stage) | {"total": stage.total} for stage in stages]
@@ -156,7 +157,7 @@ def _raised_by_megatron_core(error: BaseException) -> bool:
     return frames[-1].f_globals.get("__name__", "").startswith("megatron.core")
 
 
-def _build(config: Config, vocab_size: int, layout: Layout) -> list[list[int]]:
+def _build(config: ResolvedConfig, vocab_size: int, layout: Layout) -> list[list[int]]:
     """Return the parameters of every pipeline stage's tensor ranks, in one replica.
 
     The models are built by the code that `train` runs, without FP8: without CUDA its layers would
@@ -181,7 +182,7 @@ def _build(config: Config, vocab_size: int, layout: Layout) -> list[list[int]]:
     return [counts[stage * layout.tp : (stage + 1) * layout.tp] for stage in range(layout.pp)]
 
 
-def _describe_run(config: Config, vocab_size: int, result: dict[str, Any]) -> None:
+def _describe_run(config: ResolvedConfig, vocab_size: int, result: dict[str, Any]) -> None:
     from megatron_chatflow.planner.parameters import count_parameters, flops_per_token
     from megatron_chatflow.training.batch_schedule import batch_history, count_iterations
 
@@ -216,7 +217,7 @@ def _describe_run(config: Config, vocab_size: int, result: dict[str, Any]) -> No
     _note_disk(c.save, result["checkpoint"], result["notes"])
 
 
-def _read_data(config: Config, result: dict[str, Any]) -> tuple[int | None, list[str]]:
+def _read_data(config: ResolvedConfig, result: dict[str, Any]) -> tuple[int | None, list[str]]:
     """Fill in `data`; return (size of the vocabulary or None, why the corpora cannot be used)."""
     from megatron_chatflow.curriculum import check_exhaustion, forecast
     from megatron_chatflow.training.data_setup import check_tokens, make_plan, open_inputs
@@ -342,7 +343,7 @@ def _note_devices(config: Config, layout: Layout, notes: list[str]) -> None:
         )
 
 
-def _fit(config: Config, result: dict[str, Any]) -> tuple[str, list[str]]:
+def _fit(config: ResolvedConfig, result: dict[str, Any]) -> tuple[str, list[str]]:
     """Return the verdict on memory, and its reason."""
     fullest = max(result["stages"], key=lambda stage: stage["total"])
     gpu, needed = result["gpu_memory_gib"], fullest["total"] / GIB

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from megatron_chatflow.cli.progress_bar import ProgressBar
 from megatron_chatflow.cli.run_command import note, run_command
@@ -222,11 +222,11 @@ def parse_arguments(argv: Sequence[str], prog: str = "chatflow preprocess") -> P
     Raises:
         ConfigErrors: flags are unknown or missing, or have values that cannot be used.
     """
-    values = vars(parser(prog).parse(argv))
+    values: dict[str, Any] = vars(parser(prog).parse(argv))
     from megatron_chatflow.data.preprocess.options import PreprocessOptions
 
     return PreprocessOptions(
-        **values | {"input": tuple(values["input"]), "json_keys": tuple(values["json_keys"])}
+        **{**values, "input": tuple(values["input"]), "json_keys": tuple(values["json_keys"])}
     )
 
 

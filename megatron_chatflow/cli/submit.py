@@ -165,6 +165,7 @@ def _checked(config: Config, args: argparse.Namespace) -> Config:
 def _job(
     config: Config, args: argparse.Namespace, words: Sequence[str], sbatch: Sequence[str]
 ) -> Job:
+    assert config.checkpoint.save is not None  # _checked
     gpus = args.ntasks_per_node if args.gpus_per_node is None else args.gpus_per_node
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     _add_flags(own)
