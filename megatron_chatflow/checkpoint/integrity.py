@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.errors import ChatflowError, CheckpointError
-from megatron_chatflow.utils.files import seal, seal_file, write_atomically
+from megatron_chatflow.utils.files import record_file, record_open_file, write_atomically
 from megatron_chatflow.utils.user_files import load_json, open_inside
 
 NAME = "manifest.json"
-Seals = Mapping[str, Mapping[str, Any]]
+FileRecords = Mapping[str, Mapping[str, Any]]
 """{file name: {"bytes", "sha256"}}."""
 
 
@@ -24,38 +24,38 @@ REQUIRED = (".metadata", "common.pt", "metadata.json", "state.json")
 """What every checkpoint has next to its shards."""
 
 
-def write_manifest(folder: Path, seals: Seals) -> None:
-    """Seal a checkpoint folder: `seals` are those of all its files, taken where they were
+def write_manifest(folder: Path, records: FileRecords) -> None:
+    """Seal a checkpoint folder: `records` are those of all its files, taken where they were
     written.
     """
-    write_atomically(folder / NAME, _render(seals))
+    write_atomically(folder / NAME, _render(records))
 
 
-def seal_folder(folder: Path) -> Seals:
-    """The seals of all files that are in a folder, taken now."""
+def record_files(folder: Path) -> FileRecords:
+    """The records of all files that are in a folder, taken now."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return {name: seal_file(folder / name) for name in names if name != NAME}
+    return {name: record_file(folder / name) for name in names if name != NAME}
 
 
-def check_files(folder: Path, seals: Seals) -> None:
-    """Raise CheckpointError where the files in a folder are not exactly those of `seals`, by name and
+def check_files(folder: Path, records: FileRecords) -> None:
+    """Raise CheckpointError where the files in a folder are not exactly those of `records`, by name and
     size.
     """
     there = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     there.pop(NAME, None)
-    for name, wanted in seals.items():
+    for name, wanted in records.items():
         if name not in there:
             raise CheckpointError(f"{name} was written and is not there")
         if there[name] != wanted["bytes"]:
             raise CheckpointError(
                 f"{name} has {there[name]} bytes, and {wanted['bytes']} were written"
             )
-    if unknown := sorted(set(there) - set(seals)):
+    if unknown := sorted(set(there) - set(records)):
         raise CheckpointError(f"{unknown[0]} was not written by this run")
 
 
-def read_manifest(folder: Path) -> Seals | None:
-    """The seals of a checkpoint; None where it has no manifest, as those of version 0.1.0. Raises
+def read_manifest(folder: Path) -> FileRecords | None:
+    """The records of a checkpoint; None where it has no manifest, as those of version 0.1.0. Raises
     ChatflowError for a damaged manifest.
     """
     try:
@@ -83,7 +83,7 @@ def _was_sealed(folder: Path) -> bool:
     return not isinstance(state, dict) or bool(state.get("sealed"))
 
 
-def _render(files: Seals) -> str:
+def _render(files: FileRecords) -> str:
     body = json.dumps(files, indent=1, sort_keys=True)
     return (
         json.dumps(
@@ -111,18 +111,18 @@ def damage(folder: Path, read: Any) -> str | None:
         all are compared.
     """
     try:
-        seals = read_manifest(folder)
+        records = read_manifest(folder)
     except (OSError, ChatflowError) as error:
         return f"{NAME} is damaged ({error})"
-    if seals is None and _was_sealed(folder):
+    if records is None and _was_sealed(folder):
         return f"{NAME} is missing"
-    for name, wanted in (seals or {}).items():
+    for name, wanted in (records or {}).items():
         try:
             with open_inside(folder, name) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != wanted["bytes"]:
                     return f"{name} has {size} bytes instead of {wanted['bytes']}"
-                if read(name, size) and seal(file) != wanted:
+                if read(name, size) and record_open_file(file) != wanted:
                     return f"{name} is not what was written (SHA-256 differs)"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -133,6 +133,6 @@ def damage(folder: Path, read: Any) -> str | None:
     for name in REQUIRED:
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if seals is not None and name not in seals:
+        if records is not None and name not in records:
             return f"{NAME} does not list {name}"
     return None

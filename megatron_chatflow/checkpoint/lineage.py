@@ -82,9 +82,9 @@ def read_lineage(folder: Path) -> Lineage | None:
     """The lineage of a checkpoint; None where its state.json is damaged."""
     try:
         content = (folder / "state.json").read_bytes()
-        seals = integrity.read_manifest(folder)
+        records = integrity.read_manifest(folder)
         digest = hashlib.sha256(content).hexdigest()
-        if seals is not None and seals.get("state.json", {}).get("sha256") != digest:
+        if records is not None and records.get("state.json", {}).get("sha256") != digest:
             return None
         state = load_json(content)
         return Lineage.of(state.get("lineage")) if isinstance(state, dict) else None

@@ -29,14 +29,14 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
-from megatron_chatflow.checkpoint.optimizer_state import Form
+from megatron_chatflow.checkpoint.optimizer_state import OptimizerLayout
 from megatron_chatflow.checkpoint.tensor_reader import CheckpointReader
 from megatron_chatflow.errors import CheckpointError
 
 FP8_WEIGHTS = "fp8_weights"
 """Key in a checkpoint's content metadata: whether weights were kept in FP8 (--fp8-param-gather)."""
 
-_PREFIXES = tuple(form.value for form in Form if form != Form.FP32)
+_PREFIXES = tuple(form.value for form in OptimizerLayout if form != OptimizerLayout.FP32)
 
 
 @contextmanager

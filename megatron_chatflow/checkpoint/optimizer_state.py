@@ -29,7 +29,7 @@ _MOMENTS = ("optimizer.state.exp_avg.", "optimizer.state.momentum_buffer.")
 """Before the name of a weight: the first moment of Adam, the momentum of SGD."""
 
 
-class Form(Enum):
+class OptimizerLayout(Enum):
     """A form by the prefix that its float32 parameters have before the name of the weight."""
 
     FP32 = ""
@@ -37,23 +37,25 @@ class Form(Enum):
     DISTRIBUTED = "optimizer.state.param."
 
 
-def form_of(optimizer: MegatronOptimizer) -> Form:
+def layout_of(optimizer: MegatronOptimizer) -> OptimizerLayout:
     """The form that an optimizer reads and writes; `optimizer` is one part of a
     ChainedOptimizer.
     """
     if isinstance(optimizer, DistributedOptimizer):
-        return Form.DISTRIBUTED
-    return Form.FP32 if isinstance(optimizer, FP32Optimizer) else Form.HALF
+        return OptimizerLayout.DISTRIBUTED
+    return OptimizerLayout.FP32 if isinstance(optimizer, FP32Optimizer) else OptimizerLayout.HALF
 
 
-def form_in(saved: dict[str, Any]) -> Form:
+def layout_in(saved: dict[str, Any]) -> OptimizerLayout:
     """The form of the ``optimizer`` part of a checkpoint's common state."""
     if "param_state_sharding_type" in saved:
-        return Form.DISTRIBUTED
-    return Form.HALF if "optimizer" in saved else Form.FP32
+        return OptimizerLayout.DISTRIBUTED
+    return OptimizerLayout.HALF if "optimizer" in saved else OptimizerLayout.FP32
 
 
-def ask_for(weights: dict[str, Any], state: dict[str, Any], have: Form, want: Form) -> None:
+def ask_for(
+    weights: dict[str, Any], state: dict[str, Any], have: OptimizerLayout, want: OptimizerLayout
+) -> None:
     """Rename the float32 parameters that an optimizer of the form `want` is about to load to what a
     checkpoint of the form `have` calls them.
 
@@ -62,7 +64,7 @@ def ask_for(weights: dict[str, Any], state: dict[str, Any], have: Form, want: Fo
     """
     if have == want:
         return
-    if want != Form.FP32:
+    if want != OptimizerLayout.FP32:
         apply_prefix_mapping(state, {want.value: have.value})
         return
     keys = [entry.key for entry in nested_values(state) if isinstance(entry, ShardedBase)]
@@ -72,15 +74,16 @@ def ask_for(weights: dict[str, Any], state: dict[str, Any], have: Form, want: Fo
             entry.key = have.value + entry.key
 
 
-def hand_over(loaded: dict[str, Any], optimizer: MegatronOptimizer, have: Form) -> None:
+def hand_over(loaded: dict[str, Any], optimizer: MegatronOptimizer, have: OptimizerLayout) -> None:
     """Put groups and step of a checkpoint of the form `have` where `optimizer` looks for them in
     `loaded`, which is changed in place.
     """
-    want = form_of(optimizer)
+    want = layout_of(optimizer)
     if have == want:
         return
     source, target = (
-        loaded if form == Form.FP32 else loaded.setdefault("optimizer", {}) for form in (have, want)
+        loaded if form == OptimizerLayout.FP32 else loaded.setdefault("optimizer", {})
+        for form in (have, want)
     )
     # What an optimizer without distribution loads has the numbers of its own parameters, which
     # stand in the order of its groups.
@@ -100,9 +103,11 @@ def hand_over(loaded: dict[str, Any], optimizer: MegatronOptimizer, have: Form) 
         raise CheckpointError(
             f"the optimizer's groups have made {sorted(steps)} steps, not one number"
         )
-    if steps and (want == Form.DISTRIBUTED or not with_each_parameter):  # SGD counts no steps
+    if steps and (
+        want == OptimizerLayout.DISTRIBUTED or not with_each_parameter
+    ):  # SGD counts no steps
         groups = [group | {"step": max(steps)} for group in groups]
-    if want != Form.DISTRIBUTED:
+    if want != OptimizerLayout.DISTRIBUTED:
         groups = [group | {"params": own} for group, own in zip(groups, numbers, strict=True)]
         if with_each_parameter:
             target["state"]["common_step"] = torch.tensor(float(max(steps)))

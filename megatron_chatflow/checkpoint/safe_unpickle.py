@@ -117,13 +117,13 @@ def missing_shard(folder: Path) -> str | None:
     try:
         places = _unpickle(folder).storage_data.values()
         names = sorted({str(place.relative_path) for place in places})
-        seals = read_manifest(folder)
+        records = read_manifest(folder)
     except Exception:
         return None
     for name in names:
         if not (folder / name).is_file():
             return f"{name}, which .metadata refers to, is missing"
-        if seals is not None and name not in seals:
+        if records is not None and name not in records:
             return f"{name}, which .metadata refers to, is not in {MANIFEST}"
     return None
 

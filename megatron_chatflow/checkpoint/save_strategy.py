@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_chatflow.checkpoint.integrity import Seals
+from megatron_chatflow.checkpoint.integrity import FileRecords
 from megatron_chatflow.checkpoint.writer_process import Answer, write_shards
 
 filesystem_async._results_queue = (
@@ -25,8 +25,8 @@ filesystem_async._results_queue = (
 )  # megatron-core would start a process for it, which outlives a killed rank for ever
 
 
-class SealedShards(TorchDistSaveShardedStrategy):
-    """Has this rank's shards written by its `Writer` and calls `end(writer, metadata)` on every
+class HashedSaveStrategy(TorchDistSaveShardedStrategy):
+    """Has this rank's shards written by its `WriterProcess` and calls `end(writer, metadata)` on every
     rank when all of them are.
     """
 
@@ -44,15 +44,17 @@ class SealedShards(TorchDistSaveShardedStrategy):
         )
 
 
-def results_of_rank(writer: Any, answer: Answer | None) -> tuple[str | None, list[Any], Seals]:
-    """(what went wrong here or None, megatron-core's write results, seals of this rank's
+def results_of_rank(
+    writer: Any, answer: Answer | None
+) -> tuple[str | None, list[Any], FileRecords]:
+    """(what went wrong here or None, megatron-core's write results, records of this rank's
     shards).
     """
     if not writer.write_buckets:
         return None, [], {}
     if answer is None:
         return "the process that writes was killed (out of memory?)", [], {}
-    results, seals = answer
+    results, records = answer
     writer.results_queue.put(results)
     outcome = writer.retrieve_write_results()
-    return (None, outcome, seals) if isinstance(outcome, list) else (f"{outcome[0]}", [], {})
+    return (None, outcome, records) if isinstance(outcome, list) else (f"{outcome[0]}", [], {})

@@ -28,11 +28,17 @@ from megatron_chatflow.checkpoint.integrity import REQUIRED, check_files, write_
 from megatron_chatflow.checkpoint.lease import Lease, LeaseLostError
 from megatron_chatflow.checkpoint.lineage import Lineage
 from megatron_chatflow.checkpoint.run_directory import POINTER, iteration_folder, outdated_on_course
-from megatron_chatflow.checkpoint.save_strategy import SealedShards, results_of_rank
+from megatron_chatflow.checkpoint.save_strategy import HashedSaveStrategy, results_of_rank
 from megatron_chatflow.checkpoint.shared_memory import without_views
-from megatron_chatflow.checkpoint.writer_process import Writer
+from megatron_chatflow.checkpoint.writer_process import WriterProcess
 from megatron_chatflow.errors import CheckpointError
-from megatron_chatflow.utils.files import WriteError, seal, seal_file, sync_folder, write_atomically
+from megatron_chatflow.utils.files import (
+    WriteError,
+    record_file,
+    record_open_file,
+    sync_folder,
+    write_atomically,
+)
 
 
 class SaveError(WriteError):
@@ -49,7 +55,7 @@ class _Writing:
     begin: float
     problem: str | None = None
     common: dict[str, Any] | None = None
-    """The seal of common.pt, which the first rank writes."""
+    """Size and SHA-256 of common.pt, which the first rank writes."""
     seconds: float = 0.0
     """How long the training stood still for it."""
 
@@ -88,7 +94,7 @@ class Saver:
         """
         self._run, self._most_recent_k, self._retain_interval = run, most_recent_k, retain_interval
         self._lease = lease
-        self._writer = Writer()
+        self._writer = WriterProcess()
         self._queue = AsyncCallsQueue(persistent=True)
         self._queue.persistent_caller = self._writer
         self._writing: _Writing | None = None
@@ -127,7 +133,7 @@ class Saver:
             TorchCommonSaveStrategy("torch", 1).save_common(common, str(self._writing.partial))
             if torch.distributed.get_rank() == 0:
                 with open(self._writing.partial / "common.pt", "rb", buffering=0) as file:
-                    self._writing.common = seal(file)
+                    self._writing.common = record_open_file(file)
         except (
             OSError,
             RuntimeError,
@@ -135,7 +141,7 @@ class Saver:
             self._writing.problem = f"common.pt: {error}"
         without_views(sharded)
         self._queue.schedule_async_request(
-            SealedShards(self._end).async_save(sharded, str(self._writing.partial))
+            HashedSaveStrategy(self._end).async_save(sharded, str(self._writing.partial))
         )
         self._writing.seconds = time.perf_counter() - begin
 
@@ -237,25 +243,25 @@ class Saver:
         write_atomically(
             partial / "state.json", json.dumps(self._writing.state | {"sealed": True}, indent=1)
         )
-        seals = {name: value for _, _, found in everyone for name, value in found.items()}
+        records = {name: value for _, _, found in everyone for name, value in found.items()}
         for place in metadata.storage_data.values():
-            written = seals.get(place.relative_path, {"bytes": 0})["bytes"]
+            written = records.get(place.relative_path, {"bytes": 0})["bytes"]
             if place.offset + place.length > written:
                 raise CheckpointError(
                     f"a tensor is in {place.relative_path}, of which {written} bytes were written"
                 )
-        seals |= {name: seal_file(partial / name) for name in REQUIRED}
-        if seals["common.pt"] != self._writing.common:
+        records |= {name: record_file(partial / name) for name in REQUIRED}
+        if records["common.pt"] != self._writing.common:
             raise CheckpointError("common.pt is not what was written")
-        check_files(partial, seals)
-        write_manifest(partial, seals)
+        check_files(partial, records)
+        write_manifest(partial, records)
         folder, aside = iteration_folder(self._run, iteration), Path(f"{partial}.replaced")
         self._check_lease()
         if folder.exists():  # a damaged one, or one after which the run was sent back
             os.rename(folder, aside)
         try:
             os.rename(partial, folder)
-            check_files(folder, seals)  # once more under the name that nothing sweeps
+            check_files(folder, records)  # once more under the name that nothing sweeps
         except (OSError, CheckpointError):
             if not partial.exists():
                 os.rename(folder, partial)

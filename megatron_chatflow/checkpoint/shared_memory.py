@@ -18,7 +18,7 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorSlot:
     """Where a tensor lies in the shared memory."""
 
     offset: int
@@ -36,7 +36,7 @@ class Place:
         )
 
 
-class Staging:
+class SharedTensorBuffer:
     """Shared memory for the tensors of a checkpoint; kept from save to save, as fresh memory costs
     more than the copy.
     """
@@ -52,23 +52,23 @@ class Staging:
 
     def copy(self, buckets: list[Any]) -> list[Any]:
         """Copy the tensors of megatron-core's write buckets here; returns the buckets with each
-        tensor's `Place` instead of it.
+        tensor's `TensorSlot` instead of it.
 
         Raises:
             OSError: there is no memory; what was here before still is.
         """
         staged, moves, end = [], [], 0
         for path, name, (objects, tensors) in buckets:
-            places = []
+            slots = []
             for item, tensor in tensors:
-                place = Place(end, tensor.dtype, tuple(tensor.shape))
-                places.append((item, place))
-                moves.append((place, tensor))
+                slot = TensorSlot(end, tensor.dtype, tuple(tensor.shape))
+                slots.append((item, slot))
+                moves.append((slot, tensor))
                 end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-            staged.append((path, name, (objects, places)))
+            staged.append((path, name, (objects, slots)))
         self._reserve(end)
-        for place, tensor in moves:
-            place.within(self._memory).copy_(tensor)
+        for slot, tensor in moves:
+            slot.within(self._memory).copy_(tensor)
         return staged
 
     def _reserve(self, size: int) -> None:

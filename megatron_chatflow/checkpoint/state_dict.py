@@ -161,8 +161,8 @@ def load(
     state = {"optimizer": wanted.pop("optimizer")} if optimizer is not None else {}
     if optimizer is not None:
         (part,) = optimizer.chained_optimizers
-        own_form = optimizer_state.form_of(part)
-        saved_form = optimizer_state.form_in(reader.common()["optimizer"])
+        own_form = optimizer_state.layout_of(part)
+        saved_form = optimizer_state.layout_in(reader.common()["optimizer"])
         optimizer_state.ask_for(wanted, state, saved_form, own_form)
     loaded = load_state(reader, wanted)
     _load_weights(model, loaded)
@@ -171,7 +171,7 @@ def load(
         # checkpoints.
         saved = load_state(reader, state)["optimizer"]
         optimizer_state.hand_over(saved, part, saved_form)
-        inner = saved if own_form == optimizer_state.Form.FP32 else saved["optimizer"]
+        inner = saved if own_form == optimizer_state.OptimizerLayout.FP32 else saved["optimizer"]
         group = dict(inner["param_groups"][0])
         with _own_settings(part):
             _load_optimizer(part, saved)

@@ -5,7 +5,7 @@ megatron-core forks one for each save. Whatever the steps after that change, the
 first, page by page; and a fork takes along threads, sockets and a CUDA context. Its persistent one
 is a new interpreter on every rank, which imports torch once more; and where that one is killed, the
 ranks wait for ever. This one shares with its rank what is imported, and the copy of what is to be
-saved (`Staging`).
+saved (`SharedTensorBuffer`).
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-from megatron_chatflow.checkpoint.integrity import Seals
-from megatron_chatflow.checkpoint.shared_memory import Staging
-from megatron_chatflow.utils.files import seal_file
-from megatron_chatflow.utils.process import deaf, die_with_parent
+from megatron_chatflow.checkpoint.integrity import FileRecords
+from megatron_chatflow.checkpoint.shared_memory import SharedTensorBuffer
+from megatron_chatflow.utils.files import record_file
+from megatron_chatflow.utils.process import blocked_signals, die_with_parent
 
-Answer = tuple[Any, Seals]
-"""(megatron-core's write results by shard, or the exception that came first; the shards' seals)."""
+Answer = tuple[Any, FileRecords]
+"""(megatron-core's write results by shard, or the exception that came first; the shards' records)."""
 
 
-class Writer(AsyncCaller):
+class WriterProcess(AsyncCaller):
     """This rank's process, as megatron-core's AsyncCallsQueue uses one."""
 
     def __init__(self) -> None:
         self.answer: Answer | None = None
         """To the last request; None where the process was killed."""
-        self._staging = Staging()
-        self._thread = ThreadPoolExecutor(1, "staging")
+        self._buffer = SharedTensorBuffer()
+        self._thread = ThreadPoolExecutor(1, "checkpoint copy")
         self._request: Future[None] | None = None
         """The last one, done when it is with the process; None when it is answered, or will never
         be.
@@ -53,14 +53,14 @@ class Writer(AsyncCaller):
         context = multiprocessing.get_context(method)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), name="checkpoint writer")
-        with deaf():
+        with blocked_signals():
             self._process.start()
         theirs.close()
         self._mapped = 0
         """Bytes of the shared memory that the process knows of."""
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
-        """Have a save of `shards.SealedShards` written; what it holds may change when `settle`
+        """Have a save of `shards.HashedSaveStrategy` written; what it holds may change when `settle`
         returns.
         """
         self.answer = None
@@ -75,13 +75,13 @@ class Writer(AsyncCaller):
         )
 
     def _hand_over(self, write: Callable[[list[Any]], Answer], buckets: list[Any]) -> None:
-        staged = self._staging.copy(buckets)
-        fresh = self._mapped != self._staging.size
+        staged = self._buffer.copy(buckets)
+        fresh = self._mapped != self._buffer.size
         try:
-            self._connection.send((write, staged, self._staging.size if fresh else 0))
+            self._connection.send((write, staged, self._buffer.size if fresh else 0))
             if fresh:
-                send_handle(self._connection, self._staging.file, self._process.pid)
-                self._mapped = self._staging.size
+                send_handle(self._connection, self._buffer.file, self._process.pid)
+                self._mapped = self._buffer.size
         except OSError:  # killed just now: told by the missing answer
             pass
 
@@ -115,7 +115,7 @@ class Writer(AsyncCaller):
         self._process.join()
         self._thread.shutdown()
         self._connection.close()
-        self._staging.close()
+        self._buffer.close()
 
     def __del__(self) -> None: ...
 
@@ -133,8 +133,8 @@ def _serve(connection: Connection) -> None:
             memory = mmap.mmap(file, size)
             os.close(file)
         buckets = [
-            (path, name, (objects, [(item, place.within(memory)) for item, place in places]))
-            for path, name, (objects, places) in buckets
+            (path, name, (objects, [(item, slot.within(memory)) for item, slot in slots]))
+            for path, name, (objects, slots) in buckets
         ]
         connection.send(write(buckets))
 
@@ -150,8 +150,10 @@ def write_shards(transforms: list[Any], buckets: list[Any]) -> Answer:
         if failures := [outcome for outcome in written.values() if isinstance(outcome, Exception)]:
             return failures[0], {}
         try:
-            seals = threads.map(seal_file, (Path(path) for path, _, _ in buckets))
-            return written, {name: seal for (_, name, _), seal in zip(buckets, seals, strict=True)}
+            records = threads.map(record_file, (Path(path) for path, _, _ in buckets))
+            return written, {
+                name: record for (_, name, _), record in zip(buckets, records, strict=True)
+            }
         except OSError as error:
             return error, {}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_chatflow.checkpoint.integrity import seal_folder, write_manifest
+from megatron_chatflow.checkpoint.integrity import record_files, write_manifest
 from megatron_chatflow.checkpoint.run_directory import POINTER, iteration_folder
 from megatron_chatflow.config import to_yaml
 from megatron_chatflow.conversion.hf_config import config_json
@@ -70,7 +70,7 @@ def convert(
         "converted_from": source,
     }
     write_atomically(folder / "state.json", json.dumps(state, indent=1))
-    write_manifest(folder, seal_folder(folder))
+    write_manifest(folder, record_files(folder))
     _carry_files(model, partial / FILES)
     write_atomically(partial / "config.yaml", _yaml(model))
     write_atomically(partial / POINTER, "0\n")

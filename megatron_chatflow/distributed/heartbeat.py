@@ -40,7 +40,7 @@ _BROKEN = re.compile(
 )
 
 
-class Lifeline:
+class HeartbeatMonitor:
     """This rank's connection to the job's store; two daemon threads serve it.
 
     Until `joined` the process groups are being made, for `init_timeout` seconds at most.
@@ -50,7 +50,7 @@ class Lifeline:
         """Args:
         store: a client of the job's store that nothing else uses: a call that waits for the store
             blocks all others of the same client.
-        names: what messages call each rank (`meeting.Meeting`).
+        names: what messages call each rank (`meeting.Rendezvous`).
         """
         self._store, self._rank, self._size = prefixed(store), rank, len(names)
         self._names, self._init_timeout = names, init_timeout
@@ -58,7 +58,7 @@ class Lifeline:
         self._joined, self._rounds = False, 0
         self._stop, self._closed = threading.Event(), threading.Event()
         self._threads = [
-            threading.Thread(target=target, name="lifeline", daemon=True)
+            threading.Thread(target=target, name="heartbeat", daemon=True)
             for target in (self._live, self._guard)
         ]
         for thread in self._threads:
@@ -210,11 +210,11 @@ class Lifeline:
 
 def prefixed(store: Store) -> Store:
     """The part of the job's store that heartbeats are in."""
-    return PrefixStore("lifeline", store)
+    return PrefixStore("heartbeat", store)
 
 
 def prepare(store: Store, size: int) -> None:
-    """Called on rank 0 before any `Lifeline` begins: a read of what is missing would wait."""
+    """Called on rank 0 before any `HeartbeatMonitor` begins: a read of what is missing would wait."""
     keys = [f"beat/{rank}" for rank in range(size)]
     # torch's annotations leave multi_set out.
     prefixed(store).multi_set(  # pyright: ignore[reportAttributeAccessIssue]

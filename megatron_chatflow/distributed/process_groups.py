@@ -18,12 +18,12 @@ from torch.distributed.distributed_c10d import HashStore, PrefixStore, Store, TC
 from megatron_chatflow.config.pipeline_layout import virtual_pipeline_size
 from megatron_chatflow.config.schema import ParallelSettings
 from megatron_chatflow.distributed import bf16_matmul, cuda_shim
-from megatron_chatflow.distributed.heartbeat import Lifeline, prepare
+from megatron_chatflow.distributed.heartbeat import HeartbeatMonitor, prepare
 from megatron_chatflow.distributed.launch import Launch, LaunchError, node_name
 from megatron_chatflow.distributed.rendezvous import close as close_meeting
-from megatron_chatflow.distributed.rendezvous import meet, require_agent
+from megatron_chatflow.distributed.rendezvous import rendezvous, require_agent
 
-_lifeline: Lifeline | None = None
+_monitor: HeartbeatMonitor | None = None
 _meetings = itertools.count()
 """A number for each meeting of this process at the store of an agent of torchrun."""
 
@@ -47,7 +47,9 @@ def device(local_rank: int) -> torch.device:
     return cuda_shim.CPU if cuda_shim.is_needed() else torch.device("cuda", local_rank)
 
 
-def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> Lifeline | None:
+def initialize(
+    launch: Launch, parallel: ParallelSettings, num_layers: int
+) -> HeartbeatMonitor | None:
     """Install the CPU redirection where it is needed, then make every process group.
 
     A single process needs no port: its groups live on an in-memory store. Several meet first, and
@@ -56,7 +58,7 @@ def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> L
     Raises:
         LaunchError: the processes do not come together within `init_timeout`.
     """
-    global _lifeline
+    global _monitor
     cuda_shim.install()
     # The import takes seconds, which are not those of --init-timeout.
     from megatron.core import parallel_state  # noqa: F401
@@ -66,13 +68,13 @@ def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> L
     if where.type == "cuda":
         _use_gpu(launch.local_rank)
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-    store, lifeline = HashStore(), None
+    store, monitor = HashStore(), None
     if launch.world_size > 1:
         own_gpu = backend == "nccl" and where.type == "cuda"  # gloo can share one
         gpu = str(torch.cuda.get_device_properties(where).uuid) if own_gpu else None
-        store, lifeline = _meet(launch, parallel.init_timeout, gpu)
+        store, monitor = _meet(launch, parallel.init_timeout, gpu)
         store.set_timeout(timeout)
-        _lifeline = lifeline
+        _monitor = monitor
     try:
         dist.init_process_group(
             backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
@@ -81,17 +83,17 @@ def initialize(launch: Launch, parallel: ParallelSettings, num_layers: int) -> L
         if where.type == "cpu":
             bf16_matmul.agree()
         initialize_model_parallel(parallel, num_layers)
-        if lifeline is not None:
-            lifeline.joined()
+        if monitor is not None:
+            monitor.joined()
     except Exception as error:
-        if lifeline is None:
+        if monitor is None:
             raise
-        message = lifeline.explain(error)
+        message = monitor.explain(error)
         if message is None:
-            lifeline.fail(error)
+            monitor.fail(error)
         shut_down()
         raise LaunchError(f"the process groups cannot be made: {message}", exit_code=1) from None
-    return lifeline
+    return monitor
 
 
 def _use_gpu(local_rank: int) -> None:
@@ -104,8 +106,8 @@ def _use_gpu(local_rank: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
-def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[Store, Lifeline]:
-    """The store of the job's process groups, and this rank's lifeline over a client of its own."""
+def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[Store, HeartbeatMonitor]:
+    """The store of the job's process groups, and this rank's monitor over a client of its own."""
     timeout = datetime.timedelta(seconds=seconds)
 
     def open_store(host: str, port: int, *, serve: bool = False) -> TCPStore:
@@ -138,7 +140,7 @@ def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[Store, Lifelin
             ) from None
 
     try:
-        met = meet(launch, seconds, serve, gpu, agent_port if launch.has_agent else None)
+        met = rendezvous(launch, seconds, serve, gpu, agent_port if launch.has_agent else None)
         with _deadline(seconds + 5):
             own = open_store(met.host, met.port)
             store = served[0] if served else open_store(met.host, met.port)
@@ -148,7 +150,7 @@ def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[Store, Lifelin
             f"{str(error).splitlines()[0]}; the nodes must reach each other at every port",
             exit_code=1,
         ) from None
-    return store, Lifeline(own, launch.rank, met.names, seconds)
+    return store, HeartbeatMonitor(own, launch.rank, met.names, seconds)
 
 
 @contextlib.contextmanager
@@ -192,10 +194,10 @@ def data_parallel() -> tuple[int, int]:
 
 def shut_down() -> None:
     """Leave every process group; a second call does nothing."""
-    global _lifeline
-    if _lifeline is not None:
-        _lifeline.close()
-        _lifeline = None
+    global _monitor
+    if _monitor is not None:
+        _monitor.close()
+        _monitor = None
     close_meeting()
     if not dist.is_initialized():
         return

@@ -49,7 +49,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """All processes have come."""
 
     host: str
@@ -60,13 +60,13 @@ class Meeting:
     """What messages call each rank: ``rank 1 on n1, process 123``."""
 
 
-def meet(
+def rendezvous(
     launch: Launch,
     seconds: float,
     make_store: Callable[[], int],
     gpu: str | None = None,
     agent_port: Callable[[int | None, float], int] | None = None,
-) -> Meeting:
+) -> Rendezvous:
     """Wait until every process of the job has come. Called by every one.
 
     Args:
@@ -188,7 +188,7 @@ class _Host:
         self._of: dict[socket.socket, Process] = {}
         self._greeting = line({"greeting": str(me), "meeting": _count, "over": False})
 
-    def gather(self, make_store: Callable[[], int]) -> Meeting:
+    def gather(self, make_store: Callable[[], int]) -> Rendezvous:
         self._listener.setblocking(False)
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
@@ -198,7 +198,7 @@ class _Host:
                 port = make_store()
                 names = [str(self._came[rank]) for rank in range(self._me.world_size)]
                 self._tell({"port": port, "names": names})
-                return Meeting("localhost", port, names)
+                return Rendezvous("localhost", port, names)
             except LaunchError as error:
                 self._tell({"error": str(error), "exit_code": error.exit_code})
                 raise
@@ -309,7 +309,7 @@ class _Host:
         return f". MASTER_ADDR {address} is {found[0][4][0]}, which is not an address of this host"
 
 
-def _visit(me: Process, address: str, port: int, end: float, taken: bool) -> Meeting:
+def _visit(me: Process, address: str, port: int, end: float, taken: bool) -> Rendezvous:
     """The other ranks' side of the meeting, and that of a rank 0 whose port is `taken`."""
     begin, reason = time.monotonic(), "not tried"
     where = f"MASTER_PORT {port}" if taken else f"MASTER_ADDR {address}, MASTER_PORT {port}"
@@ -339,7 +339,7 @@ def _visit(me: Process, address: str, port: int, end: float, taken: bool) -> Mee
 
 def _listen_to_host(
     connection: socket.socket, me: Process, where: str, end: float
-) -> Meeting | None:
+) -> Rendezvous | None:
     """What rank 0 says; None where it is still, or was just now, in an earlier meeting of its
     process, or where another program ends the connection."""
     said = dataclasses.asdict(me) | {"left": end - time.monotonic()}
@@ -379,7 +379,7 @@ def _listen_to_host(
         raise LaunchError(
             f"{host} exited before all processes had come; see what it printed", exit_code=1
         )
-    return Meeting(connection.getpeername()[0], verdict["port"], verdict["names"])
+    return Rendezvous(connection.getpeername()[0], verdict["port"], verdict["names"])
 
 
 def _some(names: Iterable[str], separator: str = "; ", most: int = 8) -> str:

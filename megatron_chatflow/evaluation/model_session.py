@@ -65,13 +65,13 @@ def open_process_groups(config: ModelConfig, launch: Launch) -> Iterator[torch.d
     Every model that is opened inside has the same layout. A failure on one rank of several ends all
     of them with its reason.
     """
-    lifeline = process_groups.initialize(launch, config.parallel, config.model.num_layers)
+    monitor = process_groups.initialize(launch, config.parallel, config.model.num_layers)
     try:
         yield process_groups.device(launch.local_rank)
     except Exception as error:
-        if lifeline is None or is_shared(error):
+        if monitor is None or is_shared(error):
             raise
-        lifeline.fail(error)
+        monitor.fail(error)
     finally:
         process_groups.shut_down()
 

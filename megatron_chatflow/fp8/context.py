@@ -29,7 +29,7 @@ def delayed_scaling(precision: PrecisionSettings) -> DelayedScaling | None:
     )
 
 
-class Scope:
+class Fp8Context:
     """Follows the decoder of one model chunk through its passes.
 
     The timing is Transformer Engine's: forward scales are updated when the decoder's forward pass

@@ -15,7 +15,7 @@ from torch.distributed import (
 )
 
 from megatron_chatflow.fp8 import extra_state
-from megatron_chatflow.fp8.context import Scope
+from megatron_chatflow.fp8.context import Fp8Context
 from megatron_chatflow.fp8.gemm import Delayed, Tensors
 
 
@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
                 total.shape,
                 bias is not None,
             )
-            ctx.ends_the_pass = layer.scope.take_first()
+            ctx.ends_the_pass = layer.fp8_context.take_first()
         return y.view(*total.shape[:-1], -1)
 
     @staticmethod
@@ -61,7 +61,7 @@ class _Linear(torch.autograd.Function):
         dx = ctx.collective.reduce(dx.view(ctx.shape))
         db = grad.sum(0) if ctx.has_bias else None
         if ctx.ends_the_pass:
-            ctx.layer.scope.end_backward()
+            ctx.layer.fp8_context.end_backward()
         return dx, dw, db, None, None, None
 
 
@@ -99,17 +99,17 @@ class _ReferenceLinear:
     and checkpoints stay megatron-core's.
     """
 
-    def __init__(self, *args: Any, scope: Scope, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, fp8_context: Fp8Context, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.scope, self.products = scope, scope.products()
+        self.fp8_context, self.products = fp8_context, fp8_context.products()
         self._quantized: tuple[int, Tensors] = (-1, ())
 
     def quantized_weight(self, weight: torch.Tensor, training: bool) -> Tensors:
         """The weight in FP8: made in the first micro-batch of an iteration, used in all of them."""
         if not training:
             return self.products.weight(weight, training=False)
-        if self._quantized[0] != self.scope.weights:
-            self._quantized = self.scope.weights, self.products.weight(weight, training=True)
+        if self._quantized[0] != self.fp8_context.weights:
+            self._quantized = self.fp8_context.weights, self.products.weight(weight, training=True)
         return self._quantized[1]
 
     def _forward_impl(
@@ -130,14 +130,14 @@ class _ReferenceLinear:
         """Scales and histories of delayed scaling; empty for recipes without state."""
         if not isinstance(self.products, Delayed):
             return torch.empty(0, dtype=torch.uint8)
-        return extra_state.pack(self.products.state(), hybrid=self.scope.is_hybrid)
+        return extra_state.pack(self.products.state(), hybrid=self.fp8_context.is_hybrid)
 
     def set_extra_state(self, saved: torch.Tensor | None) -> None:
         """Take scales and histories where this layer and the checkpoint have them; otherwise start
         afresh.
         """
         if isinstance(self.products, Delayed):
-            delayed = self.scope.delayed
+            delayed = self.fp8_context.delayed
             assert delayed is not None, "the products are those of delayed scaling"
             found = extra_state.unpack(saved, delayed.forward.length)
             if found is not None:

@@ -16,7 +16,7 @@ from megatron_chatflow.config.pipeline_layout import virtual_pipeline_size
 from megatron_chatflow.config.schema import PrecisionSettings
 from megatron_chatflow.distributed import cuda_shim
 from megatron_chatflow.distributed.kernels import gradient_accumulation_reason
-from megatron_chatflow.fp8.context import Scope, delayed_scaling
+from megatron_chatflow.fp8.context import Fp8Context, delayed_scaling
 from megatron_chatflow.fp8.transformer_engine import forget_validation
 from megatron_chatflow.model import fused
 from megatron_chatflow.model.init import initialize_weights
@@ -143,11 +143,11 @@ def build_chunk(
     vocab_size: int,
     transformer_impl: str,
     vp_stage: int | None,
-    scope: Scope | None,
+    fp8_context: Fp8Context | None,
 ) -> MegatronModule:
     """Return one model chunk with its initial weights, in the run's precision.
 
-    It is not yet wrapped for data parallelism. `scope` is that of the FP8 reference, if it is used.
+    It is not yet wrapped for data parallelism. `fp8_context` is that of the FP8 reference, if it is used.
     """
     ignore_virtual = vp_stage is None
     padded = padded_vocab_size(config, vocab_size)
@@ -155,7 +155,7 @@ def build_chunk(
         core,
         # megatron-core takes the spec of a block, too.
         block_spec(  # pyright: ignore[reportArgumentType]
-            core, transformer_impl, vp_stage, config.precision, scope
+            core, transformer_impl, vp_stage, config.precision, fp8_context
         ),
         padded,
         config.model.max_position_embeddings,
@@ -174,8 +174,8 @@ def build_chunk(
         model.output_layer.register_forward_hook(
             functools.partial(_mask_padding, vocab_size, model.vocab_size)
         )
-    if scope is not None:
-        scope.watch(model.decoder)
+    if fp8_context is not None:
+        fp8_context.watch(model.decoder)
     elif config.precision.fp8_recipe == "delayed" and core.fp8:
         forget_validation(model.decoder)
     if core.use_cpu_initialization:
@@ -200,10 +200,10 @@ def build_model(
     delayed = delayed_scaling(config.precision) if in_reference else None
     virtual = core.virtual_pipeline_model_parallel_size
     stages = list(range(virtual)) if virtual else [None]
-    scopes = [Scope(config.precision, delayed) if in_reference else None for _ in stages]
+    fp8_contexts = [Fp8Context(config.precision, delayed) if in_reference else None for _ in stages]
     chunks = [
-        build_chunk(config, core, vocab_size, transformer_impl, stage, scope)
-        for stage, scope in zip(stages, scopes, strict=True)
+        build_chunk(config, core, vocab_size, transformer_impl, stage, fp8_context)
+        for stage, fp8_context in zip(stages, fp8_contexts, strict=True)
     ]
     if not wrap:
         return chunks

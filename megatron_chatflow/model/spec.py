@@ -20,7 +20,7 @@ from megatron_chatflow.config import Config
 from megatron_chatflow.config.schema import PrecisionSettings
 from megatron_chatflow.distributed import cuda_shim
 from megatron_chatflow.errors import ConfigError
-from megatron_chatflow.fp8.context import Scope
+from megatron_chatflow.fp8.context import Fp8Context
 from megatron_chatflow.fp8.linear import ReferenceColumnParallelLinear, ReferenceRowParallelLinear
 from megatron_chatflow.fp8.recipe import is_bf16_layer
 from megatron_chatflow.fp8.transformer_engine import device_reason, transformer_engine_reason
@@ -174,11 +174,11 @@ def block_spec(
     transformer_impl: str,
     vp_stage: int | None,
     precision: PrecisionSettings,
-    scope: Scope | None,
+    fp8_context: Fp8Context | None,
 ) -> TransformerBlockSubmodules:
     """Return the spec of the layers of this pipeline rank's model chunk, final norm included.
 
-    With a `scope`, the portable layers compute in FP8.
+    With a `fp8_context`, the portable layers compute in FP8.
     """
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     if transformer_impl == "transformer_engine":
@@ -203,8 +203,8 @@ def block_spec(
     if config.use_te_activation_func:
         layer.submodules.mlp.submodules.activation_func = PortableSwiGLU
     layers = [layer] * count
-    if scope is not None:
-        first, fp8 = get_transformer_layer_offset(config, vp_stage), _in_fp8(layer, scope)
+    if fp8_context is not None:
+        first, fp8 = get_transformer_layer_offset(config, vp_stage), _in_fp8(layer, fp8_context)
         layers = [
             layer if is_bf16_layer(precision, first + i, config.num_layers) else fp8
             for i in range(count)
@@ -213,10 +213,10 @@ def block_spec(
     return TransformerBlockSubmodules(layers, norm)
 
 
-def _in_fp8(layer: Any, scope: Scope) -> ModuleSpec:
+def _in_fp8(layer: Any, fp8_context: Fp8Context) -> ModuleSpec:
     """Return the same layer with the four linear layers of the reference."""
     column, row = (
-        ModuleSpec(module, params={"scope": scope})
+        ModuleSpec(module, params={"fp8_context": fp8_context})
         for module in (ReferenceColumnParallelLinear, ReferenceRowParallelLinear)
     )
     attention = copy.copy(layer.submodules.self_attention)

@@ -36,7 +36,7 @@ from megatron_chatflow.utils.logging import log_notes
 if TYPE_CHECKING:
     from megatron_chatflow.checkpoint.lease import Lease
     from megatron_chatflow.checkpoint.saver import Saver
-    from megatron_chatflow.distributed.heartbeat import Lifeline
+    from megatron_chatflow.distributed.heartbeat import HeartbeatMonitor
     from megatron_chatflow.training.signals import StopRequest
     from megatron_chatflow.training.train_state import TrainState
 
@@ -64,7 +64,7 @@ class Trainer:
     ) -> None:
         """Make a trainer from resolved settings; see `from_config`."""
         self.config, self.launch, self.callbacks = config, launch, list(callbacks)
-        self._heartbeat: Lifeline | None = None
+        self._heartbeat: HeartbeatMonitor | None = None
         self._lease: Lease | None = None
         self._saver: Saver | None = None
         self._stop: StopRequest | None = None

@@ -99,14 +99,14 @@ def write_atomically(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def seal_file(path: Path) -> dict[str, int | str]:
+def record_file(path: Path) -> dict[str, int | str]:
     """Flush a file to disk and return its size and SHA-256, read back from what the system has."""
     with open(path, "rb", buffering=0) as file:
         os.fsync(file.fileno())
-        return seal(file)
+        return record_open_file(file)
 
 
-def seal(file: io.FileIO) -> dict[str, int | str]:
+def record_open_file(file: io.FileIO) -> dict[str, int | str]:
     """Return the size and the SHA-256 of an open file."""
     size = os.fstat(file.fileno()).st_size
     return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -17,7 +17,7 @@ job's.
 
 
 @contextmanager
-def deaf(signals: frozenset[signal.Signals] = HANDLED) -> Iterator[None]:
+def blocked_signals(signals: frozenset[signal.Signals] = HANDLED) -> Iterator[None]:
     """Signals that come inside are heard at its end; processes that are started inside never hear
     them.
     """

@@ -93,7 +93,7 @@ def exploit(folder: Path, marker: Path) -> None:
     edit_metadata(folder, change)
 
 
-def seal(folder: Path) -> None:
+def rewrite_manifest(folder: Path) -> None:
     """Write the checksums again, as an attacker does."""
     from megatron_chatflow.checkpoint import integrity
 
@@ -102,7 +102,7 @@ def seal(folder: Path) -> None:
     (folder / "state.json").write_text(
         json.dumps({k: v for k, v in known.items() if k != "sealed"})
     )
-    integrity.write_manifest(folder, integrity.seal_folder(folder))
+    integrity.write_manifest(folder, integrity.record_files(folder))
 
 
 def read_all(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def write_checkpoint(
         state |= {"sealed": True, "lineage": course.plain()}
     (folder / "state.json").write_text(json.dumps(state))
     if course is not None:
-        integrity.write_manifest(folder, integrity.seal_folder(folder))
+        integrity.write_manifest(folder, integrity.record_files(folder))
     if pointed:
         (run / POINTER).write_text(f"{iteration}\n")
     return folder

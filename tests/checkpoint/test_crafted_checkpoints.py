@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tests.checkpoint.crafted import exploit, seal
+from tests.checkpoint.crafted import exploit, rewrite_manifest
 from tests.pool import Pool, command
 from tests.sample import train
 
@@ -40,7 +40,7 @@ def test_no_command_runs_what_a_checkpoint_packs(
     run, marker = tmp_path / "evil", tmp_path / "executed"
     shutil.copytree(reference, run)
     exploit(run / "iter_0000020", marker)
-    seal(run / "iter_0000020")
+    rewrite_manifest(run / "iter_0000020")
     (results,) = pool.run(1, open_everywhere, reference.parent, run)
     for code, _, err in results:
         assert code == 2 and "is stored through ['stream.zstd/1']" in err, (code, err)

@@ -41,24 +41,24 @@ def leading_out(folder: Path) -> dict[Any, str]:
 
 def test_manifests_of_checkpoints(tmp_path: Path) -> None:
     from megatron_chatflow.checkpoint import integrity
-    from megatron_chatflow.utils.files import seal_file
+    from megatron_chatflow.utils.files import record_file
 
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "state.json").write_text("{}")
     for name in ("common.pt", ".metadata", "metadata.json"):
         (folder / name).write_bytes(b"data")
-    integrity.write_manifest(folder, integrity.seal_folder(folder))
+    integrity.write_manifest(folder, integrity.record_files(folder))
     assert integrity.damage(folder, lambda name, size: True) is None
-    seals = dict(integrity.read_manifest(folder) or {})
-    entry = seal_file(folder / "state.json")
+    records = dict(integrity.read_manifest(folder) or {})
+    entry = record_file(folder / "state.json")
     for name, message in leading_out(folder).items():
-        (folder / integrity.NAME).write_text(integrity._render(seals | {name: entry}))
+        (folder / integrity.NAME).write_text(integrity._render(records | {name: entry}))
         for read in (True, False):
             found = integrity.damage(folder, lambda name, size: read)  # noqa: B023
             assert found and message in found and found.isprintable(), found
     for entry in (5, [], {}, {"bytes": "2"}, {"bytes": None, "sha256": ""}):
-        (folder / integrity.NAME).write_text(integrity._render(seals | {"state.json": entry}))
+        (folder / integrity.NAME).write_text(integrity._render(records | {"state.json": entry}))
         found = integrity.damage(folder, lambda name, size: True)
         assert found == "manifest.json is damaged ('state.json' has no size)"
     for place in (os.mkfifo, lambda path: path.symlink_to(folder / "state.json")):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_chatflow.checkpoint.optimizer_state import Form, ask_for
+from megatron_chatflow.checkpoint.optimizer_state import OptimizerLayout, ask_for
 from tests.pool import Pool
 from tests.sample import largest_difference, metrics, train
 
@@ -61,14 +61,14 @@ def tensors(*keys: str) -> dict[str, ShardedTensor]:
     return {key: ShardedTensor.from_rank_offsets(key, torch.zeros(2)) for key in keys}
 
 
-@pytest.mark.parametrize("have", Form)
-@pytest.mark.parametrize("want", Form)
+@pytest.mark.parametrize("have", OptimizerLayout)
+@pytest.mark.parametrize("want", OptimizerLayout)
 def test_the_float32_parameters_are_asked_for_by_the_name_that_the_checkpoint_has(
-    have: Form, want: Form
+    have: OptimizerLayout, want: OptimizerLayout
 ) -> None:
     """What is no parameter of the optimizer keeps its name, and so do the moments."""
     weights = tensors("layer.weight", "layer.buffer")
-    main = {} if want == Form.FP32 else tensors(f"{want.value}layer.weight")
+    main = {} if want == OptimizerLayout.FP32 else tensors(f"{want.value}layer.weight")
     state = main | tensors(
         "optimizer.state.exp_avg.layer.weight", "optimizer.state.exp_avg_sq.layer.weight"
     )
@@ -78,6 +78,6 @@ def test_the_float32_parameters_are_asked_for_by_the_name_that_the_checkpoint_ha
     assert found == {
         "layer.buffer",
         f"{have.value}layer.weight",
-        *([] if want == Form.FP32 else ["layer.weight"]),
+        *([] if want == OptimizerLayout.FP32 else ["layer.weight"]),
         *moments,
     }

@@ -28,9 +28,9 @@ def ok(results: list[tuple[int, str, str]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def sealed(pool: Pool, sample: Path) -> Path:
+def saved_run(pool: Pool, sample: Path) -> Path:
     """Six iterations on two ranks, saved every second."""
-    run = sample / "sealed"
+    run = sample / "saved_run"
     ok(pool.run(2, train, sample, "--save", str(run), *SHORT, *TP))
     return run
 
@@ -93,7 +93,7 @@ def train_with_changes(folder: Path, *words: str) -> tuple[int, str, str]:
 
 
 def test_a_checkpoint_that_is_not_what_was_written_is_not_published(
-    pool: Pool, sample: Path, sealed: Path
+    pool: Pool, sample: Path, saved_run: Path
 ) -> None:
     run = sample / "changed"
     words = ["--save", str(run), *SHORT, "--save-interval", "1", *TP]
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_is_not_what_was_written_is_not_published(
         assert f"the checkpoint of iteration {iteration} " in line and problem in line, line
     names = [path.name for path in run.glob("iter_*")]
     assert names == ["iter_0000006"] and latest_iteration(run) == 6
-    assert metrics(run) == metrics(sealed)
+    assert metrics(run) == metrics(saved_run)
 
 
 def train_and_lose_a_shard(folder: Path, *words: str) -> tuple[int, str, str]:
@@ -113,10 +113,10 @@ def train_and_lose_a_shard(folder: Path, *words: str) -> tuple[int, str, str]:
 
     check = saver.check_files
 
-    def lose(checkpoint: Path, seals: integrity.Seals) -> None:
+    def lose(checkpoint: Path, records: integrity.FileRecords) -> None:
         if checkpoint.name == "iter_0000004":
             (checkpoint / "__0_0.distcp").unlink()
-        check(checkpoint, seals)
+        check(checkpoint, records)
 
     saver.check_files = lose
     try:
@@ -125,9 +125,9 @@ def train_and_lose_a_shard(folder: Path, *words: str) -> tuple[int, str, str]:
         saver.check_files = check
 
 
-def test_what_a_failed_save_would_replace_stays(pool: Pool, sample: Path, sealed: Path) -> None:
+def test_what_a_failed_save_would_replace_stays(pool: Pool, sample: Path, saved_run: Path) -> None:
     run = sample / "not replaced"
-    shutil.copytree(sealed, run)
+    shutil.copytree(saved_run, run)
     before = (run / "iter_0000004" / "manifest.json").read_bytes()
     words = ["--save", str(run), "--load", str(run), "--ckpt-step", "2", *SHORT]
     ((code, _, err),) = pool.run(
@@ -140,16 +140,18 @@ def test_what_a_failed_save_would_replace_stays(pool: Pool, sample: Path, sealed
     assert not list(run.glob("*.partial*"))
 
 
-def test_a_shard_that_only_metadata_names_is_missed(pool: Pool, sample: Path, sealed: Path) -> None:
+def test_a_shard_that_only_metadata_names_is_missed(
+    pool: Pool, sample: Path, saved_run: Path
+) -> None:
     """A manifest that is right about what is there, as version 0.2 wrote after a shard was lost."""
     for leave, message in ((True, "is not in manifest.json"), (False, "is missing")):
         run = sample / f"only in metadata {leave}"
-        shutil.copytree(sealed, run)
+        shutil.copytree(saved_run, run)
         folder = run / "iter_0000006"
         shard = folder / "__1_0.distcp"
         content = shard.read_bytes()
         shard.unlink()
-        integrity.write_manifest(folder, integrity.seal_folder(folder))
+        integrity.write_manifest(folder, integrity.record_files(folder))
         if leave:
             shard.write_bytes(content)
         assert integrity.damage(folder, lambda *_: True) is None
@@ -157,16 +159,16 @@ def test_a_shard_that_only_metadata_names_is_missed(pool: Pool, sample: Path, se
         out = ok(pool.run(2, train, sample, *words))
         told = f"__1_0.distcp, which .metadata refers to, {message}"
         assert out.count("going back to") == 1 and told in out, out
-        assert metrics(run) == metrics(sealed)
+        assert metrics(run) == metrics(saved_run)
 
 
 @pytest.mark.parametrize("name", integrity.REQUIRED)
 @pytest.mark.parametrize("with_manifest", [True, False])
 def test_a_required_file_that_is_missing_is_named(
-    sealed: Path, tmp_path: Path, name: str, with_manifest: bool
+    saved_run: Path, tmp_path: Path, name: str, with_manifest: bool
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(sealed, run)
+    shutil.copytree(saved_run, run)
     folder = run / "iter_0000006"
     state = json.loads((folder / "state.json").read_text())
     if not with_manifest:
@@ -175,29 +177,29 @@ def test_a_required_file_that_is_missing_is_named(
     (folder / name).unlink()
     (folder / integrity.NAME).unlink()
     if with_manifest:
-        integrity.write_manifest(folder, integrity.seal_folder(folder))
+        integrity.write_manifest(folder, integrity.record_files(folder))
     found, notes = find_sound_checkpoint(run, None, {})
     assert found == run / "iter_0000004" and len(notes) == 1, notes
     part = "names iteration 6" if name == "state.json" else f"{name} is missing"
     assert part in notes[0], notes
 
 
-def test_no_required_file_may_be_out_of_the_manifest(sealed: Path, tmp_path: Path) -> None:
+def test_no_required_file_may_be_out_of_the_manifest(saved_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "iter_0000006"
-    shutil.copytree(sealed / folder.name, folder)
-    seals = integrity.seal_folder(folder)
+    shutil.copytree(saved_run / folder.name, folder)
+    records = integrity.record_files(folder)
     for name in integrity.REQUIRED:
-        integrity.write_manifest(folder, {k: v for k, v in seals.items() if k != name})
+        integrity.write_manifest(folder, {k: v for k, v in records.items() if k != name})
         assert integrity.damage(folder, lambda *_: True) == f"manifest.json does not list {name}"
 
 
-def test_readers_name_what_is_missing(sealed: Path, tmp_path: Path) -> None:
+def test_readers_name_what_is_missing(saved_run: Path, tmp_path: Path) -> None:
     from megatron_chatflow.checkpoint.tensor_reader import CheckpointReader
     from megatron_chatflow.errors import ChatflowError
 
     for name in (".metadata", "common.pt", "__1_0.distcp"):
         folder = tmp_path / name / "iter_0000006"
-        shutil.copytree(sealed / folder.name, folder)
+        shutil.copytree(saved_run / folder.name, folder)
         (folder / name).unlink()
         with pytest.raises(ChatflowError) as error:
             CheckpointReader(folder)

@@ -92,14 +92,14 @@ def test_an_asynchronous_save_has_the_bits_of_a_synchronous_one(
 
 def train_with_slow_copies(folder: Path, *words: str) -> tuple[int, str, str]:
     """`train` where the copy of what is saved takes longer than an iteration."""
-    from megatron_chatflow.checkpoint.shared_memory import Staging
+    from megatron_chatflow.checkpoint.shared_memory import SharedTensorBuffer
 
-    copy = Staging.copy
-    Staging.copy = lambda self, buckets: (time.sleep(1), copy(self, buckets))[1]
+    copy = SharedTensorBuffer.copy
+    SharedTensorBuffer.copy = lambda self, buckets: (time.sleep(1), copy(self, buckets))[1]
     try:
         return train(folder, *words)
     finally:
-        Staging.copy = copy
+        SharedTensorBuffer.copy = copy
 
 
 def test_the_next_iteration_changes_nothing_that_is_not_yet_copied(
@@ -150,8 +150,8 @@ def test_old_checkpoints_are_removed_as_told(
 
 def test_every_file_is_sealed(whole: Path) -> None:
     folder = whole / "iter_0000006"
-    seals = integrity.read_manifest(folder)
-    assert set(seals) == {path.name for path in folder.iterdir()} - {integrity.NAME}
+    records = integrity.read_manifest(folder)
+    assert set(records) == {path.name for path in folder.iterdir()} - {integrity.NAME}
     assert {
         ".metadata",
         "common.pt",
@@ -159,7 +159,7 @@ def test_every_file_is_sealed(whole: Path) -> None:
         "state.json",
         "__0_0.distcp",
         "__1_0.distcp",
-    } <= set(seals)
+    } <= set(records)
     assert integrity.damage(folder, lambda *_: True) is None
 
 
@@ -334,7 +334,7 @@ def test_no_code_of_a_checkpoint_is_run(
             json.dumps({key: value for key, value in state.items() if key != "sealed"})
         )
         integrity.write_manifest(
-            folder, integrity.seal_folder(folder)
+            folder, integrity.record_files(folder)
         )  # an attacker has the hashes right
         ((code, _, err),) = pool.run(1, train, sample, "--load", str(run), *SHORT)
         assert code == 2 and "is not read" in err, (code, err)

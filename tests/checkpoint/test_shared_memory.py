@@ -25,9 +25,9 @@ def copies_and_reads(seed: int) -> list[str]:
     """
     import torch
 
-    from megatron_chatflow.checkpoint.shared_memory import Staging
+    from megatron_chatflow.checkpoint.shared_memory import SharedTensorBuffer
 
-    source, staging, wrong = random.Random(seed), Staging(), []
+    source, buffer, wrong = random.Random(seed), SharedTensorBuffer(), []
     for i in range(ROUNDS):
         tensors = []
         for _ in range(source.randrange(1, 9)):
@@ -37,21 +37,21 @@ def copies_and_reads(seed: int) -> list[str]:
             )
             tensor = torch.randint(0, 2 if kind is torch.bool else 100, shape).to(kind)
             tensors.append(tensor.mT if tensor.dim() > 1 and source.random() < 0.5 else tensor)
-        ((path, name, (objects, places)),) = staging.copy(
+        ((path, name, (objects, slots)),) = buffer.copy(
             [("folder/file", "file", (["object"], list(enumerate(tensors))))]
         )
-        with mmap.mmap(staging.file, staging.size) if staging.size else mmap.mmap(-1, 1) as memory:
-            for (number, place), tensor in zip(places, tensors, strict=True):
-                found = place.within(memory).clone()
+        with mmap.mmap(buffer.file, buffer.size) if buffer.size else mmap.mmap(-1, 1) as memory:
+            for (number, slot), tensor in zip(slots, tensors, strict=True):
+                found = slot.within(memory).clone()
                 if (found.dtype, found.shape, bits(found)) != (
                     tensor.dtype,
                     tensor.shape,
                     bits(tensor),
                 ):
-                    wrong.append(f"checkpoint {i}, tensor {number}: {place}")
+                    wrong.append(f"checkpoint {i}, tensor {number}: {slot}")
         if (path, name, objects) != ("folder/file", "file", ["object"]):
             wrong.append(f"checkpoint {i}: {path, name, objects}")
-    staging.close()
+    buffer.close()
     return wrong
 
 
@@ -61,22 +61,22 @@ def fails_and_goes_on() -> tuple[bool, bool]:
     """
     import torch
 
-    from megatron_chatflow.checkpoint.shared_memory import Staging
+    from megatron_chatflow.checkpoint.shared_memory import SharedTensorBuffer
 
-    staging, before = Staging(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    buffer, before = SharedTensorBuffer(), resource.getrlimit(resource.RLIMIT_FSIZE)
     small, large = ([("path", "name", ([], [(0, torch.ones(size))]))] for size in (100, 100_000))
-    staging.copy(small)
-    memory = staging.file, staging.size
+    buffer.copy(small)
+    memory = buffer.file, buffer.size
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        staging.copy(large)
+        buffer.copy(large)
         refused = False
     except OSError:
         refused = True
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    staging.copy(small)
-    return refused, memory == (staging.file, staging.size)
+    buffer.copy(small)
+    return refused, memory == (buffer.file, buffer.size)
 
 
 @pytest.mark.parametrize("seed", range(3))

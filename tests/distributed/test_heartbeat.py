@@ -21,10 +21,10 @@ from megatron_chatflow.distributed.launch import read_launch
 cuda_shim.install()
 import torch, torch.distributed as dist
 launch, what = read_launch(), sys.argv[1]
-store, lifeline = process_groups._meet(launch, 60, None)
+store, monitor = process_groups._meet(launch, 60, None)
 sizes = {"rank": launch.rank, "world_size": launch.world_size}
 dist.init_process_group("gloo", store=store, timeout=datetime.timedelta(seconds=int(sys.argv[2])), **sizes)
-lifeline.joined()
+monitor.joined()
 print("up", flush=True)
 try:
     for i in range(10**6):
@@ -35,7 +35,7 @@ try:
         dist.all_reduce(torch.ones(4))
         time.sleep(0.02)
 except Exception as error:
-    lifeline.fail(error)
+    monitor.fail(error)
 """
 
 

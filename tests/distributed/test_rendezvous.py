@@ -21,13 +21,13 @@ from megatron_chatflow.distributed.sockets import line, parse
 RANK = """
 import sys
 from megatron_chatflow.distributed.launch import LaunchError, read_launch
-from megatron_chatflow.distributed.rendezvous import meet
+from megatron_chatflow.distributed.rendezvous import rendezvous
 assert not {"torch", "numpy"} & set(sys.modules)
 launch = read_launch()
 print("begins", flush=True)
 for _ in range(int(sys.argv[2])):
     try:
-        met = meet(launch, float(sys.argv[1]), lambda: 7)
+        met = rendezvous(launch, float(sys.argv[1]), lambda: 7)
         print("met", met.port, "; ".join(met.names), flush=True)
     except LaunchError as error:
         print("error", error.exit_code, error)

@@ -8,7 +8,7 @@ from typing import Any
 
 def pair(config: Any, kind: str, bias: bool) -> tuple[Any, Any, Any]:
     """(Transformer Engine's linear layer in megatron-core's wrapper, ours with the same weights,
-    our scope).
+    our fp8_context).
     """
     import torch
     from megatron.core.extensions.transformer_engine import (
@@ -16,14 +16,14 @@ def pair(config: Any, kind: str, bias: bool) -> tuple[Any, Any, Any]:
         TERowParallelLinear,
     )
 
-    from megatron_chatflow.fp8.context import Scope, delayed_scaling
+    from megatron_chatflow.fp8.context import Fp8Context, delayed_scaling
     from megatron_chatflow.fp8.linear import (
         ReferenceColumnParallelLinear,
         ReferenceRowParallelLinear,
     )
     from megatron_chatflow.model.gpt import transformer_config
 
-    scope = Scope(config.precision, delayed_scaling(config.precision))
+    fp8_context = Fp8Context(config.precision, delayed_scaling(config.precision))
     common = {
         "init_method": lambda weight: None,
         "bias": bias,
@@ -38,7 +38,12 @@ def pair(config: Any, kind: str, bias: bool) -> tuple[Any, Any, Any]:
         256, 384, config=transformer_config(config, "transformer_engine"), **common, **{name: value}
     )
     our = ours(
-        256, 384, config=transformer_config(config, "local"), **common, **{name: value}, scope=scope
+        256,
+        384,
+        config=transformer_config(config, "local"),
+        **common,
+        **{name: value},
+        fp8_context=fp8_context,
     )
     with torch.no_grad():
         our.weight.copy_(torch.randn(our.weight.shape, generator=generator(7)) * 0.05)
@@ -46,7 +51,7 @@ def pair(config: Any, kind: str, bias: bool) -> tuple[Any, Any, Any]:
         if bias:
             our.bias.copy_(torch.randn(our.bias.shape, generator=generator(8)))
             their.bias.copy_(our.bias)
-    return their, our, scope
+    return their, our, fp8_context
 
 
 def generator(seed: int) -> Any:
@@ -68,8 +73,8 @@ def autocast(config: Any) -> Any:
 class Stack:
     """Stands for a decoder: a module whose linear layers each get an input of their own."""
 
-    def __new__(cls, linears: list[Any], scope: Any = None) -> Any:
-        """A torch module; with a scope, one that is watched by it."""
+    def __new__(cls, linears: list[Any], fp8_context: Any = None) -> Any:
+        """A torch module; with a fp8_context, one that is watched by it."""
         import torch
 
         class Layers(torch.nn.Module):
@@ -81,8 +86,8 @@ class Stack:
                 return [layer(x)[0] for layer, x in zip(self.layers, inputs, strict=True)]
 
         stack = Layers()
-        if scope is not None:
-            scope.watch(stack)
+        if fp8_context is not None:
+            fp8_context.watch(stack)
         return stack
 
 
@@ -182,7 +187,7 @@ def linears(config: Any) -> dict[str, Any]:
         ("row", (False,)),
     ):  # no row-parallel layer of a model adds its bias itself
         for bias in biases:
-            their, our, scope = pair(config, kind, bias)
+            their, our, fp8_context = pair(config, kind, bias)
             inner, outer = (256, 384 // tp) if kind == "column" else (256 // tp, 384)
             tokens_in = 256 // tp if sp and kind == "column" else 256
             tokens_out = 256 // tp if sp and kind == "row" else 256
@@ -195,7 +200,7 @@ def linears(config: Any) -> dict[str, Any]:
             for tensor, whole in ((x, whole_in), (g, whole_out)):
                 if whole and tp > 1:
                     torch.distributed.broadcast(tensor, 0)
-            stacks = Stack([their]), Stack([our], scope)
+            stacks = Stack([their]), Stack([our], fp8_context)
             for _ in range(3):  # scales of delayed scaling are 1 at first
                 (results,) = passes(config, *stacks, [x], [g])
             found[kind + (" with bias" if bias else "")] = differences(*results)
@@ -234,10 +239,13 @@ def histories(config: Any) -> dict[str, Any]:
     import torch
 
     pairs = [pair(config, kind, False) for kind in ("row", "column", "row")]
-    scope = pairs[0][2]
-    for _, our, own in pairs:  # one decoder: one scope
-        our.scope, our.products = scope, our.products if own is scope else scope.products()
-    their, our = Stack([p[0] for p in pairs]), Stack([p[1] for p in pairs], scope)
+    fp8_context = pairs[0][2]
+    for _, our, own in pairs:  # one decoder: one fp8_context
+        our.fp8_context, our.products = (
+            fp8_context,
+            our.products if own is fp8_context else fp8_context.products(),
+        )
+    their, our = Stack([p[0] for p in pairs]), Stack([p[1] for p in pairs], fp8_context)
     unequal, outside = [], 0
     for iteration in range(20):
         with torch.no_grad():
@@ -283,15 +291,15 @@ def exchanged_states(config: Any) -> dict[str, bool]:
     """A state saved by one implementation, loaded by the other."""
     import torch
 
-    their, our, scope = pair(config, "row", False)
+    their, our, fp8_context = pair(config, "row", False)
     x, g = torch.randn(64, 2, 256).bfloat16(), torch.randn(64, 2, 384).bfloat16()
     for _ in range(3):
-        list(passes(config, Stack([their]), Stack([our], scope), [x], [g]))
+        list(passes(config, Stack([their]), Stack([our], fp8_context), [x], [g]))
     fresh_their, fresh_our, fresh_scope = pair(config, "row", False)
     fresh_their.set_extra_state(our.get_extra_state())
     fresh_our.set_extra_state(their.get_extra_state())
     results = list(passes(config, Stack([fresh_their]), Stack([fresh_our], fresh_scope), [x], [g]))
-    again = list(passes(config, Stack([their]), Stack([our], scope), [x], [g]))
+    again = list(passes(config, Stack([their]), Stack([our], fp8_context), [x], [g]))
     state, meta = fresh_our.products.state(), fresh_their.fp8_meta["scaling_fwd"]
     return {
         "ours_reads_theirs": all(
