@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from megatron_chatflow.config import Config, total_samples
+from megatron_chatflow.config import DataConfig, total_samples
 from megatron_chatflow.errors import ConfigError
+
+AnyConfig = TypeVar("AnyConfig", bound=DataConfig)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ class Batches:
 
 
 def batch_history(
-    config: Config, saved: Iterable[Mapping[str, Any]] = (), iteration: int = 0, consumed: int = 0
+    config: DataConfig,
+    saved: Iterable[Mapping[str, Any]] = (),
+    iteration: int = 0,
+    consumed: int = 0,
 ) -> tuple[Batches, ...]:
     """Return the batch sizes of a run: those of its checkpoint, then those of these settings.
 
@@ -99,7 +104,7 @@ def count_iterations(history: Sequence[Batches], total: int) -> int:
     return last.iteration + done + max(0, total - consumed) // last.global_batch_size
 
 
-def fix_length(config: Config, iteration: int, consumed: int) -> Config:
+def fix_length(config: AnyConfig, iteration: int, consumed: int) -> AnyConfig:
     """Return the settings of a run that continues after `iteration` and `consumed` samples.
 
     `train_iters` counts iterations, those done with another batch size included; where that is

@@ -27,7 +27,7 @@ class IterationResult:
     """One past the last sample."""
     step: StepResult
     """Losses and gradient norm, or why no step was taken."""
-    learning_rate: float
+    learning_rate: float | None
     seconds: float
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_chatflow.config import Config, total_samples
+from megatron_chatflow.config import Config, DataConfig, total_samples
 from megatron_chatflow.curriculum import (
     BlendPlan,
     Curriculum,
@@ -233,7 +233,7 @@ def _open_subset(
 
 
 def make_plan(
-    config: Config, curriculum: Curriculum, epoch_samples: Mapping[str, int]
+    config: DataConfig, curriculum: Curriculum, epoch_samples: Mapping[str, int]
 ) -> BlendPlan:
     """Return the plan of the curriculum file for this run.
 
@@ -325,7 +325,7 @@ def _vocab_size(
             raise ConfigError(
                 f"the size of the vocabulary is not known; give {flags}, or --vocab-size"
             )
-        return given or max(recorded)
+        return given or max(size for size in recorded if size)
     if given and given < tokenizer.vocab_size:
         raise ConfigError(
             f"vocab_size {given} is smaller than the {tokenizer.vocab_size} tokens of "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
-from megatron_chatflow.config import Config, Schedule
+from megatron_chatflow.config import ResolvedConfig, Schedule
 from megatron_chatflow.curriculum import BlendPlan
 from megatron_chatflow.training.optimizer import build_scheduler
 
@@ -12,15 +13,16 @@ FLOOR = 1 / 3
 """Share of the peak below which a stage teaches too little (arXiv 2511.18903 ends near it)."""
 
 
-def rate_at(config: Config, sample: int) -> float:
+def rate_at(config: ResolvedConfig, sample: int) -> float:
     """Return the learning rate of the iteration that begins at `sample`, by megatron-core."""
     group = {"lr": 0.0, "weight_decay": 0.0}
-    scheduler = build_scheduler(config, Schedule.of(config), SimpleNamespace(param_groups=[group]))
+    optimizer: Any = SimpleNamespace(param_groups=[group])
+    scheduler = build_scheduler(config, Schedule.of(config), optimizer)
     scheduler.step(sample)
     return group["lr"]
 
 
-def late_stage_note(config: Config, plan: BlendPlan, end: int) -> str | None:
+def late_stage_note(config: ResolvedConfig, plan: BlendPlan, end: int) -> str | None:
     """Return a note if the last stage is trained at less than a third of the peak rate, else None.
 
     Args:

@@ -74,7 +74,7 @@ class MetricsCallback(Callback):
                 self._board = TensorBoardWriter(board, state.iteration + 1)
         except OSError as error:
             key = "tensorboard_dir" if state.config.logging.tensorboard_dir else "save"
-            raise unwritable(key, board, error) from None
+            raise unwritable(key, board or Path(), error) from None
         if not folder:
             return
         try:

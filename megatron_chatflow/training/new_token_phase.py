@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,10 @@ class NewRows:
             ids: new tokens of the vocabulary, of which each tensor-parallel rank holds an equal
                 slice.
         """
-        self._parameters = [parameter for chunk in model for parameter in chunk.parameters()]
-        self._rows: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._parameters: list[Any] = [
+            parameter for chunk in model for parameter in chunk.parameters()
+        ]
+        self._rows: list[tuple[Any, torch.Tensor]] = []
         for parameter in self._parameters:
             if getattr(parameter, "is_embedding_or_output_parameter", False):
                 first = parallel_state.get_tensor_model_parallel_rank() * len(parameter)

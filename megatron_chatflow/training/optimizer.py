@@ -6,22 +6,27 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
-from megatron_chatflow.config import Config, Schedule
+from megatron_chatflow.config import ResolvedConfig, Schedule
 from megatron_chatflow.distributed import cuda_shim
 
 
-def build_optimizer(config: Config, model: list[MegatronModule]) -> MegatronOptimizer:
+def build_optimizer(config: ResolvedConfig, model: list[MegatronModule]) -> ChainedOptimizer:
     """Build the optimizer over the model chunks of this rank.
 
     Also sets how megatron-core's schedules scale, reduce and overlap gradients.
     """
     o, training = config.optimizer, config.training
-    optimizer = get_megatron_optimizer(
+    optimizer: Any = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=o.optimizer,
             lr=o.lr,
@@ -76,7 +81,7 @@ def _one_or_all(functions: list[Any]) -> Any:
 
 
 def build_scheduler(
-    config: Config, schedule: Schedule, optimizer: MegatronOptimizer
+    config: ResolvedConfig, schedule: Schedule, optimizer: MegatronOptimizer
 ) -> OptimizerParamScheduler:
     """Build the schedule of learning rate and weight decay over the samples trained on.
 
@@ -84,7 +89,10 @@ def build_scheduler(
     in effect, and megatron-core's own comparison, which leaves out some of them, is not used.
     """
     o = config.optimizer
-    constant = o.weight_decay_incr_style == "constant"
+    start_decay = end_decay = o.weight_decay
+    if o.weight_decay_incr_style != "constant":
+        assert o.start_weight_decay is not None and o.end_weight_decay is not None
+        start_decay, end_decay = o.start_weight_decay, o.end_weight_decay
     return OptimizerParamScheduler(
         optimizer,
         init_lr=o.lr_warmup_init,
@@ -93,8 +101,8 @@ def build_scheduler(
         lr_warmup_steps=schedule.warmup,
         lr_decay_steps=schedule.decay,
         lr_decay_style=o.lr_decay_style,
-        start_wd=o.weight_decay if constant else o.start_weight_decay,
-        end_wd=o.weight_decay if constant else o.end_weight_decay,
+        start_wd=start_decay,
+        end_wd=end_decay,
         wd_incr_steps=schedule.total,
         wd_incr_style=o.weight_decay_incr_style,
         wsd_decay_steps=schedule.wsd,

@@ -8,6 +8,7 @@ of all; without it the replicas make the same steps from different weights and s
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def check_replicas(model: list[MegatronModule], iteration: int) -> None:
     Raises:
         ReplicaError: on every rank; names the ranks and the weights.
     """
-    group = parallel_state.get_data_parallel_group()
+    group: Any = parallel_state.get_data_parallel_group()
     ranks = dist.get_process_group_ranks(group)
     weights = {
         name if len(model) == 1 else f"{name} of model chunk {i}": parameter.data
@@ -83,7 +84,7 @@ def check_replicas(model: list[MegatronModule], iteration: int) -> None:
 
 def _digest(weight: torch.Tensor) -> bytes:
     values = weight.detach().to("cpu").float().contiguous()
-    return hashlib.sha1(values.numpy()).digest()
+    return hashlib.sha1(values.numpy().data).digest()
 
 
 def _named(names: list[str]) -> str:

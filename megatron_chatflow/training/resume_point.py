@@ -20,7 +20,7 @@ from megatron_chatflow.checkpoint.run_directory import (
     find_sound_checkpoint,
     read_state,
 )
-from megatron_chatflow.config import Config, Schedule
+from megatron_chatflow.config import ResolvedConfig, Schedule
 from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
 from megatron_chatflow.data import BlendedDataset
 from megatron_chatflow.errors import ConfigError
@@ -40,7 +40,7 @@ from megatron_chatflow.training.resume_settings import check_finetune, resume_se
 class ResumePoint:
     """Where the run begins: known before any process group is made."""
 
-    config: Config
+    config: ResolvedConfig
     """The settings in effect: with the length that they mean from here on (`fix_length`), and with
     the checkpoint's schedule where that was asked for."""
     schedule: Schedule
@@ -73,7 +73,7 @@ class RunForecast:
 
 
 def resolve_resume_point(
-    config: Config,
+    config: ResolvedConfig,
     inputs: Inputs,
     damaged: Mapping[Path, str] = MappingProxyType({}),
     *,
@@ -148,7 +148,7 @@ def resolve_resume_point(
     )
 
 
-def _check_folders(config: Config, checkpoint: Path | None) -> None:
+def _check_folders(config: ResolvedConfig, checkpoint: Path | None) -> None:
     """Refuse flags that contradict what --load and --save hold."""
     where = config.checkpoint
     if (
@@ -176,7 +176,7 @@ def _check_folders(config: Config, checkpoint: Path | None) -> None:
         )
 
 
-def _check_new_rows_phase(config: Config, state: Mapping[str, Any]) -> None:
+def _check_new_rows_phase(config: ResolvedConfig, state: Mapping[str, Any]) -> None:
     """Refuse the first phase of new rows in a run that is past it."""
     consumed = state["consumed_train_samples"]
     if (

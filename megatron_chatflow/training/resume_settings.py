@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.config import Config, Schedule, load_values
+from megatron_chatflow.config import Config, ResolvedConfig, Schedule, load_values
 from megatron_chatflow.config.resume_policy import (
     AT_RESUME,
     WEIGHT_DECAY_LENGTH,
@@ -36,7 +36,7 @@ _IN_SCHEDULER = {
 class Resumed:
     """How a run continues."""
 
-    config: Config
+    config: ResolvedConfig
     """The settings in effect: the command's, under --use-checkpoint-opt_param-scheduler with the
     checkpoint's optimizer and schedule."""
     schedule: Schedule
@@ -63,7 +63,7 @@ def _text(value: Any) -> str:
     )
 
 
-def settings_to_save(config: Config, vocab_size: int, schedule: Schedule) -> dict[str, Any]:
+def settings_to_save(config: ResolvedConfig, vocab_size: int, schedule: Schedule) -> dict[str, Any]:
     """Return what a checkpoint records of its run's settings: `settings` in state.json."""
     return model_settings(config, vocab_size) | training_settings(config, schedule)
 
@@ -83,7 +83,7 @@ def saved_settings(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]
         written = {}
     scheduler, values = state.get("opt_param_scheduler"), {}
     if written:
-        config = Config().replace(**written)
+        config: Any = Config().replace(**written)  # what was written was resolved
         values = model_settings(config, config.tokenizer.vocab_size)
         if scheduler:
             values |= training_settings(config, Schedule.of(config))
@@ -118,7 +118,7 @@ def check_finetune(
 
 
 def resume_settings(
-    checkpoint: Path, state: Mapping[str, Any], config: Config, vocab_size: int
+    checkpoint: Path, state: Mapping[str, Any], config: ResolvedConfig, vocab_size: int
 ) -> Resumed:
     """Compare the settings of a run with those of the checkpoint that it continues from.
 
@@ -177,7 +177,7 @@ def resume_settings(
     return Resumed(config, schedule, tuple(note for note in notes if note))
 
 
-def check_optimizer_group(group: Mapping[str, Any], config: Config) -> str | None:
+def check_optimizer_group(group: Mapping[str, Any], config: ResolvedConfig) -> str | None:
     """Compare the settings with those that the optimizer of an old checkpoint really used.
 
     Version 0.1.0 recorded the command's settings and continued with the checkpoint's, so its

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import MegatronModule
@@ -18,14 +18,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_chatflow.checkpoint import state_dict
 from megatron_chatflow.checkpoint.ema import WeightAverage
 from megatron_chatflow.checkpoint.run_directory import read_state
-from megatron_chatflow.config import Config, Schedule
+from megatron_chatflow.config import ResolvedConfig, Schedule
 from megatron_chatflow.curriculum import BlendPlan
 from megatron_chatflow.data import BlendedDataset
 from megatron_chatflow.distributed import process_groups
 from megatron_chatflow.distributed.bf16_matmul import uses_float32
 from megatron_chatflow.distributed.kernels import describe_cpu
 from megatron_chatflow.distributed.launch import Launch
-from megatron_chatflow.model.forward import make_forward_step, schedule_shape
+from megatron_chatflow.model.forward import ScheduleShape, make_forward_step, schedule_shape
 from megatron_chatflow.model.gpt import build_model
 from megatron_chatflow.model.spec import choose_transformer_impl
 from megatron_chatflow.planner.parameters import count_parameters
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 class TrainState:
     """What the loop advances and callbacks read. The same on every rank, but for the tensors."""
 
-    config: Config
+    config: ResolvedConfig
     schedule: Schedule
     launch: Launch
     inputs: Inputs
@@ -55,11 +55,11 @@ class TrainState:
     transformer_impl: str
     model: list[MegatronModule]
     """The model chunks of this rank."""
-    optimizer: MegatronOptimizer
+    optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
     forward_step: Callable[..., Any]
-    shape: Mapping[str, int]
-    """Sequence length and micro-batch size, as megatron-core's pipeline schedules take them."""
+    shape: ScheduleShape
+    """Shape of the activations that the pipeline schedule sends."""
     iteration: int
     """Iterations done."""
     consumed: int
@@ -164,7 +164,7 @@ def build_train_state(
 
 
 def _describe(
-    config: Config, launch: Launch, vocab_size: int, impl: str, device: torch.device
+    config: ResolvedConfig, launch: Launch, vocab_size: int, impl: str, device: torch.device
 ) -> str:
     """Return the line on the size of the model and where it runs."""
     processes = (
@@ -185,7 +185,7 @@ def _load_checkpoint(
     start: ResumePoint,
     inputs: Inputs,
     model: list[MegatronModule],
-    optimizer: MegatronOptimizer,
+    optimizer: ChainedOptimizer,
     scheduler: OptimizerParamScheduler,
     average: WeightAverage | None,
 ) -> WeightAverage | None:
@@ -216,10 +216,11 @@ def _load_checkpoint(
         state is not None
         and with_optimizer
         and "settings" not in state
-        and (note := check_optimizer_group(group, config))
+        and (note := check_optimizer_group(group or {}, config))
     ):
         logger.info(note)
     if average is not None and not with_average:
+        assert config.training.ema_decay is not None
         average = WeightAverage(model, config.training.ema_decay)
         if state is not None:
             logger.info(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_chatflow.model.forward import reduce_sums, run_schedule
+from megatron_chatflow.model.forward import ScheduleShape, reduce_sums, run_schedule
 from megatron_chatflow.training.new_token_phase import NewRows
 from megatron_chatflow.utils.seeding import seed_from
 
@@ -49,9 +49,9 @@ def seed_iteration(seed: int, iteration: int) -> None:
 def train_step(
     forward_step: Callable[..., Any],
     model: list[MegatronModule],
-    optimizer: MegatronOptimizer,
-    micro_batches: list[Mapping[str, np.ndarray]],
-    shape: Mapping[str, int],
+    optimizer: ChainedOptimizer,
+    micro_batches: Sequence[Mapping[str, np.ndarray]],
+    shape: ScheduleShape,
     num_domains: int,
     device: torch.device,
     *,
@@ -76,6 +76,7 @@ def train_step(
         settle: called before weights or optimizer change.
         only: the rows to train; None for all weights.
     """
+    chunk: Any
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -112,6 +113,7 @@ def update(optimizer: ChainedOptimizer, *, check_finite: bool) -> float:
     norm = float(optimizer.get_grad_norm())
     if check_finite and not math.isfinite(norm):
         return norm
+    part: Any
     for part in optimizer.chained_optimizers:
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
         if parameters and part.config.clip_grad > 0:

@@ -10,7 +10,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_chatflow.model.forward import SUMS, make_forward_step, reduce_sums, run_schedule
+from megatron_chatflow.model.forward import (
+    SUMS,
+    ScheduleShape,
+    make_forward_step,
+    reduce_sums,
+    run_schedule,
+)
 from megatron_chatflow.training.callbacks import (
     Callback,
     CallbackList,
@@ -104,7 +110,7 @@ def evaluate_domain(
     num_domains: int,
     windows: int,
     micro_batch_size: int,
-    shape: Mapping[str, int],
+    shape: ScheduleShape,
     device: torch.device,
     progress: Callable[[int], None] = lambda windows: None,
 ) -> np.ndarray:
@@ -155,7 +161,7 @@ def evaluate_domains(
     names: tuple[str, ...],
     most: int | None,
     micro_batch_size: int,
-    shape: Mapping[str, int],
+    shape: ScheduleShape,
     device: torch.device,
     progress: Callable[[str, int, int], None] = lambda name, done, windows: None,
 ) -> np.ndarray:
