@@ -113,5 +113,11 @@ def _exclusive(save: Path) -> Iterator[None]:
 
 def check_target(folder: Path) -> None:
     """Raise ConfigError where something exists that would be overwritten."""
-    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        occupied = os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise ConfigError(
+            f"--save-dir {folder} cannot be read ({error.strerror}); give a new folder"
+        ) from None
+    if occupied:
         raise ConfigError(f"--save-dir {folder} is there already; give a new folder")
