@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The main job on a plain machine with two cores: text to .bin/.idx, a curriculum, a small GPT trained on two CPU processes (TP=2).
+# The complete path on a machine with two cores: text to .bin/.idx, a curriculum, a small GPT
+# trained on two CPU processes (TP=2).
 #
-#     bash examples/quickstart/run.sh            # from any folder, again and again
+#     bash examples/quickstart/run.sh            # from any folder, any number of times
 #
-# Everything it makes is in out/ beside this script and made anew each time. Flags after run.sh go to the training, e.g. --train-iters 300.
+# All output is in out/ next to this script and is replaced each time. Flags after run.sh go to
+# `chatflow train`, e.g. --train-iters 300.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -20,7 +22,7 @@ cd "$here"
 step() { printf '\n== %s\n' "$*"; }
 
 preprocess() { # name of the jsonl file, name of the corpus, further flags
-    python "$root/tools/preprocess_data.py" --input "data/$1.jsonl" --output-prefix "$out/data/$2" \
+    python -m megatron_chatflow preprocess --input "data/$1.jsonl" --output-prefix "$out/data/$2" \
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --workers 2 "${@:3}"
 }
 
@@ -40,9 +42,10 @@ done
 python -m megatron_chatflow plan --config run.yaml --curriculum curriculum.yaml --plot "$out/plan.png" "${length[@]}"
 
 step "3. Training on two processes"
-torchrun --standalone --nproc-per-node 2 -m megatron_chatflow train --config run.yaml --curriculum curriculum.yaml --save "$out/run" "$@"
+torchrun --standalone --nproc-per-node 2 -m megatron_chatflow train --config run.yaml \
+    --curriculum curriculum.yaml --save "$out/run" "$@"
 
-python "$root/tools/plot_run.py" "$out/run"
+python -m megatron_chatflow plot "$out/run"
 
 step "4. What the model read in iteration 57"
 python -m megatron_chatflow locate --iteration 57 --checkpoint "$out/run"

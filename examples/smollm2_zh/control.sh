@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What the curriculum of run.sh is worth: its base model, corpora and length with the same average shares held constant, or with Chinese alone.
+# The controls of run.sh: the same base model, corpora and length with constant average shares, or
+# with Chinese only.
 #
 #     bash examples/smollm2_zh/control.sh constant            # after run.sh
 #     bash examples/smollm2_zh/control.sh chinese --short     # after run.sh --short
@@ -14,7 +15,7 @@ use_environment "$root" requirements-dev.txt
 
 control=${1:-}
 if [ ! -f "$here/$control.yaml" ]; then
-    echo "control.sh: '$control' is no control; give constant or chinese" >&2
+    echo "control.sh: '$control' is not a control; use constant or chinese" >&2
     exit 2
 fi
 shift
@@ -28,5 +29,5 @@ rm -rf "out/$control"
 settings_for "out/$control" "$control.yaml" "$@"
 python -m megatron_chatflow train "${settings[@]}"
 
-step "Against the untouched model"
-judge "out/$control" out/smollm2 zh
+step "Comparison with the original model"
+compare_with "out/$control" out/smollm2 zh
