@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from megatron_chatflow.config.pipeline_layout import virtual_pipeline_size
 from megatron_chatflow.config.schema import ParallelSettings
