@@ -13,7 +13,6 @@ import yaml
 
 from megatron_chatflow.cli import slurm_script
 from megatron_chatflow.cli.slurm_script import EXIT_AT_START, EXIT_PREEMPTED, Job, render
-from megatron_chatflow.training import signals
 from tests.pool import command
 from tests.sample import SETTINGS
 
@@ -58,8 +57,7 @@ def test_the_example_is_what_submit_writes() -> None:
     )
 
 
-def test_the_script_knows_the_exit_code_of_a_run_that_was_told_to_leave() -> None:
-    assert slurm_script.EXIT_PREEMPTED == signals.EXIT_PREEMPTED
+def test_the_script_knows_the_exit_code_of_a_process_that_a_signal_ended_at_the_start() -> None:
     assert slurm_script.EXIT_AT_START == 128 + signal.SIGUSR1
 
 
