@@ -1,5 +1,7 @@
-"""The mean of a run's last checkpoints: a constant learning rate with averaged weights does what a
-decay does, and keeps what late data taught.
+"""The mean of a run's last checkpoints.
+
+A constant learning rate with averaged weights does what a decay does, and keeps what late data
+taught.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from megatron_chatflow.checkpoint import state_dict
 
 
 def mean(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The uniform mean, added up in float32 one tensor after the other, in the type of the last
-    one. One tensor is itself, bit for bit.
+    """Return the uniform mean, in the type of the last tensor.
+
+    The tensors are added up in float32 one after the other. One tensor is itself, bit for bit.
     """
     total, count = None, 0
     for tensor in tensors:
@@ -27,8 +30,9 @@ def mean(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def load_mean(folders: Sequence[Path], model: list[MegatronModule]) -> None:
-    """Load the `mean` of the parameters of some checkpoints into a model of any layout; what is no
-    parameter comes from the last one.
+    """Load the `mean` of the parameters of some checkpoints into a model of any layout.
+
+    Everything else comes from the last checkpoint.
 
     Memory: one float32 copy of this rank's parameters beside the model.
     """

@@ -1,5 +1,7 @@
-"""Whether a checkpoint's tensors are those of a model, by the names and shapes in its `.metadata`:
-all that is known of a checkpoint that does not record its settings."""
+"""Whether a checkpoint's tensors are those of a model, by the names and shapes in `.metadata`.
+
+That is all that is known of a checkpoint that does not record its settings.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ WHAT_TO_DO = "give the settings of the model that it was saved with"
 
 
 def check_weights(reader: CheckpointReader, wanted: dict[str, Any]) -> None:
-    """Compare the weights that the ranks ask for with those that the checkpoint has. Called by
-    every rank, before anything is read.
+    """Compare the weights that the ranks ask for with those that the checkpoint has.
+
+    Called by every rank, before anything is read.
 
     Raises ConfigError, on every rank, with all names that differ.
     """
@@ -52,8 +55,10 @@ def check_weights(reader: CheckpointReader, wanted: dict[str, Any]) -> None:
 
 
 def check_vocabulary(reader: CheckpointReader, vocab_size: int) -> None:
-    """Compare a vocabulary with the rows of the checkpoint's embedding, which may have more, as
-    padding. Raises ConfigError."""
+    """Compare a vocabulary with the rows of the checkpoint's embedding.
+
+    The embedding may have more rows, as padding. Raises ConfigError.
+    """
     entry = reader.tensors.get(EMBEDDING)
     if entry is not None and entry.size[0] < vocab_size:
         raise CheckpointError(

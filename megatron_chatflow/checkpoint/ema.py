@@ -15,8 +15,9 @@ PREFIX = "ema."
 
 
 class WeightAverage:
-    """mean <- decay x mean + (1 - decay) x weight after every iteration, in float32, for this
-    rank's weights.
+    """Running mean in float32 of this rank's weights.
+
+    After every iteration: mean <- decay x mean + (1 - decay) x weight.
     """
 
     def __init__(self, model: list[MegatronModule], decay: float) -> None:
@@ -35,8 +36,9 @@ class WeightAverage:
             mean.lerp_(parameter.float(), 1 - self._decay)
 
     def sharded_state(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """The means as entries of a sharded state dict: those of `weights`, a model chunk's, under
-        names with PREFIX.
+        """Return the means as entries of a sharded state dict.
+
+        They are those of `weights`, a model chunk's, under names with PREFIX.
         """
         return {
             name: _renamed(entry, self._means[entry.data])

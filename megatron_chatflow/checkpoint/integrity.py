@@ -1,5 +1,6 @@
-"""manifest.json of a checkpoint: the size and SHA-256 of every file in it, and of itself. Imports
-no torch.
+"""manifest.json of a checkpoint: the size and SHA-256 of every file in it, and of itself.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ REQUIRED = (".metadata", "common.pt", "metadata.json", "state.json")
 
 
 def write_manifest(folder: Path, records: FileRecords) -> None:
-    """Seal a checkpoint folder: `records` are those of all its files, taken where they were
-    written.
+    """Write the manifest of a checkpoint folder.
+
+    `records` are those of all its files, made where the files were written.
     """
     write_atomically(folder / NAME, _render(records))
 
@@ -38,9 +40,7 @@ def record_files(folder: Path) -> FileRecords:
 
 
 def check_files(folder: Path, records: FileRecords) -> None:
-    """Raise CheckpointError where the files in a folder are not exactly those of `records`, by name and
-    size.
-    """
+    """Raise CheckpointError unless a folder's files are exactly `records`, by name and size."""
     there = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     there.pop(NAME, None)
     for name, wanted in records.items():
@@ -55,8 +55,9 @@ def check_files(folder: Path, records: FileRecords) -> None:
 
 
 def read_manifest(folder: Path) -> FileRecords | None:
-    """The records of a checkpoint; None where it has no manifest, as those of version 0.1.0. Raises
-    ChatflowError for a damaged manifest.
+    """Return the records of a checkpoint's files; None without a manifest (version 0.1.0).
+
+    Raises ChatflowError for a damaged manifest.
     """
     try:
         with open_inside(folder, NAME) as file:
@@ -96,9 +97,7 @@ def _render(files: FileRecords) -> str:
 
 
 def damage_at_first_sight(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, told from sizes and from the small files' content; None
-    where nothing is.
-    """
+    """Return what is wrong with a checkpoint by sizes and the content of small files, or None."""
     return damage(folder, lambda name, size: size < 1 << 20)
 
 

@@ -94,9 +94,11 @@ class Lease:
         return cls(folder, setting, place.with_name(place.name + ".lease"))
 
     def __enter__(self) -> Lease:
+        """Return the lease, not yet acquired."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Give the lease back."""
         self.release()
 
     @property

@@ -1,5 +1,6 @@
-"""Who holds a lease: a process, identified so that another one is not mistaken for it. Imports no
-torch.
+"""Who holds a lease: a process, identified so that no other is mistaken for it.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Holder:
         return state if started == self.started and state not in ("Z", "X") else None
 
     def __str__(self) -> str:
+        """Return what messages call the holder."""
         since = datetime.datetime.fromtimestamp(self.since).astimezone()
         job = f", SLURM job {self.job}" if self.job else ""
         return f"{self.user} on {self.host}, process {self.pid}{job}, since {since:%F %T %Z}"

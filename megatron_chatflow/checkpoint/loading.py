@@ -92,8 +92,10 @@ class _Shards(mcore.TorchDistLoadShardedStrategy):
 
 
 class _Planner(mcore.MCoreLoadPlanner):
-    """Takes objects, where its base takes bytes and unpickles them, and names all tensors that
-    differ, where its base names the first."""
+    """A load planner that takes objects and reports every tensor that differs.
+
+    Its base takes bytes and unpickles them, and reports the first tensor alone.
+    """
 
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(**options)

@@ -1,14 +1,17 @@
-"""The forms in which megatron-core's optimizers lay out a checkpoint, and the reading of one form
-into an optimizer of another.
+"""How megatron-core's optimizers lay out a checkpoint, and how one layout is read into another.
 
 The moments have the same names in all three. What differs is where the float32 parameters are, and
-where the groups and the step count stand:
+where the groups and the step count are:
 
-| optimizer | float32 parameters | groups, step |
-|---|---|---|
-| FP32Optimizer | the weights themselves | ``param_groups``, ``state.common_step`` |
-| Float16OptimizerWithFloat16Params | ``optimizer.state.fp32_param.*`` | ``optimizer.param_groups``, ``optimizer.state.common_step`` |
-| DistributedOptimizer | ``optimizer.state.param.*`` | ``optimizer.param_groups``, the step in each group |
+FP32Optimizer
+    float32 parameters: the weights themselves
+    groups and step: ``param_groups``, ``state.common_step``
+Float16OptimizerWithFloat16Params
+    float32 parameters: ``optimizer.state.fp32_param.*``
+    groups and step: ``optimizer.param_groups``, ``optimizer.state.common_step``
+DistributedOptimizer
+    float32 parameters: ``optimizer.state.param.*``
+    groups and step: ``optimizer.param_groups``, with the step in each group
 """
 
 from __future__ import annotations
@@ -38,8 +41,9 @@ class OptimizerLayout(Enum):
 
 
 def layout_of(optimizer: MegatronOptimizer) -> OptimizerLayout:
-    """The form that an optimizer reads and writes; `optimizer` is one part of a
-    ChainedOptimizer.
+    """Return the layout that an optimizer reads and writes.
+
+    `optimizer` is one part of a ChainedOptimizer.
     """
     if isinstance(optimizer, DistributedOptimizer):
         return OptimizerLayout.DISTRIBUTED
@@ -56,8 +60,9 @@ def layout_in(saved: dict[str, Any]) -> OptimizerLayout:
 def ask_for(
     weights: dict[str, Any], state: dict[str, Any], have: OptimizerLayout, want: OptimizerLayout
 ) -> None:
-    """Rename the float32 parameters that an optimizer of the form `want` is about to load to what a
-    checkpoint of the form `have` calls them.
+    """Rename the float32 parameters that an optimizer is about to load.
+
+    The optimizer has the layout `want`; the new names are those of a checkpoint of layout `have`.
 
     `weights` and `state` are the sharded state dicts of the model and the optimizer, changed in
     place. An FP32Optimizer's parameters are the model's.
@@ -75,8 +80,9 @@ def ask_for(
 
 
 def hand_over(loaded: dict[str, Any], optimizer: MegatronOptimizer, have: OptimizerLayout) -> None:
-    """Put groups and step of a checkpoint of the form `have` where `optimizer` looks for them in
-    `loaded`, which is changed in place.
+    """Put the groups and the step of a checkpoint where `optimizer` looks for them.
+
+    The checkpoint has the layout `have`; `loaded` is changed in place.
     """
     want = layout_of(optimizer)
     if have == want:

@@ -1,5 +1,6 @@
-"""The run directory as files: names, the pointer to the latest checkpoint, and what a checkpoint
-knows. Imports no torch.
+"""The run directory as files: names, the pointer to the latest checkpoint, and its plain data.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ def iteration_of(name: str) -> int | None:
 
 
 def latest_iteration(run: Path) -> int | None:
-    """The iteration that the pointer names, or None where there is no pointer. Raises ConfigError
-    for a damaged pointer.
+    """Return the iteration that the pointer names, or None without a pointer.
+
+    Raises CheckpointError for a damaged pointer.
     """
     path = run / POINTER
     try:
@@ -94,8 +96,7 @@ def complete_iterations(run: Path) -> list[int]:
 
 
 def find_checkpoint(run: str | Path, ckpt_step: int | None) -> Path | None:
-    """The checkpoint folder to load: of `ckpt_step`, else the latest; None where the directory has
-    none.
+    """Return the checkpoint folder to load: of `ckpt_step`, else the latest; None if there is none.
 
     Raises ConfigError where the wanted one is missing, naming those that are there.
     """
@@ -120,8 +121,7 @@ def find_checkpoint(run: str | Path, ckpt_step: int | None) -> Path | None:
 def find_sound_checkpoint(
     run: str | Path, ckpt_step: int | None, damaged: Mapping[Path, str]
 ) -> tuple[Path | None, list[str]]:
-    """The checkpoint that training goes on from, and a sentence for each newer one that is passed
-    over.
+    """Return the checkpoint that training resumes from, and a message for each newer one skipped.
 
     Args:
         run: the run directory.
@@ -205,8 +205,9 @@ def on_course(run: Path, course: Lineage, iterations: Iterable[int]) -> list[int
 def outdated(
     iterations: Collection[int], most_recent_k: int | None, retain_interval: int | None
 ) -> list[int]:
-    """Which checkpoints to remove: all but the newest `most_recent_k` and the multiples of
-    `retain_interval`.
+    """Return which checkpoints to remove.
+
+    All are removed but the newest `most_recent_k` and the multiples of `retain_interval`.
 
     With neither none is removed. With `retain_interval` alone the two newest are kept: the latest,
     and one to go back to.
@@ -287,9 +288,7 @@ def _points_to(run: Path, iteration: int) -> bool:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The plain part of a checkpoint: iteration, consumed samples, plan, schedule, identity of the
-    data.
-    """
+    """Return the plain data of a checkpoint: iteration, consumed samples, plan, schedule, data."""
     try:
         state = load_json(read_text(folder / "state.json"))
         if not isinstance(state, dict):

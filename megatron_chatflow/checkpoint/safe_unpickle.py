@@ -110,9 +110,10 @@ def _unpickle(folder: Path) -> Metadata:
 
 
 def missing_shard(folder: Path) -> str | None:
-    """What is wrong with the files that ``.metadata`` refers to: one is missing, or `manifest.json`
-    does not list it. None where nothing is, and where `.metadata` is not read, which opening the
-    checkpoint reports.
+    """Return what is wrong with the files that ``.metadata`` refers to, or None.
+
+    A file is missing, or `manifest.json` does not list it. A `.metadata` that cannot be read gives
+    None; opening the checkpoint reports it.
     """
     try:
         places = _unpickle(folder).storage_data.values()

@@ -26,11 +26,13 @@ filesystem_async._results_queue = (
 
 
 class HashedSaveStrategy(TorchDistSaveShardedStrategy):
-    """Has this rank's shards written by its `WriterProcess` and calls `end(writer, metadata)` on every
-    rank when all of them are.
+    """Has this rank's shards written and hashed by its `WriterProcess`.
+
+    Calls `end(writer, metadata)` on every rank when all shards are written.
     """
 
     def __init__(self, end: Callable[[Any, Any], None]) -> None:
+        """Call `end` on every rank when all shards are written."""
         super().__init__("torch_dist", 1)
         self._end = end
 
@@ -47,9 +49,7 @@ class HashedSaveStrategy(TorchDistSaveShardedStrategy):
 def results_of_rank(
     writer: Any, answer: Answer | None
 ) -> tuple[str | None, list[Any], FileRecords]:
-    """(what went wrong here or None, megatron-core's write results, records of this rank's
-    shards).
-    """
+    """Return (error here or None, megatron-core's write results, records of this rank's shards)."""
     if not writer.write_buckets:
         return None, [], {}
     if answer is None:

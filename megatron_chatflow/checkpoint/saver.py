@@ -1,8 +1,11 @@
-"""Saving: one checkpoint at a time, written aside, made durable on every rank, and only then
-published; beside the training where asked.
+"""Save one checkpoint at a time: write it under another name, flush it to disk, then publish it.
 
-RUN/iter_0000100.partial-<n>/           while it is written; what a killed run leaves of it the next save removes
-RUN/iter_0000100/                       shards of weights and optimizer, for any layout, state.json and manifest.json
+In the background where asked.
+
+RUN/iter_0000100.partial-<n>/           while it is written; the next save removes the rest of a
+                                        killed one
+RUN/iter_0000100/                       shards of weights and optimizer, for any layout, with
+                                        state.json and manifest.json
 RUN/latest_checkpointed_iteration.txt   written last, atomically: what it names is complete
 """
 
@@ -42,9 +45,7 @@ from megatron_chatflow.utils.files import (
 
 
 class SaveError(WriteError):
-    """A checkpoint could not be written; the ones before are as they were. Raised on every rank
-    alike.
-    """
+    """A checkpoint could not be written; earlier ones are unchanged. Raised on every rank alike."""
 
 
 @dataclass
@@ -72,8 +73,9 @@ class Saved:
 
 
 class Saver:
-    """Writes the checkpoints of a run directory. Every method is called by every rank alike, but
-    for `settle` and `close`.
+    """Writes the checkpoints of a run directory.
+
+    Every rank calls every method alike, except `settle` and `close`.
     """
 
     def __init__(
@@ -83,8 +85,9 @@ class Saver:
         retain_interval: int | None = None,
         lease: Lease | None = None,
     ) -> None:
-        """Starts the process that writes. Made before there are process groups and weights it
-        shares nothing of them.
+        """Start the process that writes.
+
+        Made before process groups and weights exist, it shares nothing of them.
 
         Args:
             run: the run directory; it need not be there.
@@ -102,9 +105,11 @@ class Saver:
         self._sweeper: threading.Thread | None = None
 
     def __enter__(self) -> Saver:
+        """Return the saver."""
         return self
 
     def __exit__(self, *args: Any) -> None:
+        """End the process that writes."""
         self.close()
 
     @property
@@ -113,8 +118,9 @@ class Saver:
         return self._writing is not None
 
     def begin(self, iteration: int, sharded_state: dict[str, Any], state: dict[str, Any]) -> None:
-        """Begin to write ``RUN/iter_<iteration>``; what `sharded_state` holds may change when
-        `settle` returns.
+        """Begin to write ``RUN/iter_<iteration>``.
+
+        What `sharded_state` holds may change when `settle` returns.
 
         Args:
             iteration: iterations done.
@@ -137,7 +143,7 @@ class Saver:
         except (
             OSError,
             RuntimeError,
-        ) as error:  # told at the end, when all ranks are there to hear it
+        ) as error:  # reported at the end, on all ranks
             self._writing.problem = f"common.pt: {error}"
         without_views(sharded)
         self._queue.schedule_async_request(
@@ -146,8 +152,9 @@ class Saver:
         self._writing.seconds = time.perf_counter() - begin
 
     def settle(self) -> None:
-        """Wait until what is being saved is copied. To be called before any of it changes; needs no
-        other rank.
+        """Wait until what is being saved is copied.
+
+        Call it before any of it changes; it needs no other rank.
         """
         begin = time.perf_counter()
         self._writer.settle()
@@ -155,8 +162,9 @@ class Saver:
             self._writing.seconds += time.perf_counter() - begin
 
     def poll(self, *, wait: bool = False) -> Saved | None:
-        """The checkpoint if it has been written on all ranks meanwhile, and is now published; else
-        None. With `wait` not before it is.
+        """Return the checkpoint once it is written on all ranks and published; until then None.
+
+        With `wait`, return when it is.
 
         Raises:
             SaveError: it could not be written.
@@ -184,8 +192,9 @@ class Saver:
         self._wait_for_sweeper()
 
     def _make_partial(self, iteration: int) -> Path:
-        """A folder of a name that no earlier attempt had: what a killed run's writers still write
-        goes nowhere.
+        """Make a folder of a name that no earlier attempt had.
+
+        What a killed run's writers still write goes to another folder.
         """
         answer: list[Any] = [None]
         if torch.distributed.get_rank() == 0:
@@ -236,7 +245,7 @@ class Saver:
         self._saved = Saved(iteration_folder(self._run, writing.iteration), 0.0, 0.0)
 
     def _publish(self, writer: Any, metadata: Any, everyone: list[Any]) -> None:
-        """Raises OSError or CheckpointError where it cannot be; then everything before is unchanged."""
+        """Publish the checkpoint; what it raises leaves everything before unchanged."""
         partial, iteration = self._writing.partial, self._writing.iteration
         writer.finish(metadata, [results for _, results, _ in everyone])
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))

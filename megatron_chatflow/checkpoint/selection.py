@@ -1,5 +1,6 @@
-"""Which weights of a run a command takes: a checkpoint's, the mean of the last checkpoints, or the
-running mean. Imports no torch.
+"""Which weights of a run to read: a checkpoint's, a mean of checkpoints, or the running mean.
+
+Imports no torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A copy of a checkpoint's tensors in memory that a rank shares with the process that writes its
-shards, made once a save into the same place.
+"""A copy of a checkpoint's tensors in memory shared with the process that writes its shards.
+
+Each save copies into the same memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """Where a tensor lies in the shared memory."""
+    """Where a tensor is in the shared memory."""
 
     offset: int
     """In bytes."""
@@ -27,7 +28,7 @@ class TensorSlot:
     shape: Sequence[int]
 
     def within(self, memory: mmap.mmap) -> torch.Tensor:
-        """The tensor that lies there; not a copy."""
+        """Return the tensor at this place; not a copy."""
         count = torch.Size(self.shape).numel()
         if not count:
             return torch.empty(self.shape, dtype=self.dtype)
@@ -37,11 +38,13 @@ class TensorSlot:
 
 
 class SharedTensorBuffer:
-    """Shared memory for the tensors of a checkpoint; kept from save to save, as fresh memory costs
-    more than the copy.
+    """Shared memory for the tensors of a checkpoint.
+
+    It is kept from save to save, because new memory costs more than the copy.
     """
 
     def __init__(self) -> None:
+        """Reserve nothing yet."""
         self.file: int | None = None
         """Descriptor of the memory, which another process can map; another one when a checkpoint is
         larger than those before.
@@ -51,12 +54,14 @@ class SharedTensorBuffer:
         self._memory: mmap.mmap | None = None
 
     def copy(self, buckets: list[Any]) -> list[Any]:
-        """Copy the tensors of megatron-core's write buckets here; returns the buckets with each
-        tensor's `TensorSlot` instead of it.
+        """Copy the tensors of megatron-core's write buckets into the shared memory.
+
+        Returns the buckets with a `TensorSlot` in place of each tensor.
 
         Raises:
             OSError: there is no memory; what was here before still is.
         """
+        # Lay the tensors out one after the other, each at a multiple of _ALIGNMENT bytes.
         staged, moves, end = [], [], 0
         for path, name, (objects, tensors) in buckets:
             slots = []
@@ -64,6 +69,7 @@ class SharedTensorBuffer:
                 slot = TensorSlot(end, tensor.dtype, tuple(tensor.shape))
                 slots.append((item, slot))
                 moves.append((slot, tensor))
+                # Round the size up: the next tensor begins aligned.
                 end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
             staged.append((path, name, (objects, slots)))
         self._reserve(end)
@@ -92,8 +98,7 @@ class SharedTensorBuffer:
 
 
 def without_views(sharded_state: dict[str, Any]) -> None:
-    """Give every CPU tensor of a sharded state dict a storage of its own over the same memory, in
-    place.
+    """Give every CPU tensor of a sharded state dict its own storage over the same memory, in place.
 
     Weights and moments are views into megatron-core's buffers, and its writer clones views before
     they are copied here once more.

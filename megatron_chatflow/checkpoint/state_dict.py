@@ -1,5 +1,6 @@
-"""What a checkpoint holds of model, optimizer and running mean, in megatron-core's terms;
-`saver.py` has the files.
+"""What a checkpoint holds of model, optimizer and running mean, in megatron-core's terms.
+
+`saver.py` writes the files.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from megatron_chatflow.errors import CheckpointError
 
 
 def _metadata() -> dict[str, Any]:
-    """Optimizer state that any tensor, pipeline and data-parallel size can load. A new dictionary
-    each time: megatron-core puts groups into it.
+    """Return the metadata of optimizer state that any layout loads.
+
+    A new dictionary each time: megatron-core puts groups into it.
     """
     return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -55,8 +57,9 @@ def sharded_state(
     *,
     is_loading: bool = False,
 ) -> dict[str, Any]:
-    """What a checkpoint holds, as megatron-core's sharded state dict: weights and, where they are
-    given, optimizer state and running mean.
+    """Return what a checkpoint holds, as megatron-core's sharded state dict.
+
+    It has the weights and, where they are given, optimizer state and running mean.
 
     Called by every rank: the weights and the optimizer's state are gathered where they are spread.
 
@@ -90,8 +93,10 @@ def sharded_state(
 
 
 def gather_weights(model: list[MegatronModule]) -> None:
-    """Complete the weights of every rank. Under --overlap-param-gather what the optimizer changed
-    is otherwise gathered in the next forward pass.
+    """Complete the weights of every rank.
+
+    Under --overlap-param-gather what the optimizer changed is otherwise gathered in the next
+    forward pass.
     """
     for chunk in model:
         if getattr(chunk, "ddp_config", None) and chunk.ddp_config.overlap_param_gather:
@@ -106,8 +111,9 @@ def save(
     state: dict[str, Any],
     average: WeightAverage | None = None,
 ) -> Path:
-    """Write ``RUN/iter_<iteration>`` and then point to it (`Saver`); returns the folder. Called by
-    every rank. `state`: plain data for state.json.
+    """Write ``RUN/iter_<iteration>`` and then point to it (`Saver`); return the folder.
+
+    Called by every rank. `state` is plain data for state.json.
     """
     with Saver(run) as saver:
         saver.begin(iteration, sharded_state(model, optimizer, average), state)
@@ -138,8 +144,7 @@ def load(
     *,
     verified: bool = False,
 ) -> dict[str, Any] | None:
-    """Load weights, and where they are given the state of the optimizer and the weights' running
-    mean, from a checkpoint of any layout.
+    """Load weights, and optimizer state and running mean where given, from any layout.
 
     Returns the settings that the optimizer was saved with, those of its first group. They are not
     in effect, those of `optimizer` are.

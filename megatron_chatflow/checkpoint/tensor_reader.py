@@ -36,6 +36,7 @@ class CheckpointReader:
     """
 
     def __init__(self, folder: Path) -> None:
+        """Read the small files of a checkpoint folder."""
         self.folder = folder
         with refusing(folder):
             self.metadata: Metadata = read_metadata(folder)
@@ -123,8 +124,10 @@ def _with_own_states(found: Any) -> Any:
 
 
 def _plain(value: Any, room: int) -> Any:
-    """`value`, where it is a tree of at most `room` parts: a loop or a part in a thousand places
-    would keep those busy that walk through it."""
+    """Return `value` if it is a tree of at most `room` parts.
+
+    A cycle, or one part in a thousand places, would take very long to walk through.
+    """
     waiting, parts = [(value, 0)], 0
     while waiting:
         part, depth = waiting.pop()

@@ -1,5 +1,6 @@
-"""The process that writes a rank's shards: one for the whole run, started before there are weights,
-at the lowest priority.
+"""The process that writes a rank's shards, at the lowest priority.
+
+There is one for the complete run, started before there are weights.
 
 megatron-core forks one for each save. Whatever the steps after that change, the kernel copies
 first, page by page; and a fork takes along threads, sockets and a CUDA context. Its persistent one
@@ -32,13 +33,14 @@ from megatron_chatflow.utils.files import record_file
 from megatron_chatflow.utils.process import blocked_signals, die_with_parent
 
 Answer = tuple[Any, FileRecords]
-"""(megatron-core's write results by shard, or the exception that came first; the shards' records)."""
+"""(megatron-core's write results by shard, or the first exception; the shards' records)."""
 
 
 class WriterProcess(AsyncCaller):
     """This rank's process, as megatron-core's AsyncCallsQueue uses one."""
 
     def __init__(self) -> None:
+        """Start the process."""
         self.answer: Answer | None = None
         """To the last request; None where the process was killed."""
         self._buffer = SharedTensorBuffer()
@@ -60,8 +62,9 @@ class WriterProcess(AsyncCaller):
         """Bytes of the shared memory that the process knows of."""
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
-        """Have a save of `shards.HashedSaveStrategy` written; what it holds may change when `settle`
-        returns.
+        """Have a save of `save_strategy.HashedSaveStrategy` written.
+
+        What it holds may change when `settle` returns.
         """
         self.answer = None
         if async_req.async_fn is None:  # nothing to write on this rank
@@ -82,7 +85,7 @@ class WriterProcess(AsyncCaller):
             if fresh:
                 send_handle(self._connection, self._buffer.file, self._process.pid)
                 self._mapped = self._buffer.size
-        except OSError:  # killed just now: told by the missing answer
+        except OSError:  # killed just now: the missing answer shows it
             pass
 
     def settle(self) -> None:
@@ -94,8 +97,9 @@ class WriterProcess(AsyncCaller):
                 self.answer, self._request = (error, {}), None
 
     def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
-        """Whether every rank's shards are written, or their processes killed. With `blocking` this
-        rank's are when it returns.
+        """Return whether every rank's shards are written, or their processes killed.
+
+        With `blocking` those of this rank are when it returns.
         """
         if blocking or (self._request is not None and self._request.done()):
             self.settle()
@@ -117,7 +121,8 @@ class WriterProcess(AsyncCaller):
         self._connection.close()
         self._buffer.close()
 
-    def __del__(self) -> None: ...
+    def __del__(self) -> None:
+        """Do nothing: `close` ends the process, where its base would end it here."""
 
 
 def _serve(connection: Connection) -> None:

@@ -1,3 +1,4 @@
-"""Hugging Face folders to run directories and back. Importing this package imports neither torch
-nor megatron.
+"""Conversion between Hugging Face folders and run directories.
+
+Importing this package imports neither torch nor megatron.
 """

@@ -1,5 +1,6 @@
-"""The weights of a run as megatron-core's tensors, one by one: of one checkpoint, of the mean of
-several, or the running mean.
+"""The weights of a run as megatron-core's tensors, one by one.
+
+Of one checkpoint, of the mean of several, or of the running mean.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from megatron_chatflow.errors import ConfigError
 
 
 def check_files(chosen: ChosenWeights) -> None:
-    """Read every file of every checkpoint. Raises ConfigError for one that is damaged, or whose
-    pickles hold what does not belong there.
+    """Read every file of every checkpoint.
+
+    Raises ConfigError for one that is damaged, or whose pickles hold what does not belong there.
     """
     for checkpoint in chosen.folders:
         wrong = integrity.damage(checkpoint, lambda name, size: True) or missing_shard(checkpoint)
@@ -31,12 +33,15 @@ def check_files(chosen: ChosenWeights) -> None:
 
 
 class SavedWeights:
-    """Reads them a tensor at a time. The mean of several is that of `load_mean`, bit for bit; the
-    running mean is rounded to the weights' type.
+    """Reads the weights one tensor at a time.
+
+    The mean of several is that of `load_mean`, bit for bit; the running mean is rounded to the
+    weights' type.
     """
 
     def __init__(self, chosen: ChosenWeights, contents: Contents, vocab_size: int) -> None:
-        """Find all tensors of `contents` in every checkpoint, in the shapes that config.yaml means.
+        """Find all tensors of `contents` in every checkpoint, in the shapes of config.yaml.
+
         Needs a process group of one.
 
         Args:
@@ -77,8 +82,9 @@ def _piece(reader: CheckpointReader, key: str, layer: int | None) -> torch.Tenso
 def _misfit(
     reader: CheckpointReader, name: str, wanted: tuple[int, ...], vocab_size: int | None
 ) -> str | None:
-    """What is wrong with a tensor of a checkpoint; `vocab_size` is the least number of rows of a
-    table of words.
+    """Return what is wrong with a tensor of a checkpoint.
+
+    `vocab_size` is the least number of rows of a word table.
     """
     if name not in reader.tensors:
         return f" has no {name}"

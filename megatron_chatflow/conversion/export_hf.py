@@ -44,17 +44,19 @@ def convert(
     chosen: ChosenWeights,
     tokenizer_folder: Path | None,
 ) -> None:
-    """Convert weights of the run directory `load` into the folder `save`, which must not exist or
-    be empty.
+    """Convert weights of the run directory `load` into the folder `save`.
+
+    `save` must not exist or be empty.
 
     Args:
-        load: a run directory.
-        save: is there, whole, when this returns; a killed conversion leaves ``SAVE.partial``
-        behind. chosen: which weights. tokenizer_folder: where tokenizer files, and config.json as
-        the pattern, come from; None is the folder of the run's tokenizer.
+        load: A run directory.
+        save: Complete when this returns; a killed conversion leaves ``SAVE.partial``.
+        chosen: Which weights.
+        tokenizer_folder: Where tokenizer files, and config.json as the pattern, come from; None is
+            the folder of the run's tokenizer.
 
     Raises:
-        ConfigError: what is there cannot be converted; nothing has been written.
+        ConfigError: The weights cannot be converted; nothing has been written.
     """
     config = _read_config(load)
     check_files(chosen)

@@ -1,5 +1,6 @@
-"""Hugging Face's config.json and this project's model settings, each from the other. Imports no
-torch.
+"""Hugging Face's config.json and this project's model settings, each from the other.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -74,8 +75,7 @@ def _check_types(hf: Mapping[str, Any], where: str) -> None:
 
 
 def model_settings(hf: Mapping[str, Any], where: str) -> tuple[ModelSettings, list[str]]:
-    """The settings of the model that a config.json describes, and sentences that the user should
-    see.
+    """Return the settings of the model that a config.json describes, and notes for the user.
 
     Raises ConfigError for an architecture or a feature that has no counterpart here, naming key and
     value; `where` is the file's name.
@@ -264,8 +264,9 @@ def _sliding_window(hf: Mapping[str, Any], layers: int, where: str) -> int | Non
 
 
 def _rope_settings(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Rotary settings from `rope_theta` and `rope_scaling`, or from `rope_parameters`, which holds
-    both since transformers 5.
+    """Return the rotary settings of `rope_theta` and `rope_scaling`, or of `rope_parameters`.
+
+    The latter holds both since transformers 5.
     """
     rope = (
         {"rope_theta": hf.get("rope_theta", 10000.0)}

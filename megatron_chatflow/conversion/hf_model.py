@@ -1,5 +1,6 @@
-"""A Hugging Face model opened for reading: checked as a whole, with its tokenizer, and ready to
-give megatron-core's tensors one by one.
+"""A Hugging Face model opened for reading, checked with its tokenizer.
+
+It gives megatron-core's tensors one by one.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ class Opened:
     weights: Weights
 
     def tensor(self, piece: Piece) -> torch.Tensor:
-        """A tensor in megatron-core's layout, in the type that it has in the folder; a table of
-        words has the rows of `piece`, padding among them.
+        """Return a tensor in megatron-core's layout, in the type that it has in the folder.
+
+        A word table has the rows of `piece`, padding among them.
         """
         parts = [self.weights.read(name) for name in huggingface_names(piece.key, piece.layer)]
         if piece.key not in WORD_TABLES:
@@ -94,8 +96,7 @@ def groups_of(model: ModelSettings) -> tuple[int, int]:
 def open_folder(
     folder: Path, tokenizer_folder: Path | None = None, methods: dict[str, str | None] | None = None
 ) -> Opened:
-    """Open and check a Hugging Face folder; nothing of its weights but the names and shapes is
-    read.
+    """Open and check a Hugging Face folder; of its weights only names and shapes are read.
 
     Args:
         folder: config.json, safetensors and tokenizer of the LLaMA family.
@@ -204,9 +205,7 @@ def _check_weights(
     load: Path,
     notes: list[str],
 ) -> dict[str, torch.dtype]:
-    """{key: type}, after every tensor was found to be there, of the shape that the settings mean,
-    and none beside.
-    """
+    """Return {key: type} once every tensor is present in the expected shape, and no other."""
     left, dtypes = dict(weights.shapes), {}
     for piece in contents.pieces():
         shape = (base_rows, *piece.shape[1:]) if piece.key in WORD_TABLES else piece.shape

@@ -1,8 +1,7 @@
-"""A Hugging Face folder to a run directory that holds one checkpoint, of iteration 0, and no
-optimizer.
+"""A Hugging Face folder to a run directory with one checkpoint, of iteration 0, without optimizer.
 
 SAVE/iter_0000000/      the weights in torch_dist, for any layout, state.json and manifest.json
-SAVE/huggingface/       the tokenizer's files, config.json, generation_config.json: what the way back needs
+SAVE/huggingface/       the tokenizer's files, config.json, generation_config.json, for export
 SAVE/config.yaml        the model's settings and its tokenizer
 """
 
@@ -47,12 +46,13 @@ def convert(
     """Convert the folder `load` into the run directory `save`, which must not exist or be empty.
 
     Args:
-        load: see `open_folder`, as are `tokenizer_folder` and `methods`.
-        save: is there, whole, when this returns; a killed conversion leaves ``SAVE.partial``
-        behind. tokenizer_folder: an extended tokenizer, or None. methods: of new rows.
+        load: See `open_folder`.
+        save: Complete when this returns; a killed conversion leaves ``SAVE.partial``.
+        tokenizer_folder: An extended tokenizer, or None; see `open_folder`.
+        methods: How new rows are made; see `open_folder`.
 
     Raises:
-        ConfigError: what is there cannot be converted; nothing has been written.
+        ConfigError: The folder cannot be converted; nothing has been written.
     """
     model = open_folder(load, tokenizer_folder, methods)
     log_notes(logger, model.notes)
@@ -101,8 +101,9 @@ def _carry_files(model: Opened, target: Path) -> None:
 
 
 def _yaml(model: Opened) -> str:
-    """The sections that a conversion knows; all other settings are the command's that reads it. The
-    tokenizer's path is relative to the file.
+    """Return the sections that a conversion knows; the tokenizer's path is relative to the file.
+
+    All other settings belong to the command that reads it.
     """
     sections = load_yaml(to_yaml(model.config))
     sections["tokenizer"]["tokenizer_model"] = f"{FILES}/{model.vocabulary.tokenizer_file.name}"

@@ -1,6 +1,4 @@
-"""Weights of a Hugging Face folder straight into a model of any layout, without a checkpoint on
-disk.
-"""
+"""Weights of a Hugging Face folder into a model of any layout, without a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from megatron_chatflow.conversion.torch_dist import Piece
 
 @torch.no_grad()
 def load_weights(opened: Opened, model: Sequence[MegatronModule]) -> None:
-    """Fill this rank's model chunks, which were built with ``opened.config.model`` and
-    ``opened.vocabulary.rows``.
+    """Fill this rank's model chunks.
+
+    They were built with ``opened.config.model`` and ``opened.vocabulary.rows``.
 
     Every rank reads the tensors it has a part of, one at a time.
     """

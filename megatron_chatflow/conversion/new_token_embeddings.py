@@ -17,8 +17,9 @@ METHODS = ("mean", "random", "mean_all")
 
 
 def check_base(told: TokenMap, folder: Path, tokenizer_files: Sequence[Path], rows: int) -> None:
-    """Refuse a map that was made from none of the model's tokenizer files. `rows` of the model's
-    embedding.
+    """Refuse a map that was made from none of the model's tokenizer files.
+
+    `rows` are those of the model's embedding.
     """
     actual = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tokenizer_files}
     if told.base_sha256 not in actual.values():
@@ -45,8 +46,9 @@ def with_new_rows(
     std: float,
     seed: int,
 ) -> torch.Tensor:
-    """The matrix [rows, hidden] with the rows of `new` made by `method` and all others as they are,
-    bit for bit.
+    """Return the matrix [rows, hidden] with the rows of `new` made by `method`.
+
+    All other rows are unchanged, bit for bit.
 
     ``mean`` is the mean of the rows of a token's pieces: for the ``input`` side the plain one,
     ``E[pieces].mean(0)``, for the ``output`` side weighted with the characters of each piece (arXiv
@@ -54,14 +56,15 @@ def with_new_rows(
     with `std`, a function of (seed, side). Means are taken in float32.
 
     Args:
-        matrix: [base rows, hidden], what the pieces are looked up in.
-        base_vocab_size: rows of `matrix` that are tokens; those beyond are the padding of whoever
-        trained the model. rows: of the result. new: the tokens to make rows for. method: one of
-        `METHODS`. side: ``input`` or ``output``. A tied matrix is both, and takes the input's rule:
-        every layer reads the embedding, and the weighted mean was
-            shown for an output layer of its own.
-        std: of the initial weights.
-        seed: of ``random``.
+        matrix: [base rows, hidden], in which the pieces are looked up.
+        base_vocab_size: Rows of `matrix` that are tokens; those beyond are padding of the model.
+        rows: Rows of the result.
+        new: The tokens to make rows for.
+        method: One of `METHODS`.
+        side: ``input`` or ``output``. A tied matrix is both, and takes the input's rule: every
+            layer reads the embedding, and the weighted mean was shown for a separate output layer.
+        std: Standard deviation of the initial weights.
+        seed: Of ``random``.
     """
     result = matrix.new_zeros(rows, matrix.shape[1])
     result[: len(matrix)] = matrix

@@ -61,6 +61,7 @@ class Weights:
     """
 
     def __init__(self, folder: Path) -> None:
+        """Find the tensors of all files; none is read."""
         self._files = _locate(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -88,16 +89,18 @@ class Weights:
         self.shapes[name], self.dtypes[name] = tuple(piece.get_shape()), DTYPES[piece.get_dtype()]
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor. The file is mapped only while the tensor lives, so what has been read does
-        not add up.
+        """Return one tensor.
+
+        The file is mapped only while the tensor lives, so memory does not add up.
         """
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
 
 def _is_in(folder: Path, name: str) -> bool:
-    """Whether a file that the index names exists. Raises ConfigError for a name that leads
-    elsewhere.
+    """Return whether a file that the index names exists.
+
+    Raises ConfigError for a name that leads elsewhere.
     """
     path = folder / name
     try:
@@ -159,8 +162,7 @@ def _locate(folder: Path) -> dict[str, Path]:
 
 
 class WeightsWriter:
-    """Writes tensors that come one after the other into files of at most 1 GiB, and the index where
-    there are several.
+    """Writes tensors that come in order into files of at most 1 GiB, and the index of several.
 
     Args:
         folder: where.
@@ -169,6 +171,7 @@ class WeightsWriter:
     """
 
     def __init__(self, folder: Path, sizes: Mapping[str, int]) -> None:
+        """Assign every tensor to a file."""
         self._folder = folder
         self._shares: list[list[str]] = [[]]
         room = _LARGEST_FILE

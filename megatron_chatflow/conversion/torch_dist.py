@@ -1,5 +1,4 @@
-"""A checkpoint of weights in megatron-core's torch_dist format, written and read one tensor of one
-layer at a time.
+"""Write and read a checkpoint in megatron-core's torch_dist format, a tensor of a layer at a time.
 
 Which tensors there are, and in which shape, is not written down here: a model of the settings is
 built without memory, and its own sharded state dict tells. So a folder written here is what `train`
@@ -84,8 +83,9 @@ class Contents:
 
 
 def describe(config: Config, vocab_size: int) -> Contents:
-    """What the model of these settings saves; needs no process group and no memory. The layout in
-    the settings is not read.
+    """Return what the model of these settings saves.
+
+    Needs no process group and no memory. The layout in the settings is not read.
     """
     training = replace(config.training, bf16=False)
     plain = replace(
@@ -186,8 +186,9 @@ def write(
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Leaves the folder's path and a random name out of ``.metadata``: the path would be pickled,
-    and twice the same is to give the same bytes.
+    """A writer that leaves the folder's path and a random name out of ``.metadata``.
+
+    The path would be pickled, and the same weights must give the same bytes.
     """
 
     def storage_meta(self) -> StorageMeta:

@@ -42,8 +42,9 @@ WORD_TABLES = {"embedding.word_embeddings.weight": "input", "output_layer.weight
 
 
 def huggingface_names(key: str, layer: int | None) -> tuple[str, ...]:
-    """The tensors that lie in megatron-core's `key`, in order; `layer` is None outside the
-    layers.
+    """Return the tensors that make up megatron-core's `key`, in order.
+
+    `layer` is None outside the layers.
     """
     if layer is None:
         return (_OUTSIDE[key],)
@@ -51,7 +52,8 @@ def huggingface_names(key: str, layer: int | None) -> tuple[str, ...]:
 
 
 def join(key: str, parts: list[torch.Tensor], groups: int) -> torch.Tensor:
-    """One layer's tensor of `key` out of Hugging Face's, in the order of `huggingface_names`;
+    """Join Hugging Face's tensors, in the order of `huggingface_names`, to one layer's tensor.
+
     `groups` is the number of key heads.
     """
     if len(parts) == 1:

@@ -30,16 +30,19 @@ _agreed: bool | None = None
 
 @functools.cache
 def is_float32_faster() -> bool:
-    """Whether this process multiplies bfloat16 faster in float32: by the CPU's features where they
-    decide, else by the clock.
+    """Return whether this process multiplies bfloat16 faster in float32.
+
+    The CPU's features determine that where they can, else a measurement.
     """
     units = has_bf16_units()
     return _is_float32_faster_by_the_clock() if units is None else not units
 
 
 def _is_float32_faster_by_the_clock() -> bool:
-    """Units take a quarter to a half of float32's time, an emulation three times as long or more;
-    no CPU is near the limit between.
+    """Return whether float32 is faster by a measurement.
+
+    Units take a quarter to a half of float32's time, an emulation three times as long or more; no
+    CPU is near the limit between.
     """
     a, b = torch.ones(256, 512), torch.ones(512, 512)
     best = []
@@ -54,8 +57,9 @@ def _is_float32_faster_by_the_clock() -> bool:
 
 
 def agree() -> None:
-    """Take the float32 way on all ranks where one of them needs it; called by all, after the
-    process groups are made.
+    """Take the float32 way on all ranks where one of them needs it.
+
+    Called by all, after the process groups are made.
     """
     global _agreed
     needs = torch.tensor([is_float32_faster()], dtype=torch.int32)
@@ -64,8 +68,9 @@ def agree() -> None:
 
 
 def uses_float32(*operands: torch.Tensor) -> bool:
-    """Whether products of these operands are made in float32: bfloat16 on such a CPU. Without
-    operands: whether this job does so.
+    """Return whether products of these operands are made in float32: bfloat16 on such a CPU.
+
+    Without operands: whether this job does so.
     """
     if not all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in operands):
         return False
@@ -75,8 +80,9 @@ def uses_float32(*operands: torch.Tensor) -> bool:
 def mm_in_float32(
     a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """scale x a b + bias [m, n] of bfloat16 a [m, k] and b [k, n], rounded once. The longest of the
-    three dimensions is worked on in blocks.
+    """Return scale x a b + bias [m, n] of bfloat16 a [m, k] and b [k, n], rounded once.
+
+    The longest of the three dimensions is worked on in blocks.
     """
     (m, k), n = a.shape, b.shape[1]
     if m <= FEW_ROWS and b.t().is_contiguous() and scale == 1.0 and bias is None:
@@ -108,7 +114,7 @@ def mm_in_float32(
 
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b [g, m, n] of a [g, m, k] and b [g, k, n]."""
+    """Return a b [g, m, n] of a [g, m, k] and b [g, k, n]."""
     return torch.bmm(a.float(), b.float()).bfloat16() if uses_float32(a, b) else torch.bmm(a, b)
 
 

@@ -1,5 +1,6 @@
-"""Whether all processes of a job are about to run the same thing: each node reads its own disks,
-and a stale copy on one of them tells nobody.
+"""Whether all processes of a job are about to run the same thing.
+
+Each node reads its own disks, and nothing else reports a stale copy on one of them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from megatron_chatflow.errors import ConfigError
 
 
 def require_agreement(facts: Mapping[str, str]) -> None:
-    """Raises ConfigError, on every process, where a fact is not the same on all of them; called by
-    all.
-    """
+    """Raise ConfigError on every process where a fact differs between them; called by all."""
     told = [f"{name} is {who}" for name, who in differences(gather_facts(facts)).items()]
     if told:
         raise ConfigError(
@@ -25,8 +24,9 @@ def require_agreement(facts: Mapping[str, str]) -> None:
 
 
 def on_first_rank(work: Callable[[], None], *expected: type[Exception]) -> None:
-    """Call `work` on rank 0. What it raises of `expected` is raised on every rank; called by
-    all.
+    """Call `work` on rank 0, and raise its error of a type in `expected` on every rank.
+
+    Called by all.
     """
     answer: list[Exception | None] = [None]
     if dist.get_rank() == 0:

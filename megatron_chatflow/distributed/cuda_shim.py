@@ -85,8 +85,9 @@ def _redirect(factory: Any) -> Any:
 
 @functools.cache
 def install() -> None:
-    """Redirect megatron-core's CUDA calls to the CPU. Takes effect once in a process; does nothing
-    where CUDA is.
+    """Redirect megatron-core's CUDA calls to the CPU, once in a process.
+
+    Does nothing where CUDA is available.
     """
     if not is_needed():
         return
@@ -130,9 +131,7 @@ def _install_tensor_methods() -> None:
 
     @functools.wraps(kind)
     def tensor_type(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
-        """megatron-core asserts that ``grad.type()`` is ``torch.cuda.FloatTensor``; other callers
-        get the name that torch gives.
-        """
+        """Return the type's name; megatron-core gets that of the CUDA type, which it asserts."""
         if dtype is None:
             name = kind(self)
             if not sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core"):

@@ -1,5 +1,6 @@
-"""One process plays any rank of a job of any size: a process group that talks to nobody, and
-tensors without memory.
+"""One process takes the part of any rank of a job of any size.
+
+Its process group communicates with no other process, and its tensors have no memory.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class _WithoutMemory(TorchFunctionMode):
 
 
 def hide_devices() -> None:
-    """Keep CUDA devices out of this process, so that a rehearsal is the same on every machine.
+    """Hide CUDA devices from this process, so that fake ranks are the same on every machine.
+
     Called before torch first looks for them.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -63,8 +65,9 @@ def hide_devices() -> None:
 def rehearse(
     rank: int, world_size: int, parallel: ParallelSettings, num_layers: int
 ) -> Iterator[None]:
-    """Inside, this process is `rank` of `world_size`, with megatron-core's groups over them, and
-    what is built has shapes but no memory.
+    """Inside, this process is `rank` of `world_size`; what is built has shapes but no memory.
+
+    megatron-core's groups exist over those ranks.
 
     Collectives return at once and move nothing.
     """

@@ -1,5 +1,6 @@
-"""Why a job of several processes ends: which rank, on which host, for what reason, printed once and
-within a minute.
+"""Report why a job of several processes ends: which rank and host, and the reason, once.
+
+The report comes within a minute.
 
 Every rank writes a heartbeat into the job's store each second. A rank that fails writes why. What
 the other ranks then get is only a broken or a late collective; before they report it they look in
@@ -47,10 +48,14 @@ class HeartbeatMonitor:
     """
 
     def __init__(self, store: Store, rank: int, names: Sequence[str], init_timeout: float) -> None:
-        """Args:
-        store: a client of the job's store that nothing else uses: a call that waits for the store
-            blocks all others of the same client.
-        names: what messages call each rank (`meeting.Rendezvous`).
+        """Start the two threads.
+
+        Args:
+            store: A client of the job's store that nothing else uses: a call that waits for the
+                store blocks all others of the same client.
+            rank: This rank.
+            names: What messages call each rank (`rendezvous.Rendezvous`).
+            init_timeout: Seconds in which the process groups must be made.
         """
         self._store, self._rank, self._size = prefixed(store), rank, len(names)
         self._names, self._init_timeout = names, init_timeout
@@ -70,8 +75,10 @@ class HeartbeatMonitor:
         self._joined = True
 
     def close(self) -> None:
-        """End without a reason: this rank is no longer watched. Rank 0 holds the store, so it waits
-        for the others. A second call does nothing."""
+        """End without a reason: this rank is no longer watched.
+
+        Rank 0 holds the store, so it waits for the others. A second call does nothing.
+        """
         if self._stop.is_set():
             return
         self._stop.set()
@@ -87,8 +94,7 @@ class HeartbeatMonitor:
         self._closed.set()
 
     def explain(self, error: BaseException) -> str | None:
-        """Who is behind an error that a failed collective gives on this rank; None for any other
-        error."""
+        """Return who is behind an error of a failed collective; None for other errors."""
         reason = f"{type(error).__name__}: {error}".strip()
         if not isinstance(error, dist.DistError | RuntimeError | OSError):
             return None
@@ -100,8 +106,10 @@ class HeartbeatMonitor:
             return f"{self._names[0]}, which holds the job's store, is gone"
 
     def fail(self, error: BaseException) -> None:
-        """Say why the job ends, if nobody has yet, and end this process with exit code 1. Does not
-        return."""
+        """Report why the job ends, if no rank has yet, and end this process with exit code 1.
+
+        Does not return.
+        """
         message = self.explain(error)
         if message is None:
             message = f"{self._names[self._rank]}, failed: {type(error).__name__}: {error}".strip()
@@ -168,8 +176,10 @@ class HeartbeatMonitor:
         return {rank: times for rank, (_, times) in seen.items()}
 
     def _look_around(self, reason: str) -> str:
-        """Who is behind a collective that failed here: who said so, else whose heartbeat has
-        stopped, else who is alive and did not come."""
+        """Return who is behind a collective that failed here.
+
+        Who reported an error, else whose heartbeat has stopped, else who is alive and did not come.
+        """
         self._store.set(f"waits/{self._rank}", reason)
         others = [rank for rank in range(self._size) if rank != self._rank]
         keys = [f"beat/{rank}" for rank in others]
@@ -214,7 +224,7 @@ def prefixed(store: Store) -> Store:
 
 
 def prepare(store: Store, size: int) -> None:
-    """Called on rank 0 before any `HeartbeatMonitor` begins: a read of what is missing would wait."""
+    """Write the first beats, on rank 0 before any monitor: a read of a missing key would wait."""
     keys = [f"beat/{rank}" for rank in range(size)]
     # torch's annotations leave multi_set out.
     prefixed(store).multi_set(  # pyright: ignore[reportAttributeAccessIssue]
@@ -223,8 +233,11 @@ def prepare(store: Store, size: int) -> None:
 
 
 def _say(text: str) -> None:
-    """Straight to standard error: the process is about to end without its usual clean-up, in which
-    other threads and collectives may hang."""
+    """Write straight to standard error.
+
+    The process is about to end without its usual clean-up, in which other threads and collectives
+    may hang.
+    """
     with contextlib.suppress(OSError):  # the terminal may be gone
         sys.stdout.flush()
         os.write(2, f"chatflow: the job ends: {text}\n".encode())

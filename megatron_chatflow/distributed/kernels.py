@@ -1,5 +1,6 @@
-"""What decides which kernels run: CUDA kernels outside torch, and the units of a CPU. Imports no
-torch.
+"""What determines which kernels run: CUDA kernels outside torch, and the units of a CPU.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 def gradient_accumulation_reason() -> str | None:
-    """Why weight gradients are not added to the float32 buffer inside the product that makes them,
-    or None where they are.
+    """Return why weight gradients are not accumulated inside the product that makes them, or None.
 
     The kernel is apex's `fused_weight_gradient_mlp_cuda`. Its own module is tried and never `apex`:
     the package of that name on PyPI is another one.
@@ -44,9 +44,7 @@ def cpu_features() -> tuple[str, ...]:
 
 
 def has_bf16_units() -> bool | None:
-    """Whether torch multiplies bfloat16 by units of this CPU; None where only a measurement can
-    tell.
-    """
+    """Return whether torch multiplies bfloat16 by units of this CPU; None if only measurable."""
     if platform.machine() != "x86_64" or not cpu_features():
         return None
     if not set(BF16_UNITS) & set(cpu_features()):
@@ -55,8 +53,9 @@ def has_bf16_units() -> bool | None:
 
 
 def describe_cpu(in_float32: bool | None) -> str:
-    """The CPU's features and how bfloat16 products are made on it; None: only a measurement can
-    tell.
+    """Describe the CPU's features and how bfloat16 products are made on it.
+
+    None: only a measurement can show how.
     """
     way = {
         None: "whether bf16 products are made in float32 is measured at the start of a run",

@@ -1,5 +1,7 @@
-"""Which process this is, by the variables of torchrun or SLURM, or alone. Reads the environment,
-imports no torch."""
+"""Which process this is, by the variables of torchrun or SLURM, or alone.
+
+Reads the environment, imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,13 @@ class LaunchError(ConfigError):
     """The processes of a job cannot become one job: variables, addresses, or who came."""
 
     def __init__(self, message: str, *, exit_code: int = 2, shared: bool = False) -> None:
-        """Args:
-        exit_code: 2 where the launch must be changed, 1 where a process did not come or is gone.
-        shared: the first process prints it too.
+        """Make the error.
+
+        Args:
+            message: One line.
+            exit_code: 2 where the launch must be changed, 1 where a process did not come or is
+                gone.
+            shared: Whether the first process prints it too.
         """
         super().__init__(message)
         self.exit_code, self.shared = exit_code, shared
@@ -134,8 +140,10 @@ def node_name(environ: Mapping[str, str] | None = None) -> str:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list such as ``gpu[03-05,9],login1``, expanded by scontrol
-    where the list has brackets."""
+    """Return the first host of a SLURM node list such as ``gpu[03-05,9],login1``.
+
+    scontrol expands a list with brackets.
+    """
     if re.fullmatch(r"[\w.,-]+", nodelist):
         return nodelist.split(",")[0]
     try:

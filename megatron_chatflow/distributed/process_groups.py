@@ -29,8 +29,9 @@ _meetings = itertools.count()
 
 
 def hide_engine_warnings() -> None:
-    """Keep advice that megatron-core and torch print on every rank (missing apex, deprecations of
-    their own) off the console of a command.
+    """Hide warnings that megatron-core and torch print on every rank of a command.
+
+    They are about missing apex and their own deprecations.
     """
     for module in (r"megatron\.core", r"torch\."):
         warnings.filterwarnings("ignore", module=module)
@@ -155,8 +156,10 @@ def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[Store, Heartbe
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """End the process if what is inside takes longer: torch's client of a store that is stopped
-    waits without an end, and lets no other thread run."""
+    """End the process if what is inside takes longer.
+
+    torch's client of a stopped store waits without an end, and lets no other thread run.
+    """
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # sys.stderr may be no file
     try:
         yield

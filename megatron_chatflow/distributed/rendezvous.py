@@ -45,6 +45,7 @@ class Process:
     """The identity of its GPU, where no other process may use the same."""
 
     def __str__(self) -> str:
+        """Return what messages call the process."""
         return f"rank {self.rank} on {self.host}, process {self.pid}"
 
 
@@ -137,8 +138,7 @@ def _listen(port: int) -> socket.socket | None:
 
 
 def _answer_later(listener: socket.socket, me: Process) -> None:
-    """Report to processes that come too late who has the port; in a thread that ends with the
-    process."""
+    """Report to processes that come too late who has the port, in a daemon thread."""
     global _listener
     _listener = listener
     text = line({"greeting": str(me), "meeting": _count, "over": True})
@@ -159,8 +159,10 @@ def _answer_later(listener: socket.socket, me: Process) -> None:
 
 
 def require_agent(launch: Launch, seconds: float) -> None:
-    """Wait until the agent of torchrun listens at the master's port; raises LaunchError where it
-    does not."""
+    """Wait until the agent of torchrun listens at the master's port.
+
+    Raises LaunchError where it does not.
+    """
     reason, end = "not tried", time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         try:
@@ -340,8 +342,11 @@ def _visit(me: Process, address: str, port: int, end: float, taken: bool) -> Ren
 def _listen_to_host(
     connection: socket.socket, me: Process, where: str, end: float
 ) -> Rendezvous | None:
-    """What rank 0 says; None where it is still, or was just now, in an earlier meeting of its
-    process, or where another program ends the connection."""
+    """Return what rank 0 answers.
+
+    None where it is still, or was just now, in an earlier rendezvous of its process, or where
+    another program ends the connection.
+    """
     said = dataclasses.asdict(me) | {"left": end - time.monotonic()}
     held, lines = f"{me}: {where} is in use by another program", Lines(connection)
     try:

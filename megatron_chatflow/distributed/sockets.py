@@ -33,6 +33,7 @@ def resolve(address: str, port: int, end: float) -> list[Any]:
 
 
 def connect(found: list[Any], seconds: float) -> socket.socket:
+    """Connect to the first address of `resolve` that answers, each within `seconds`."""
     failed: OSError = OSError(0, "no address")
     for family, kind, protocol, _, where in found:
         connection = socket.socket(family, kind, protocol)
@@ -49,6 +50,7 @@ def connect(found: list[Any], seconds: float) -> socket.socket:
 
 
 def line(what: Mapping[str, Any]) -> bytes:
+    """Return a line that `parse` reads."""
     return (_MARK + json.dumps(what) + "\n").encode()
 
 
@@ -66,11 +68,15 @@ class Lines:
     """The lines that another process sends."""
 
     def __init__(self, connection: socket.socket) -> None:
+        """Read from this connection."""
         self._connection, self._text = connection, bytearray()
 
     def read(self, end: float, limit: int) -> bytes:
-        """The next line. Raises TimeoutError at `end`, OSError where the other side is gone; other
-        programs may give less than a line, or more than `limit`."""
+        """Return the next line.
+
+        Raises TimeoutError at `end`, OSError where the other side is gone; other programs may give
+        less than a line, or more than `limit`.
+        """
         while b"\n" not in self._text and len(self._text) < limit:
             left = end - time.monotonic()
             if left <= 0:
@@ -86,4 +92,5 @@ class Lines:
 
 
 def reason_of(error: OSError) -> str:
+    """Return why a connection failed, in words."""
     return error.strerror or str(error) or type(error).__name__

@@ -58,7 +58,7 @@ class _Row:
         return self.ended or len(self.new) == self.room
 
     def token(self, position: int) -> int:
-        """Return the token at a position: of the prompt, chosen, or, past the end of the row, any."""
+        """Return the token at a position: of the prompt, chosen, or past the end, any."""
         at = position - len(self.prompt.ids)
         return self.prompt.ids[position] if at < 0 else self.new[at] if at < len(self.new) else 0
 

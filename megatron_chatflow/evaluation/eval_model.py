@@ -1,5 +1,6 @@
-"""Which model is evaluated: a run directory or a Hugging Face folder, with its settings and its
-weights. Imports no torch.
+"""Which model is evaluated: a run directory or a Hugging Face folder, settings and weights.
+
+Imports no torch.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ class Fp8Context:
     """
 
     def __init__(self, precision: PrecisionSettings, delayed: DelayedScaling | None) -> None:
+        """Make the context of one model chunk; `delayed` is that of its rank."""
         self._recipe, self._forms, self.delayed = precision.fp8_recipe, formats(precision), delayed
         self.is_hybrid = precision.fp8_format == "hybrid"
         self.weights = 0

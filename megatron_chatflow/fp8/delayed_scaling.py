@@ -1,5 +1,4 @@
-"""Delayed scaling: the scale of a tensor comes from the largest magnitudes that it had in the
-iterations before.
+"""Delayed scaling: a tensor's scale comes from its largest magnitudes in earlier iterations.
 
 Source of the rule: Micikevicius et al., "FP8 Formats for Deep Learning" (2022), as Transformer
 Engine carries it out.
@@ -31,19 +30,25 @@ def update(
     margin: int,
     algo: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(history, scale) after a pass.
+    """Return (history, scale) after a pass.
 
     Args:
         history: [length, n] magnitudes; row 0 is of the running pass, rows 1 to length - 1 of
-        earlier ones, oldest first. scale: [n] factors in use. current: [n] magnitudes of this pass
-        over all processes; 0 for a tensor that did not occur, which changes nothing for it.
-        largest: largest value of the format. margin: the scale leaves 2^margin of headroom. algo:
-        `max` of the window or `most_recent`.
+            earlier ones, oldest first.
+        scale: [n] factors in use.
+        current: [n] magnitudes of this pass over all processes; 0 for a tensor that did not occur,
+            which changes nothing for it.
+        largest: Largest value of the format.
+        margin: The scale leaves 2^margin of headroom.
+        algo: `max` of the window or `most_recent`.
     """
     seen = current != 0
+    # window [length, n]: the magnitudes that count, this pass last.
     window = torch.cat([history[1:], current[None]])
     amax = window.amax(0) if algo == "max" else current
+    # moved [length, n]: the history of the next pass, with an empty row 0 for it.
     moved = torch.cat([torch.zeros_like(current)[None], window[1:]])
+    # wanted [n] = largest / 2^margin / amax.
     wanted = torch.div(torch.full_like(amax, largest * 2.0**-margin), amax).clamp(max=FLOAT32_MAX)
     usable = seen & torch.isfinite(amax) & (amax > 0)
     return torch.where(seen, moved, history), torch.where(usable, wanted, scale)
@@ -51,9 +56,7 @@ def update(
 
 @dataclass
 class Track:
-    """Histories and scales of every FP8 tensor that this rank has in one direction (forward or
-    backward).
-    """
+    """Histories and scales of this rank's FP8 tensors in one direction, forward or backward."""
 
     form: Format
     length: int
@@ -61,6 +64,7 @@ class Track:
     scale: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        """Begin without tensors."""
         self.history, self.scale = torch.zeros(self.length, 0), torch.ones(0)
 
     def add(self, columns: int) -> int:
@@ -71,8 +75,9 @@ class Track:
         return first
 
     def quantize(self, matrix: torch.Tensor, column: int, *, record: bool) -> Scaled:
-        """`matrix` in FP8 under the scale that is there already; its own magnitude counts from the
-        next pass on, if it is recorded.
+        """Return `matrix` in FP8 under the present scale.
+
+        Its own magnitude counts from the next pass on, if it is recorded.
         """
         if record:
             self.history[0, column] = torch.maximum(self.history[0, column], absolute_max(matrix))
@@ -80,8 +85,9 @@ class Track:
 
 
 class DelayedScaling:
-    """The delayed scaling of one rank: all its layers are updated together, with one collective a
-    pass.
+    """The delayed scaling of one rank.
+
+    All its layers are updated together, with one collective per pass.
     """
 
     def __init__(
@@ -93,11 +99,20 @@ class DelayedScaling:
         margin: int,
         group: torch.distributed.ProcessGroup,
     ) -> None:
+        """Begin without tensors; see `update` for `algo` and `margin`.
+
+        Args:
+            forms: The formats of the forward and the backward pass.
+            length: Rows of the histories.
+            algo: How a magnitude follows from a history.
+            margin: Headroom of the scales.
+            group: The ranks over which magnitudes are maximized.
+        """
         self.forward, self.backward = Track(forms[0], length), Track(forms[1], length)
         self._algo, self._margin, self._group = algo, margin, group
 
     def update(self, track: Track) -> None:
-        """End a pass: magnitudes are maximised over the group, histories move on, scales follow."""
+        """End a pass: maximize magnitudes over the group, shift histories, update scales."""
         current = track.history[0].clone()
         if self._group.size() > 1:
             torch.distributed.all_reduce(current, torch.distributed.ReduceOp.MAX, group=self._group)

@@ -1,5 +1,6 @@
-"""The state of delayed scaling as it stands in checkpoints: the bytes that Transformer Engine's
-layers keep under `_extra_state`.
+"""The state of delayed scaling in checkpoints.
+
+It is the bytes that Transformer Engine's layers keep under `_extra_state`.
 
 Written in the form of Transformer Engine 1 (no recipe object, so nothing of that library is needed
 to write it), which release 2 still reads: it takes such a state for delayed scaling with a history
@@ -88,8 +89,9 @@ def rewrite(state: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def unpack(state: torch.Tensor | None, length: int) -> dict[str, torch.Tensor] | None:
-    """The tensors of a state with histories of `length` rows, or None where it holds none
-    (bfloat16, or a recipe without state).
+    """Return the tensors of a state with histories of `length` rows, or None where it holds none.
+
+    It holds none in bfloat16, or in a recipe without state.
     """
     found = read(state)
     if "scale_fwd" not in found:
@@ -101,8 +103,9 @@ def unpack(state: torch.Tensor | None, length: int) -> dict[str, torch.Tensor] |
 
 
 def _resized(history: torch.Tensor, rows: int) -> torch.Tensor:
-    """Rows are cut from the end, and zeros added there, as Transformer Engine does when a history's
-    length is changed.
+    """Cut rows from the end, or add zeros there.
+
+    Transformer Engine does the same when a history's length is changed.
     """
     resized = torch.zeros(rows, history.shape[1])
     kept = min(rows, len(history))

@@ -1,5 +1,4 @@
-"""The two FP8 formats and the arithmetic of their scales, in plain torch and exact: pure functions
-of tensors.
+"""The two FP8 formats and the exact arithmetic of their scales, as pure functions of tensors.
 
 Sources: OCP 8-bit Floating Point Specification (E4M3, E5M2); OCP Microscaling Formats (E8M0); the
 semantics of Transformer Engine's cast and scale kernels, release 2.11, as their results are defined
@@ -35,8 +34,9 @@ E5M2 = Format("e5m2", 2, -14, 57344.0)
 
 
 def round_to(values: torch.Tensor, form: Format) -> torch.Tensor:
-    """`values` (float32, overwritten) rounded to the nearest value of `form`, ties to even, beyond
-    the largest one to it; NaN stays NaN.
+    """Round `values` (float32, overwritten) to the nearest value of `form`, ties to even.
+
+    Values beyond the largest one become the largest; NaN stays NaN.
 
     This is the saturating cast of a GPU, but for the sign of a zero. Adding and taking away 1.5 x
     2^(23 + e - m), where 2^(e - m) is the distance of two neighbours on the grid near the value,
@@ -68,8 +68,9 @@ def scale_from_amax(
     power_of_two: bool = False,
     at_overflow: float = FLOAT32_MAX,
 ) -> torch.Tensor:
-    """The factor that takes magnitudes up to `amax` onto a format's range: largest / amax, or 1
-    where amax is 0 or not finite.
+    """Return the factor that takes magnitudes up to `amax` onto a format's range.
+
+    It is largest / amax, or 1 where amax is 0 or not finite.
 
     Args:
         amax: float32, any shape.
@@ -86,8 +87,9 @@ def scale_from_amax(
 
 
 def power_of_two_above(values: torch.Tensor) -> torch.Tensor:
-    """Biased exponents e (int32, 0 to 255) with 2^(e - 127) >= values: float32 to E8M0, rounded up;
-    255 stands for NaN, infinity becomes 254.
+    """Return biased exponents e (int32, 0 to 255) with 2^(e - 127) >= values.
+
+    float32 to E8M0, rounded up; 255 is NaN, infinity becomes 254.
     """
     bits = values.view(torch.int32)
     exponent, mantissa = (bits >> 23) & 0xFF, bits & _MANTISSA
@@ -98,8 +100,9 @@ def power_of_two_above(values: torch.Tensor) -> torch.Tensor:
 
 
 def exponent_factors(exponent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(factor to scale by, factor to scale back by), float32, of biased exponents: 2^(127 - e) and
-    2^(e - 127).
+    """Return (factor to scale by, factor to scale back by), float32, of biased exponents.
+
+    They are 2^(127 - e) and 2^(e - 127).
 
     Transformer Engine 2.11 scales a block whose exponent is 0 by 1: only blocks below 2.6e-36,
     whose values all become 0.

@@ -1,5 +1,6 @@
-"""The three products of a linear layer in each recipe: y = x w^T, dx = g w, dw = g^T x, over 2-D
-bfloat16 matrices, tokens along the rows.
+"""The three products of a linear layer in each recipe: y = x w^T, dx = g w, dw = g^T x.
+
+Operands are 2-D bfloat16 matrices with tokens along the rows.
 
 Which operand is quantised along which dimension is Transformer Engine's: blocks lie along the
 dimension that the product sums over, so inputs, weights and gradients are quantised twice by mxfp8
@@ -33,8 +34,9 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class Products(Protocol):
-    """One recipe's products. A weight is quantised by itself, because it serves all micro-batches
-    of an iteration.
+    """One recipe's products.
+
+    A weight is quantized separately, because it serves all micro-batches of an iteration.
     """
 
     def weight(self, weight: torch.Tensor, *, training: bool) -> Tensors:
@@ -44,8 +46,9 @@ class Products(Protocol):
     def forward(
         self, x: torch.Tensor, weight: Tensors, bias: torch.Tensor | None, *, training: bool
     ) -> tuple[torch.Tensor, Tensors]:
-        """[tokens, in] -> (y [tokens, out], what `backward` needs of x; nothing unless
-        training).
+        """[tokens, in] -> (y [tokens, out], what `backward` needs of x).
+
+        The latter is empty unless training.
         """
         ...
 
@@ -59,7 +62,7 @@ class Products(Protocol):
 def product(
     a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """scale x a b + bias in bfloat16: scaled and added to in float32, then rounded once."""
+    """Return scale x a b + bias in bfloat16: scaled and added to in float32, then rounded once."""
     if bf16_matmul.uses_float32(a, b):
         return bf16_matmul.mm_in_float32(a, b, scale, bias)
     if bias is None:
@@ -95,11 +98,13 @@ class _PerTensor:
 
 
 class Tensorwise(_PerTensor):
-    """Current scaling: a tensor's own largest magnitude. A gathered input is measured whole, as
-    Transformer Engine does by a reduction.
+    """Current scaling: by a tensor's own largest magnitude.
+
+    A gathered input is measured as one, as Transformer Engine does by a reduction.
     """
 
     def __init__(self, forms: tuple[Format, Format]) -> None:
+        """Quantize in these formats, (forward, backward)."""
         self._forward, self._backward = forms
 
     def _quantize(self, name: str, matrix: torch.Tensor, training: bool) -> Scaled:
@@ -109,11 +114,13 @@ class Tensorwise(_PerTensor):
 
 
 class Delayed(_PerTensor):
-    """Delayed scaling of one layer. Passes without gradients (validation) leave no trace in the
-    histories.
+    """Delayed scaling of one layer.
+
+    Passes without gradients (validation) leave no trace in the histories.
     """
 
     def __init__(self, scaling: DelayedScaling) -> None:
+        """Reserve this layer's slots in the scaling of its rank."""
         self._scaling = scaling
         self._at = {
             name: scaling.forward.scale.numel() + slot for name, slot in FORWARD_SLOTS.items()
@@ -137,8 +144,9 @@ class Delayed(_PerTensor):
         return track.quantize(matrix, self._at[name], record=training)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Copies of this layer's scales [n] and histories [length, n], under the names of
-        `state.TENSORS`.
+        """Return copies of this layer's scales [n] and histories [length, n].
+
+        The names are those of `extra_state.TENSORS`.
         """
         found = {}
         for direction, (track, columns) in self._columns.items():
@@ -154,8 +162,9 @@ class Delayed(_PerTensor):
 
 
 class _ByBlocks:
-    """A scale a block, a power of two: operands are scaled back exactly before the product. Rows
-    are tokens (of a weight: outputs).
+    """One scale per block, a power of two; operands are scaled back exactly before the product.
+
+    Rows are tokens (of a weight: outputs).
     """
 
     def _rowwise(self, matrix: torch.Tensor, form: Format) -> torch.Tensor:
@@ -195,11 +204,13 @@ class Mxfp8(_ByBlocks):
 
 
 class Blockwise(_ByBlocks):
-    """1 x 128 along the summed dimension; weights in squares of 128 x 128, the same for both
-    products.
+    """1 x 128 blocks along the summed dimension; weights in squares of 128 x 128.
+
+    The squares are the same for both products.
     """
 
     def weight(self, weight: torch.Tensor, *, training: bool) -> Tensors:
+        """Quantize a weight in squares."""
         return (by_blocks(weight, self._forward, (BLOCK, BLOCK)),)
 
     def _rowwise(self, matrix: torch.Tensor, form: Format) -> torch.Tensor:

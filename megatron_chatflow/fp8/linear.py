@@ -20,8 +20,10 @@ from megatron_chatflow.fp8.gemm import Delayed, Tensors
 
 
 class _Linear(torch.autograd.Function):
-    """y = x w^T + b. Under sequence parallelism x is a shard of the tokens: it is gathered, then
-    quantised, and its gradient reduced back.
+    """y = x w^T + b.
+
+    Under sequence parallelism x is a shard of the tokens: it is gathered, then quantized, and its
+    gradient reduced back.
     """
 
     @staticmethod
@@ -66,11 +68,13 @@ class _Linear(torch.autograd.Function):
 
 
 class Collective:
-    """What column parallelism asks of the other tensor-parallel ranks: nothing, a sum of dx, or a
-    gathered x and a scattered sum of dx.
+    """What column parallelism needs of the other tensor-parallel ranks.
+
+    Nothing, a sum of dx, or a gathered x and a scattered sum of dx.
     """
 
     def __init__(self, group: ProcessGroup | None, gathers: bool, sums: bool) -> None:
+        """Communicate in `group`: gather x, or sum dx, or neither."""
         self._group, self._gathers, self._sums = group, gathers, sums
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -82,9 +86,7 @@ class Collective:
         return total
 
     def reduce(self, dx: torch.Tensor) -> torch.Tensor:
-        """This rank's dx, or its sum over the ranks: whole, or the shard [s / ranks, b, h] of
-        it.
-        """
+        """Return this rank's dx, its sum over ranks, or a shard [s / ranks, b, h] of the sum."""
         if self._gathers:
             shard = dx.new_empty(dx.shape[0] // get_world_size(self._group), *dx.shape[1:])
             reduce_scatter_tensor(shard, dx.contiguous(), group=self._group)
@@ -95,8 +97,9 @@ class Collective:
 
 
 class _ReferenceLinear:
-    """Replaces the products of a megatron-core linear layer; construction, communication, biases
-    and checkpoints stay megatron-core's.
+    """Replaces the products of a megatron-core linear layer.
+
+    Construction, communication, biases and checkpoints stay megatron-core's.
     """
 
     def __init__(self, *args: Any, fp8_context: Fp8Context, **kwargs: Any) -> None:
@@ -133,8 +136,9 @@ class _ReferenceLinear:
         return extra_state.pack(self.products.state(), hybrid=self.fp8_context.is_hybrid)
 
     def set_extra_state(self, saved: torch.Tensor | None) -> None:
-        """Take scales and histories where this layer and the checkpoint have them; otherwise start
-        afresh.
+        """Take scales and histories where this layer and the checkpoint have them.
+
+        Otherwise start from scratch.
         """
         if isinstance(self.products, Delayed):
             delayed = self.fp8_context.delayed
@@ -149,6 +153,7 @@ class ReferenceColumnParallelLinear(_ReferenceLinear, ColumnParallelLinear):
 
 
 class ReferenceRowParallelLinear(_ReferenceLinear, RowParallelLinear):
-    """Weight columns shared among the tensor-parallel ranks; megatron-core gathers the gradient
-    before it reaches the products.
+    """Weight columns shared among the tensor-parallel ranks.
+
+    megatron-core gathers the gradient before it reaches the products.
     """

@@ -39,8 +39,9 @@ def with_current_scale(matrix: torch.Tensor, form: Format) -> Scaled:
 
 
 def by_micro_blocks(matrix: torch.Tensor, form: Format, dim: int) -> torch.Tensor:
-    """MXFP8: blocks of 32 along `dim` (0 or 1, a multiple of 32), each with a power of two of its
-    own that is never too small.
+    """MXFP8: blocks of 32 along `dim` (0 or 1, a multiple of 32), each with its own power of two.
+
+    The power is never too small.
 
     The reciprocal of the largest value is rounded to float32 before the product, as the kernel
     does.
@@ -96,7 +97,8 @@ def by_blocks(matrix: torch.Tensor, form: Format, block: tuple[int, int]) -> tor
 
 
 def _magnitudes(matrix: torch.Tensor) -> torch.Tensor:
-    """The bits of |matrix| as int16: they are ordered as the numbers are, and integers are compared
-    several times faster.
+    """Return the bits of abs(matrix) as int16.
+
+    They are ordered as the numbers are, and integers are compared several times faster.
     """
     return matrix.view(torch.int16) & 0x7FFF

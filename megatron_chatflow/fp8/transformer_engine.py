@@ -1,5 +1,6 @@
-"""Transformer Engine: whether it can run here, and which recipes the device has. The one file that
-imports it.
+"""Transformer Engine: whether it can run here, and which recipes the device has.
+
+The one file that imports it.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def version_reason(version: str) -> str | None:
 
 
 def device_reason(recipe: str, capability: tuple[int, int], cuda: str) -> str | None:
-    """Why a device of this compute capability, with this release of CUDA, cannot run a recipe, or
-    None. The rules are Transformer Engine 2.11's.
+    """Return why a device of this compute capability and CUDA release cannot run a recipe, or None.
+
+    The rules are Transformer Engine 2.11's.
     """
     here = f"this device has compute capability {capability[0]}.{capability[1]}"
     if recipe == "mxfp8":

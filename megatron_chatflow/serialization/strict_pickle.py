@@ -59,6 +59,7 @@ class StrictUnpickler:
         persistent: Callable[[Any], Any] | None = None,
         keys: tuple[type, ...] = (),
     ) -> None:
+        """Begin at the first pickle of `data`."""
         self._data, self._known, self._builders = data, known, builders
         self._persistent, self._keys = persistent, keys
         self.position = 0

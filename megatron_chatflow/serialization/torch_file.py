@@ -32,6 +32,7 @@ class Storage:
     """Bytes of a file that tensors are views of."""
 
     def __init__(self, raw: torch.Tensor, dtype: torch.dtype | None) -> None:
+        """Hold the bytes `raw` of elements of `dtype`."""
         self.raw, self.dtype = raw, dtype
 
 

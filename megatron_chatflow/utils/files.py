@@ -1,5 +1,6 @@
-"""Files that are there after a power cut, and that can be told from damaged ones. Imports no
-torch.
+"""Write files that survive a power cut, and record how to detect damaged ones.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ def disk_errors(output: str | Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write under another name, make it durable, then rename: a reader sees the old text or the new
-    one, never a part.
+    """Write under another name, flush to disk, then rename.
+
+    A reader sees the old text or the new one, never a part.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,6 +1,4 @@
-"""Other processes: their state, the signals they receive, and that they do not outlive their
-parent.
-"""
+"""Other processes: their state, their signals, and their end with their parent."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ job's.
 
 @contextmanager
 def blocked_signals(signals: frozenset[signal.Signals] = HANDLED) -> Iterator[None]:
-    """Signals that come inside are heard at its end; processes that are started inside never hear
-    them.
+    """Block signals inside; they are delivered at the end.
+
+    Processes that are started inside never receive them.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -29,9 +28,7 @@ def blocked_signals(signals: frozenset[signal.Signals] = HANDLED) -> Iterator[No
 
 
 def die_with_parent() -> None:
-    """Have this process killed when the one that started it is gone (Linux; elsewhere it does
-    nothing).
-    """
+    """Have this process killed when its parent is gone (Linux; elsewhere it does nothing)."""
     library = ctypes.CDLL(None)
     if hasattr(library, "prctl"):
         library.prctl(1, signal.SIGKILL, 0, 0, 0)
