@@ -27,8 +27,6 @@ _OF_THE_PATH = {
     errno.EPERM,
     errno.EROFS,
 }
-
-
 _OF_THE_DISK = {
     errno.EDQUOT,
     errno.EFBIG,
@@ -135,7 +133,7 @@ def sync_file(file: IO[bytes]) -> None:
 
 
 def sync_folder(path: str | Path) -> None:
-    """Brings the names in a folder to the disk."""
+    """Flush the names in a folder to disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -109,7 +109,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _build(text: str) -> Any:
-    """Build the values from the parser's events, with a stack of its own in place of recursion."""
+    """Build the values from the parser's events, with an explicit stack in place of recursion."""
     documents: list[Any] = []
     anchors: dict[str, Any] = {}
     open_nodes: list[_Node] = [_Node(documents)]
