@@ -68,9 +68,9 @@ def test_a_line_without_an_end_is_known_after_the_limit(tmp_path, suffix):
 
 BOMB = """
 import sys, resource
-from megatron_chatflow.data.preprocess.input_files import Source
+from megatron_chatflow.data.preprocess.input_files import InputSource
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-chunks = Source(sys.argv[1], limit=int(sys.argv[2])).chunks(1 << 18, None)
+chunks = InputSource(sys.argv[1], limit=int(sys.argv[2])).chunks(1 << 18, None)
 count = sum(chunk.next - chunk.first for chunk in chunks)
 print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
