@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 DRIVER = """
 import json, os, signal, sys
-from megatron_chatflow.data import preprocess as module
+from megatron_chatflow.data.preprocess import pipeline as module
 
 # The state is saved after every chunk. Before a file is synced, renamed, removed or appended to for the n-th time,
 # this process is killed.
@@ -368,7 +368,8 @@ def test_processes_that_come_and_go_never_have_one_folder_at_once(tmp_path):
 
 def test_resume_without_an_unfinished_run_starts_at_the_beginning_and_says_so(settings):
     notes = []
-    preprocess(PreprocessOptions(**settings("out"), resume=True), note=notes.append)
+    with mock.patch.object(module.logger, "info", notes.append):
+        preprocess(PreprocessOptions(**settings("out"), resume=True))
     assert notes == [
         "--resume: there is no unfinished run of this output, so this one starts at the beginning"
     ]

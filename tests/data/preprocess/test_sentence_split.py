@@ -1,6 +1,7 @@
 """Documents as sentences."""
 
 import json
+from unittest import mock
 
 import nltk
 import pytest
@@ -10,6 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDat
 
 from megatron_chatflow.data import read_manifest
 from megatron_chatflow.data.corpus.verify import verify
+from megatron_chatflow.data.preprocess import pipeline
 from megatron_chatflow.data.preprocess.options import PreprocessOptions
 from megatron_chatflow.data.preprocess.pipeline import preprocess
 from megatron_chatflow.data.preprocess.sentence_split import (
@@ -63,7 +65,8 @@ def run(tmp_path):
             tokenizer_type="ByteLevelTokenizer",
             **options,
         )
-        (prefix,) = preprocess(settings, note=notes.append).corpora
+        with mock.patch.object(pipeline.logger, "info", notes.append):
+            (prefix,) = preprocess(settings).corpora
         dataset = MegatronDataset(prefix)
         sentences = [
             bytes(36 if i == EOD else i for i in dataset[n]).decode() for n in range(len(dataset))
