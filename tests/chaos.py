@@ -240,10 +240,10 @@ class ChaosRun:
     def check_newest(self) -> None:
         """Check that the checkpoint from which the next launch will resume is intact."""
         from megatron_chatflow.checkpoint import integrity
-        from megatron_chatflow.checkpoint.run_directory import find_sound_checkpoint
+        from megatron_chatflow.checkpoint.run_directory import find_intact_checkpoint
 
         if self.story.run.exists():
-            found, _ = find_sound_checkpoint(self.story.run, None, {})
+            found, _ = find_intact_checkpoint(self.story.run, None, {})
             if found is not None:
                 assert integrity.damage(found, lambda *_: True) is None
                 self.kept = int(found.name[5:])

@@ -34,7 +34,7 @@ def load_mean(folders: Sequence[Path], model: list[MegatronModule]) -> None:
 
     Everything else comes from the last checkpoint.
 
-    Memory: one float32 copy of this rank's parameters beside the model.
+    Memory: one float32 copy of this rank's parameters in addition to the model.
     """
     parameters = [p for chunk in model for p in chunk.parameters()]
     sums = (

@@ -1,4 +1,4 @@
-"""A running mean of the weights (EMA), kept beside them and saved with them."""
+"""A running mean of the weights (EMA), kept next to them and saved with them."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Lease:
         self._lost: str | None = None
 
     @classmethod
-    def beside(cls, folder: Path, setting: str) -> Lease:
+    def next_to(cls, folder: Path, setting: str) -> Lease:
         """The lease of a folder that is made, or replaced, as one: its files are FOLDER.lease-*."""
         place = Path(os.path.abspath(folder))
         return cls(folder, setting, place.with_name(place.name + ".lease"))

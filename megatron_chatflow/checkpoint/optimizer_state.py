@@ -91,8 +91,8 @@ def hand_over(loaded: dict[str, Any], optimizer: MegatronOptimizer, have: Optimi
         loaded if form == OptimizerLayout.FP32 else loaded.setdefault("optimizer", {})
         for form in (have, want)
     )
-    # What an optimizer without distribution loads has the numbers of its own parameters, which
-    # stand in the order of its groups.
+    # What an optimizer without distribution loads has the numbers of that optimizer's parameters,
+    # in the order of its groups.
     numbers = [group.get("params") for group in target.get("param_groups", [])]
     groups, common = source.pop("param_groups"), source.get("state", {}).pop("common_step", None)
     steps = {int(group["step"]) for group in groups if "step" in group}

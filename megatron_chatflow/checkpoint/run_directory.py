@@ -48,7 +48,7 @@ def read_settings(run: str | Path, *, keep_layout: bool = True) -> dict[str, Any
 
 
 def iteration_folder(run: Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration lies."""
+    """Return the folder of an iteration's checkpoint."""
     return run / f"iter_{iteration:07d}"
 
 
@@ -118,7 +118,7 @@ def find_checkpoint(run: str | Path, ckpt_step: int | None) -> Path | None:
     return folder
 
 
-def find_sound_checkpoint(
+def find_intact_checkpoint(
     run: str | Path, ckpt_step: int | None, damaged: Mapping[Path, str]
 ) -> tuple[Path | None, list[str]]:
     """Return the checkpoint that training resumes from, and a message for each newer one skipped.
@@ -131,7 +131,7 @@ def find_sound_checkpoint(
 
     Raises:
         ConfigError: the one asked for is missing or damaged, or there are checkpoints and none is
-        sound.
+        intact.
     """
     run = Path(run)
     if ckpt_step is not None:
@@ -140,7 +140,7 @@ def find_sound_checkpoint(
         if wrong:
             raise CheckpointError(
                 f"{folder} is damaged: {wrong}; give --ckpt-step another, or leave it out "
-                f"for the latest that is sound"
+                f"for the latest that is intact"
             )
         return folder, []
     there, passed = complete_iterations(run), []
@@ -179,7 +179,7 @@ def find_sound_checkpoint(
         )
     if not intact:
         raise CheckpointError(
-            f"load {run} holds no sound checkpoint: {'; '.join(passed)}; restore one, or "
+            f"load {run} holds no intact checkpoint: {'; '.join(passed)}; restore one, or "
             f"start from scratch in another folder"
         )
     newest, branch = next(iter(intact.items()))

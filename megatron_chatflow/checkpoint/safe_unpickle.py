@@ -178,7 +178,7 @@ def _check_tensor(
 
 
 class _Skipped:
-    """Stands for what loading does not need: plans and names of the save."""
+    """Replaces what loading does not need: plans and names of the save."""
 
     def __init__(self, *arguments: Any) -> None: ...
 

@@ -1,9 +1,9 @@
 """megatron-core's torch_dist strategy, with the end of a save in our hands.
 
 megatron-core's own ending writes files on rank 0 between two collectives, so a full disk there
-leaves the other ranks waiting for ever; and it does not say what is durable. Here every rank's
-shards are made durable and hashed where they are written, and one function ends the save with one
-verdict.
+leaves the other ranks waiting forever; and it does not report what is on disk. Here every rank's
+shards are flushed to disk and hashed where they are written, and one function ends the save with
+one verdict.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_chatflow.checkpoint.writer_process import Answer, write_shards
 
 filesystem_async._results_queue = (
     SimpleQueue()
-)  # megatron-core would start a process for it, which outlives a killed rank for ever
+)  # megatron-core would start a process for it, which outlives a killed rank
 
 
 class HashedSaveStrategy(TorchDistSaveShardedStrategy):

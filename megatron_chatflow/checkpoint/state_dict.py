@@ -172,7 +172,7 @@ def load(
     loaded = load_state(reader, wanted)
     _load_weights(model, loaded)
     if optimizer is not None:
-        # By itself, for it may ask for the weights too: they are the float32 parameters of some
+        # Separately, for it may ask for the weights too: they are the float32 parameters of some
         # checkpoints.
         saved = load_state(reader, state)["optimizer"]
         optimizer_state.hand_over(saved, part, saved_form)
@@ -245,8 +245,8 @@ def _load_optimizer(part: MegatronOptimizer, saved: dict[str, Any]) -> None:
     if not isinstance(part, DistributedOptimizer):
         part.load_state_dict(saved)
         return
-    # torch's AdamW keeps a `step` beside the moments. megatron-core's reader of this form looks for
-    # it among the saved tensors, where it is not, and gives every parameter the same tensor, which
+    # torch's AdamW keeps a `step` next to the moments. megatron-core's reader of this form looks
+    # for it among the saved tensors, where it is not, and gives every parameter the same tensor, which
     # each of them then counts up; so it is set aside and handed out as copies.
     parameters = saved.pop("param_state")
     part.load_state_dict(saved)

@@ -5,7 +5,7 @@ There is one for the complete run, started before there are weights.
 megatron-core forks one for each save. Whatever the steps after that change, the kernel copies
 first, page by page; and a fork takes along threads, sockets and a CUDA context. Its persistent one
 is a new interpreter on every rank, which imports torch once more; and where that one is killed, the
-ranks wait for ever. This one shares with its rank what is imported, and the copy of what is to be
+ranks wait forever. This one shares with its rank what is imported, and the copy of what is to be
 saved (`SharedTensorBuffer`).
 """
 
@@ -145,9 +145,9 @@ def _serve(connection: Connection) -> None:
 
 
 def write_shards(transforms: list[Any], buckets: list[Any]) -> Answer:
-    """Write megatron-core's buckets, each a file and in a thread, and make them durable.
+    """Write megatron-core's buckets, each a file and in a thread, and flush them to disk.
 
-    megatron-core would fork one more process for each shard, and wait for ever if one of them is
+    megatron-core would fork one more process for each shard, and wait forever if one of them is
     killed.
     """
     with ThreadPoolExecutor(len(buckets)) as threads:

@@ -199,7 +199,7 @@ def _extend(argv: Sequence[str], prog: str) -> int:
     from megatron_chatflow.checkpoint.lease import Lease
     from megatron_chatflow.cli.tokenizer_extension import extend_tokenizer
 
-    with disk_errors("the output"), Lease.beside(Path(settings.output), "output") as lease:
+    with disk_errors("the output"), Lease.next_to(Path(settings.output), "output") as lease:
         lease.acquire()
         extend_tokenizer(settings)
     return 0

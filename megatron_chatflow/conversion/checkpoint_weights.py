@@ -71,8 +71,8 @@ class SavedWeights:
         parts = (
             _piece(reader, self._prefix + piece.key, piece.layer)[:rows] for reader in self._readers
         )
-        whole = mean(parts) if len(self._readers) > 1 else next(parts)
-        return whole.to(self.dtypes[piece.key])
+        tensor = mean(parts) if len(self._readers) > 1 else next(parts)
+        return tensor.to(self.dtypes[piece.key])
 
 
 def _piece(reader: CheckpointReader, key: str, layer: int | None) -> torch.Tensor:

@@ -106,7 +106,7 @@ def _exclusive(save: Path) -> Iterator[None]:
     from megatron_chatflow.checkpoint.lease import Lease
 
     check_target(save)
-    with disk_errors(save), Lease.beside(save, "save-dir") as lease:
+    with disk_errors(save), Lease.next_to(save, "save-dir") as lease:
         lease.acquire()
         yield
 

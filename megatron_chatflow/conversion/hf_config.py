@@ -51,10 +51,10 @@ null.
 
 def _is(value: Any, kind: str) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    whole = number and isinstance(value, int)
+    integral = number and isinstance(value, int)
     return {
-        "a positive whole number": whole and value > 0,
-        "a whole number": whole and value >= 0,
+        "a positive whole number": integral and value > 0,
+        "a whole number": integral and value >= 0,
         "a positive number": number and value > 0,
         "a number": number and value >= 0,
         "true or false": isinstance(value, bool),
@@ -99,7 +99,7 @@ def model_settings(hf: Mapping[str, Any], where: str) -> tuple[ModelSettings, li
     window = _sliding_window(hf, need("num_hidden_layers"), where)
     if window is not None and window < longest:
         notes.append(
-            f"sliding_window {window}: attention here sees the whole sequence, which is the "
+            f"sliding_window {window}: attention here sees the entire sequence, which is the "
             f"same up to {window} tokens, so "
             f"max_position_embeddings is {window}, not {longest}"
         )
@@ -145,9 +145,9 @@ def config_json(
     fresh = _fresh(model, vocab_size, dtype)
     if template is None:
         return fresh
-    told, _ = model_settings(template, "config.json")
+    found, _ = model_settings(template, "config.json")
     before = _fresh(
-        told, template.get("vocab_size"), template.get("dtype") or template.get("torch_dtype")
+        found, template.get("vocab_size"), template.get("dtype") or template.get("torch_dtype")
     )
     # The length of a rotary model is no property of its weights: a run with shorter samples does
     # not make it shorter.
@@ -233,7 +233,7 @@ def _check(hf: Mapping[str, Any], where: str) -> None:
             "partial_rotary_factor",
             rotated,
             (None, 1, 1.0),
-            "only heads that are rotated whole can be converted",
+            "only heads that are rotated completely can be converted",
         ),
     ):
         if value not in usual:
@@ -276,7 +276,7 @@ def _rope_settings(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, value in rope.items():
         if isinstance(value, dict):
             raise ConfigError(
-                f"{where}: rope_parameters: {key} has rotary positions of its own, and all layers "
+                f"{where}: rope_parameters: {key} has separate rotary positions, and all layers "
                 "share theirs here; it cannot be converted"
             )
     _check_types(rope, where)

@@ -49,7 +49,7 @@ class Vocabulary:
     base_rows: int
     """Rows of the Hugging Face model."""
     rows: int
-    told: TokenMap | None
+    token_map: TokenMap | None
     methods: dict[str, str]
     """{side: method} of the new rows."""
 
@@ -80,7 +80,9 @@ class Opened:
         if piece.key not in WORD_TABLES:
             return join(piece.key, parts, groups_of(self.config.model)[0])
         v, side = self.vocabulary, WORD_TABLES[piece.key]
-        new, base = (v.told.new, v.told.base_vocab_size) if v.told else ((), v.base_rows)
+        new, base = (
+            (v.token_map.new, v.token_map.base_vocab_size) if v.token_map else ((), v.base_rows)
+        )
         std, seed = self.config.model.init_method_std, self.config.training.seed
         return with_new_rows(
             parts[0], base, piece.shape[0], new, v.methods.get(side, "mean"), side, std, seed
@@ -123,8 +125,8 @@ def open_folder(
     dtypes = _check_weights(contents, weights, settings, vocabulary.base_rows, folder, notes)
     half = dtypes["embedding.word_embeddings.weight"] in (torch.bfloat16, torch.float16)
     config = config.replace(bf16=half)
-    if vocabulary.told is not None:
-        notes.append(report(vocabulary.told, vocabulary.methods))
+    if vocabulary.token_map is not None:
+        notes.append(report(vocabulary.token_map, vocabulary.methods))
     return Opened(folder, hf, config, vocabulary, contents, dtypes, tuple(notes), weights)
 
 
@@ -167,21 +169,23 @@ def _vocabulary(
             "the model's embedding is its output layer as well (tie_word_embeddings), so "
             "--new-output-rows has no effect; drop it"
         )
-    told = read_token_map(folder)
-    check_base(told, folder, [load / name for name in TOKENIZERS if (load / name).is_file()], rows)
+    token_map = read_token_map(folder)
+    check_base(
+        token_map, folder, [load / name for name in TOKENIZERS if (load / name).is_file()], rows
+    )
     new_kind, new_file, new = _open_tokenizer(folder)
-    if new.vocab_size != told.vocab_size:
+    if new.vocab_size != token_map.vocab_size:
         raise ConfigError(
             f"{folder}: the tokenizer has {new.vocab_size} tokens and its token_map.json "
-            f"says {told.vocab_size}; make it again"
+            f"says {token_map.vocab_size}; make it again"
         )
     sides = ("input",) if tied else ("input", "output")
     return Vocabulary(
         new_kind,
         new_file,
         rows,
-        max(rows, told.vocab_size),
-        told,
+        max(rows, token_map.vocab_size),
+        token_map,
         {side: methods[side] or "mean" for side in sides},
     )
 

@@ -16,22 +16,24 @@ from megatron_chatflow.utils.seeding import seed_from
 METHODS = ("mean", "random", "mean_all")
 
 
-def check_base(told: TokenMap, folder: Path, tokenizer_files: Sequence[Path], rows: int) -> None:
+def check_base(
+    token_map: TokenMap, folder: Path, tokenizer_files: Sequence[Path], rows: int
+) -> None:
     """Refuse a map that was made from none of the model's tokenizer files.
 
     `rows` are those of the model's embedding.
     """
     actual = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tokenizer_files}
-    if told.base_sha256 not in actual.values():
+    if token_map.base_sha256 not in actual.values():
         raise ConfigError(
             f"{folder / TOKEN_MAP}: made from a tokenizer with the sha256 "
-            f"{told.base_sha256[:12]}..., and the model's is "
+            f"{token_map.base_sha256[:12]}..., and the model's is "
             f"{', '.join(f'{name} {sha[:12]}...' for name, sha in actual.items())}; extend "
             f"the tokenizer of this very model"
         )
-    if told.base_vocab_size > rows:
+    if token_map.base_vocab_size > rows:
         raise ConfigError(
-            f"{folder / TOKEN_MAP}: its base has {told.base_vocab_size} tokens and the "
+            f"{folder / TOKEN_MAP}: its base has {token_map.base_vocab_size} tokens and the "
             f"model {rows} rows; extend its own"
         )
 
@@ -94,9 +96,9 @@ def _mean(rows: torch.Tensor, weights: Sequence[float] | None) -> torch.Tensor:
     return (rows * share[:, None]).sum(0)
 
 
-def report(told: TokenMap, methods: dict[str, Any]) -> str:
+def report(token_map: TokenMap, methods: dict[str, Any]) -> str:
     """One line: how many rows were made, and how."""
-    verb = "added" if told.kind == "extend" else "replaced"
-    return f"{len(told.new):,} rows {verb}: " + ", ".join(
+    verb = "added" if token_map.kind == "extend" else "replaced"
+    return f"{len(token_map.new):,} rows {verb}: " + ", ".join(
         f"{side} {method}" for side, method in methods.items()
     )

@@ -142,7 +142,7 @@ def _locate(folder: Path) -> dict[str, Path]:
     path = folder / _SINGLE
     if not path.is_file():
         other = sorted(p.name for p in folder.glob("*.bin"))
-        cure = (
+        advice = (
             (
                 f"; it has {other[0]}, which is a pickle: save the model again with "
                 f"transformers' save_pretrained"
@@ -152,7 +152,7 @@ def _locate(folder: Path) -> dict[str, Path]:
         )
         raise ConfigError(
             f"{folder} has neither {_SINGLE} nor "
-            f"{_INDEX}{cure or '; give a Hugging Face folder with safetensors'}"
+            f"{_INDEX}{advice or '; give a Hugging Face folder with safetensors'}"
         )
     try:
         with safe_open(path, framework="pt") as file:

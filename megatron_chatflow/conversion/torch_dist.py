@@ -1,8 +1,8 @@
 """Write and read a checkpoint in megatron-core's torch_dist format, a tensor of a layer at a time.
 
 Which tensors there are, and in which shape, is not written down here: a model of the settings is
-built without memory, and its own sharded state dict tells. So a folder written here is what `train`
-would have saved, whatever tensor and pipeline size it is loaded with.
+built without memory, and its own sharded state dict determines them. So a folder written here is
+what `train` would have saved, whatever tensor and pipeline size it is loaded with.
 """
 
 from __future__ import annotations
@@ -133,13 +133,13 @@ class _Planner(DefaultSavePlanner):
             for key in self._contents.objects
         ]
         for piece in self._contents.pieces():
-            whole = torch.Size(self._contents.shapes[piece.key])
-            offsets = torch.Size([piece.layer or 0] + [0] * (len(whole) - 1))
+            full = torch.Size(self._contents.shapes[piece.key])
+            offsets = torch.Size([piece.layer or 0] + [0] * (len(full) - 1))
             chunk = ChunkStorageMetadata(
-                offsets, torch.Size(whole if piece.layer is None else (1, *piece.shape))
+                offsets, torch.Size(full if piece.layer is None else (1, *piece.shape))
             )
             index = MetadataIndex(piece.key, offsets)
-            data = TensorWriteData(chunk, TensorProperties(dtype=self._dtypes[piece.key]), whole)
+            data = TensorWriteData(chunk, TensorProperties(dtype=self._dtypes[piece.key]), full)
             items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
             self._pieces[index] = piece
         self.plan = SavePlan(items)

@@ -15,10 +15,10 @@ from megatron_chatflow.errors import ConfigError
 
 def require_agreement(facts: Mapping[str, str]) -> None:
     """Raise ConfigError on every process where a fact differs between them; called by all."""
-    told = [f"{name} is {who}" for name, who in differences(gather_facts(facts)).items()]
-    if told:
+    found = [f"{name} is {who}" for name, who in differences(gather_facts(facts)).items()]
+    if found:
         raise ConfigError(
-            f"the processes would not run the same: {', and '.join(told)}; give all nodes "
+            f"the processes would not run the same: {', and '.join(found)}; give all nodes "
             f"the same files"
         )
 

@@ -108,7 +108,7 @@ def _use_gpu(local_rank: int) -> None:
 
 
 def _meet(launch: Launch, seconds: int, gpu: str | None) -> tuple[Store, HeartbeatMonitor]:
-    """The store of the job's process groups, and this rank's monitor over a client of its own."""
+    """The store of the job's process groups, and this rank's monitor over a separate client."""
     timeout = datetime.timedelta(seconds=seconds)
 
     def open_store(host: str, port: int, *, serve: bool = False) -> TCPStore:

@@ -1,7 +1,7 @@
 """How the processes of a job find each other, within a deadline and with names for what failed.
 
 Rank 0 listens at the master's port and greets who connects; the others give rank, host and process
-number. Then rank 0 tells all of them the same: where the store of the process groups is, or why
+number. Then rank 0 sends all of them the same: where the store of the process groups is, or why
 there is no job. torch's store is not used for this: its client takes any program at the port for a
 store, waits for it without a deadline, and lets no other thread run meanwhile. No torch here.
 """

@@ -68,7 +68,7 @@ class Track:
         self.history, self.scale = torch.zeros(self.length, 0), torch.ones(0)
 
     def add(self, columns: int) -> int:
-        """Room for so many tensors; returns the first one's column."""
+        """Make room for `columns` tensors; return the first one's column."""
         first = self.scale.numel()
         self.history = torch.cat([self.history, torch.zeros(self.length, columns)], 1)
         self.scale = torch.cat([self.scale, torch.ones(columns)])

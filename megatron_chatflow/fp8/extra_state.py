@@ -50,7 +50,7 @@ def pack(tensors: dict[str, torch.Tensor], *, hybrid: bool) -> torch.Tensor:
     }
     state["extra_fp8_variables"] = {"num_gemms": 1}
     if not hybrid:
-        # Transformer Engine would take the state for hybrid and go on with other formats; at a
+        # Transformer Engine would take the state for hybrid and continue with other formats; at a
         # recipe it does not know it stops.
         state["recipe"] = "delayed e4m3"
     return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
@@ -114,7 +114,7 @@ def _resized(history: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 class _Recipe:
-    """Stands for an object of `_RECIPES`."""
+    """Replaces an object of `_RECIPES`."""
 
     def __init__(self, name: tuple[str, str], allocated: bool, *arguments: Any) -> None:
         self.name, self.allocated, self.arguments = name, allocated, arguments
@@ -137,7 +137,7 @@ _Pickler: Any = pickle._Pickler  # not in the annotations of pickle
 
 
 class _Writer(_Pickler):
-    """Writes a `_Recipe` as the object that it stands for."""
+    """Writes a `_Recipe` as the object that it replaces."""
 
     dispatch: ClassVar = dict(_Pickler.dispatch)
 

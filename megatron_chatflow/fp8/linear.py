@@ -36,7 +36,7 @@ class _Linear(torch.autograd.Function):
         training: bool,
         collective: Collective,
     ) -> torch.Tensor:
-        assert x.dtype == weight.dtype == torch.bfloat16, "FP8 stands beside bfloat16"
+        assert x.dtype == weight.dtype == torch.bfloat16, "FP8 needs bfloat16"
         total = collective.gather(x)
         quantized = layer.quantized_weight(weight, training)
         y, saved = layer.products.forward(

@@ -1,8 +1,8 @@
 """From a bfloat16 matrix to the values an FP8 kernel would see.
 
 Every FP8 value is exact in bfloat16, so the results stay bfloat16 matrices and a bfloat16 product
-with float32 accumulation is the FP8 product. Scalings of a whole tensor give (FP8 values, factor to
-scale back by); scalings by block are powers of two, so those results are scaled back already.
+with float32 accumulation is the FP8 product. Scalings of an entire tensor give (FP8 values, factor
+to scale back by); scalings by block are powers of two, so those results are scaled back already.
 """
 
 from __future__ import annotations

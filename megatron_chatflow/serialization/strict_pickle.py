@@ -2,7 +2,7 @@
 
 Python's own unpickler looks names up in modules, calls what it finds, and allocates what the file
 announces. This one knows the instructions that pickled data needs and a table of names; everything
-else is refused. Nothing is imported or called but what stands in the table, and memory grows with
+else is refused. Nothing is imported or called but what is in the table, and memory grows with
 the bytes that were read, not with what they announce.
 """
 
@@ -28,7 +28,7 @@ _DAMAGE = (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.e
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """What a name stands for that a pickle calls. The functions check what the file gives them."""
+    """What a name means that a pickle calls. The functions check what the file gives them."""
 
     new: Callable[..., Any]
     allocate: Callable[..., Any] | None = None
@@ -36,7 +36,7 @@ class Maker:
 
 
 Known = Mapping[tuple[str, str], Any]
-"""{(module, name): a `Maker`, or the value that the name stands for}."""
+"""{(module, name): a `Maker`, or the value that the name means}."""
 
 
 class StrictUnpickler:

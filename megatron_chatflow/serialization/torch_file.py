@@ -200,7 +200,7 @@ def _storage_identity(identity: Any, length: int) -> tuple[Any, str, int]:
 
 
 class _StorageKind:
-    """The type of a storage; None stands for untyped bytes."""
+    """The type of a storage; None means untyped bytes."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
@@ -279,7 +279,7 @@ TENSORS: dict[tuple[str, str], Any] = {
 
 
 def storage_from_bytes(data: Any) -> Storage:
-    """What torch's `_load_from_bytes` stands for in the pickle of a tensor."""
+    """What torch's `_load_from_bytes` means in the pickle of a tensor."""
     if type(data) is not bytes:
         raise UnpicklingError("a storage is no bytes")
     found = read_torch_file(torch.frombuffer(bytearray(data), dtype=torch.uint8))

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_chatflow.checkpoint.run_directory import (
     complete_iterations,
-    find_sound_checkpoint,
+    find_intact_checkpoint,
     read_state,
 )
 from megatron_chatflow.config import ResolvedConfig, Schedule
@@ -93,7 +93,7 @@ def resolve_resume_point(
     """
     where = config.checkpoint
     checkpoint, notes = (
-        find_sound_checkpoint(where.load, where.ckpt_step, damaged) if where.load else (None, [])
+        find_intact_checkpoint(where.load, where.ckpt_step, damaged) if where.load else (None, [])
     )
     _check_folders(config, checkpoint)
     new_rows = new_row_ids(config, inputs.vocab_size)

@@ -19,7 +19,7 @@ from megatron_chatflow.checkpoint.run_directory import (
     begin_course,
     complete_iterations,
     find_checkpoint,
-    find_sound_checkpoint,
+    find_intact_checkpoint,
     iteration_folder,
     latest_iteration,
     on_course,
@@ -89,7 +89,7 @@ def test_the_fallback_stays_on_the_course(
     shutil.copytree(sent_back[0], run)
     shard = run / "iter_0000015" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert find_sound_checkpoint(run, None, {})[0] == run / "iter_0000010"
+    assert find_intact_checkpoint(run, None, {})[0] == run / "iter_0000010"
     out = ok(pool.run(1, train, sample, "--save", str(run), "--load", str(run), *NEW))
     assert "resuming after iteration 10" in out and "iter_0000015 is damaged" in out
     assert "iteration 12 of" in out and "not on the course of the run" in out
@@ -151,7 +151,7 @@ def test_checkpoints_of_earlier_versions_are_one_course(tmp_path: Path) -> None:
     for iteration in (4, 8, 12):
         write_checkpoint(tmp_path, iteration, None)
     (tmp_path / "iter_0000012" / "common.pt").unlink()
-    assert find_sound_checkpoint(tmp_path, None, {})[0] == tmp_path / "iter_0000008"
+    assert find_intact_checkpoint(tmp_path, None, {})[0] == tmp_path / "iter_0000008"
     assert numbers(choose_weights(tmp_path, None, 3).folders) == [4, 8, 12]
     course, notes = begin_course(tmp_path, tmp_path / "iter_0000008", 8)
     assert course.ancestors == (("unknown", 8),) and "iteration 12 in" in notes[0]
@@ -178,13 +178,13 @@ def test_where_the_course_is_not_known_nothing_is_guessed(tmp_path: Path) -> Non
         write_checkpoint(tmp_path, iteration, course)
     (tmp_path / POINTER).write_text("20\n")
     with pytest.raises(ChatflowError, match="16 does not continue iteration 12; give --ckpt-step"):
-        find_sound_checkpoint(tmp_path, None, {})
+        find_intact_checkpoint(tmp_path, None, {})
     lineage.write_course(tmp_path, branch)
-    found, notes = find_sound_checkpoint(tmp_path, None, {})
+    found, notes = find_intact_checkpoint(tmp_path, None, {})
     assert found == tmp_path / "iter_0000012" and "iteration 16 of" in " ".join(notes)
     for text in (b"", b"x", None):
         (tmp_path / POINTER).unlink() if text is None else (tmp_path / POINTER).write_bytes(text)
-        assert find_sound_checkpoint(tmp_path, None, {})[0] == tmp_path / "iter_0000012"
+        assert find_intact_checkpoint(tmp_path, None, {})[0] == tmp_path / "iter_0000012"
 
 
 def test_a_lineage_is_read_only_from_what_was_written(tmp_path: Path) -> None:
@@ -216,22 +216,22 @@ def test_a_damaged_pointer_is_one_message(tmp_path: Path, content: bytes) -> Non
             find(tmp_path)
         assert "not an iteration; write the number" in str(error.value)
         assert str(error.value).isprintable() and len(str(error.value)) < 400
-    found, notes = find_sound_checkpoint(tmp_path, None, {})
+    found, notes = find_intact_checkpoint(tmp_path, None, {})
     assert found == tmp_path / "iter_0000008" and len(notes) == 1
 
 
 def test_a_missing_or_unreadable_pointer_is_one_message(tmp_path: Path) -> None:
-    assert find_sound_checkpoint(tmp_path, None, {}) == (None, [])
+    assert find_intact_checkpoint(tmp_path, None, {}) == (None, [])
     assert find_checkpoint(tmp_path, None) is None
     write_checkpoint(tmp_path, 4, ROOT)
     (tmp_path / POINTER).unlink()
     with pytest.raises(ChatflowError, match="is missing; give --ckpt-step one of iteration 4"):
         find_checkpoint(tmp_path, None)
-    assert "is missing: going back to" in find_sound_checkpoint(tmp_path, None, {})[1][0]
+    assert "is missing: going back to" in find_intact_checkpoint(tmp_path, None, {})[1][0]
     (tmp_path / POINTER).mkdir()
     with pytest.raises(ChatflowError, match="cannot be read"):
         latest_iteration(tmp_path)
-    assert "cannot be read" in find_sound_checkpoint(tmp_path, None, {})[1][0]
+    assert "cannot be read" in find_intact_checkpoint(tmp_path, None, {})[1][0]
 
 
 @settings(max_examples=200, deadline=None)
@@ -339,7 +339,7 @@ class RunDirectory(RuleBasedStateMachine):
         before = self.saved.get(pointed) if pointed is not None else None
         knows = before is not None and (self.course_is_whole or pointed not in self.broken)
         try:
-            found, notes = find_sound_checkpoint(self.run, None, {})
+            found, notes = find_intact_checkpoint(self.run, None, {})
         except ChatflowError:
             sound = [
                 i
@@ -362,9 +362,9 @@ class RunDirectory(RuleBasedStateMachine):
         iteration = data.draw(st.sampled_from(sorted(self.saved)))
         if iteration in self.broken:
             with pytest.raises(ChatflowError):
-                find_sound_checkpoint(self.run, iteration, {})
+                find_intact_checkpoint(self.run, iteration, {})
             return
-        assert numbers([find_sound_checkpoint(self.run, iteration, {})[0]]) == [iteration]
+        assert numbers([find_intact_checkpoint(self.run, iteration, {})[0]]) == [iteration]
         self.continue_from(iteration)
 
     def continue_from(self, iteration: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_chatflow.checkpoint import integrity
-from megatron_chatflow.checkpoint.run_directory import find_sound_checkpoint, latest_iteration
+from megatron_chatflow.checkpoint.run_directory import find_intact_checkpoint, latest_iteration
 from tests.checkpoint.test_saving import train_with_writer
 from tests.pool import Pool
 from tests.sample import metrics, train
@@ -178,7 +178,7 @@ def test_a_required_file_that_is_missing_is_named(
     (folder / integrity.NAME).unlink()
     if with_manifest:
         integrity.write_manifest(folder, integrity.record_files(folder))
-    found, notes = find_sound_checkpoint(run, None, {})
+    found, notes = find_intact_checkpoint(run, None, {})
     assert found == run / "iter_0000004" and len(notes) == 1, notes
     part = "names iteration 6" if name == "state.json" else f"{name} is missing"
     assert part in notes[0], notes

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_chatflow.checkpoint import integrity
-from megatron_chatflow.checkpoint.run_directory import find_sound_checkpoint, outdated
+from megatron_chatflow.checkpoint.run_directory import find_intact_checkpoint, outdated
 from tests.pool import Pool
 from tests.sample import metrics, train
 
@@ -188,10 +188,10 @@ def test_damage_in_200_places_is_found_and_the_checkpoint_before_is_taken(
         what = damage(path, source)
         wrong = integrity.damage(folder, lambda *_: True)
         assert wrong, what
-        found, notes = find_sound_checkpoint(run, None, {folder: wrong})
+        found, notes = find_intact_checkpoint(run, None, {folder: wrong})
         assert found == run / "iter_0000004" and len(notes) == 1 and "is damaged" in notes[0], what
         path.write_bytes(before)
-    assert find_sound_checkpoint(run, None, {}) == (folder, [])
+    assert find_intact_checkpoint(run, None, {}) == (folder, [])
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_without_a_sound_checkpoint_nothing_is_begun(pool: Pool, sample: Path, w
         damage(folder / "__0_0.distcp", random.Random(2))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     ((code, _, err),) = pool.run(1, train, sample, "--save", str(run), "--load", str(run), *SHORT)
-    assert code == 2 and "holds no sound checkpoint" in err and err.count("is damaged") == 3
+    assert code == 2 and "holds no intact checkpoint" in err and err.count("is damaged") == 3
     ((code, _, err),) = pool.run(1, train, sample, "--load", str(run), "--ckpt-step", "4", *SHORT)
     assert code == 2 and "iter_0000004 is damaged" in err and "--ckpt-step another" in err
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

@@ -275,7 +275,7 @@ def test_a_folder_with_other_files_is_not_written_into(model, capsys):
 
 def test_a_folder_that_another_process_writes_is_refused(model, tmp_path, capsys):
     output = tmp_path / "new"
-    with Lease.beside(output, "output") as lease:
+    with Lease.next_to(output, "output") as lease:
         lease.acquire()
         assert main([str(word) for word in flags(model, output, "--new-tokens", 20)]) == 2
     assert f"output {output}: another process writes there" in capsys.readouterr().err

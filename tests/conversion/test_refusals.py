@@ -272,7 +272,7 @@ def test_of_two_conversions_into_one_folder_the_second_is_refused(
     from megatron_chatflow.checkpoint.lease import Lease
 
     for load in (folders("mistral"), runs("qwen2")):
-        with Lease.beside(tmp_path / "out", "save-dir") as lease:
+        with Lease.next_to(tmp_path / "out", "save-dir") as lease:
             lease.acquire()
             ((code, _, err),) = pool.run(
                 1, tool, "--load-dir", load, "--save-dir", tmp_path / "out"
