@@ -1,1 +1,1 @@
-"""One file a command; each has ``main(argv) -> exit code``."""
+"""One file per command: ``parser()`` and ``main(argv) -> exit code``."""

@@ -61,7 +61,7 @@ def test_locate_prints_the_documents_and_their_text(reference: Path, sample: Pat
     assert again == (0, out, "")
 
 
-def test_locate_prints_the_whole_text_of_a_sample_as_it_stands_in_the_source(
+def test_locate_prints_the_full_text_of_a_sample_as_it_is_in_the_source(
     reference: Path,
 ) -> None:
     from tests.sample import QUICKSTART

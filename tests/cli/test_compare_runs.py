@@ -30,7 +30,7 @@ def test_a_run_is_the_same_as_its_copy_and_as_itself_made_again(
     assert capsys.readouterr().out.startswith("the same")
 
 
-def test_the_first_difference_is_told(
+def test_the_first_difference_is_reported(
     pool: Pool, sample: Path, reference: Path, capsys: pytest.CaptureFixture
 ) -> None:
     other = sample / "compared other"
@@ -65,7 +65,7 @@ def test_the_first_difference_is_told(
     assert "records" in capsys.readouterr().out
 
 
-def test_bad_input_is_told_and_not_taken_for_a_difference(
+def test_bad_input_is_reported_and_not_taken_for_a_difference(
     sample: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for words, part in (

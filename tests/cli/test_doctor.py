@@ -1,4 +1,4 @@
-"""doctor: every answer with its reason, quickly, and a fault for what would stop a run."""
+"""doctor: every answer with its reason, quickly, and an error for what would stop a run."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def test_corpora_are_opened_and_the_disk_is_compared_with_two_checkpoints(
             r"[\d,]+ documents, [\d,]+ tokens  \(.*_document\)", row(out, f"corpus {name}")
         )
     assert row(out, "tokenizer").startswith("tokenizer.model ")
-    told = float(re.search(r"a checkpoint of this model takes ([\d,.]+) GB", row(out, "disk"))[1])
+    found = float(re.search(r"a checkpoint of this model takes ([\d,.]+) GB", row(out, "disk"))[1])
     real = sum(path.stat().st_size for path in (reference / "iter_0000020").iterdir()) / 1e9
-    assert abs(told - real) <= 0.05 + 0.05 * real
+    assert abs(found - real) <= 0.05 + 0.05 * real
     assert "4 corpora are mapped" in row(out, "open files") and row(out, "memory maps").endswith(
         "(corpora take 8)"
     )
@@ -122,7 +122,7 @@ def test_a_curriculum_file_that_says_something_wrong_is_refused(tmp_path: Path) 
 
 
 def meet(prefixes: list[str]) -> tuple[int, str, str]:
-    """`doctor --full` on this rank, with a corpus of its own."""
+    """`doctor --full` on this rank, with its own corpus."""
     import os
 
     return command(
@@ -166,7 +166,7 @@ FACTS = st.fixed_dictionaries(
 
 
 @given(st.lists(FACTS, min_size=1, max_size=6))
-def test_a_difference_is_told_exactly_where_there_is_one_and_names_every_value(
+def test_a_difference_is_reported_exactly_where_there_is_one_and_names_every_value(
     facts: list[dict[str, str]],
 ) -> None:
     found = differences([(f"n{rank // 2}", fact) for rank, fact in enumerate(facts)])

@@ -35,7 +35,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A SentencePiece model with a configuration beside it."""
+    """A SentencePiece model with a configuration next to it."""
     folder = tmp_path_factory.mktemp("base")
     (folder / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "legacy": false}'
@@ -104,7 +104,7 @@ def test_the_folder_holds_the_tokenizer_its_map_and_the_report(done, model):
     )
 
 
-def test_the_report_tells_what_the_tokenizers_do_to_held_out_text(done, model):
+def test_the_report_shows_what_the_tokenizers_do_to_held_out_text(done, model):
     output, result = done
     report = json.loads((output / "report.json").read_text())
     old, new = (
@@ -259,7 +259,7 @@ def test_replacing_keeps_the_size_and_lists_what_is_gone(model, tmp_path, capsys
         ),
     ],
 )
-def test_what_cannot_be_is_refused_with_one_sentence_and_nothing_is_written(
+def test_what_cannot_be_is_refused_with_one_message_and_nothing_is_written(
     model, tmp_path, capsys, more, message
 ):
     assert main([str(word) for word in flags(model, tmp_path / "new", *more)]) == 2

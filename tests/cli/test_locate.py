@@ -1,4 +1,4 @@
-"""Where a sample comes from: told from the corpus alone, and without reading it whole."""
+"""Where a sample comes from: found in the corpus alone, without reading all of it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def test_without_a_tokenizer_the_flags_that_give_the_one_of_the_corpus_are_named
     words = ["locate", "--data-path", str(sample / "en_text_document"), *LENGTH, "--sample", "7"]
     code, out, err = command(*words)
     assert code == 0, err
-    told = re.findall(r"\(no text: give (.+)\)", out)
-    assert told and set(told) == {
+    found = re.findall(r"\(no text: give (.+)\)", out)
+    assert found and set(found) == {
         "--tokenizer-type SentencePieceTokenizer --tokenizer-model .../tokenizer.model"
     }
-    flags = told[0].replace("...", str(Path(TOKENIZER).parent)).split()
+    flags = found[0].replace("...", str(Path(TOKENIZER).parent)).split()
     code, out, _ = command(*words, *flags)
     assert code == 0 and "no text" not in out
 

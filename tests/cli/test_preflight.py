@@ -25,7 +25,7 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def llama() -> tuple[int, dict[str, Any], float]:
-    """(exit code, result, seconds) of the example, in a process of its own."""
+    """(exit code, result, seconds) of the example, in its own process."""
     begin = time.monotonic()
     call = [
         sys.executable,
@@ -185,7 +185,7 @@ BROKEN: dict[str, tuple[int, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_llama2_70b_is_refused_with_the_sentence_that_mends_it(name: str) -> None:
+def test_a_broken_llama2_70b_is_refused_with_the_message_that_helps(name: str) -> None:
     world, words, parts = BROKEN[name]
     code, out, err = command(
         "preflight", "--config", str(EXAMPLE), "--world-size", str(world), *words
@@ -228,7 +228,7 @@ LAYOUT = [
 ]
 
 
-def test_a_run_with_its_corpora_is_looked_at_whole(pool: Pool, sample: Path) -> None:
+def test_a_run_with_its_corpora_is_checked_completely(pool: Pool, sample: Path) -> None:
     ((code, out, err),) = pool.run(1, preflight, sample, *LAYOUT, "--json")
     assert code == 0, out + err
     result = json.loads(out)
@@ -241,7 +241,7 @@ def test_a_run_with_its_corpora_is_looked_at_whole(pool: Pool, sample: Path) -> 
     assert sum(domain["samples"] for domain in result["data"]["domains"]) == 160
 
 
-def test_what_does_not_fit_is_told_with_a_cure(pool: Pool, sample: Path) -> None:
+def test_what_does_not_fit_is_reported_with_advice(pool: Pool, sample: Path) -> None:
     ((code, out, _),) = pool.run(1, preflight, sample, *LAYOUT, "--gpu-memory-gib", "0.001")
     assert code == 1
     last = out.splitlines()[-1]
@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_told_with_a_cure(pool: Pool, sample: Path) -> None
     )
 
 
-def test_every_missing_corpus_is_a_line_of_the_verdict_and_the_rest_is_still_told(
+def test_every_missing_corpus_is_a_line_of_the_verdict_and_the_rest_is_still_reported(
     pool: Pool, sample: Path, tmp_path: Path
 ) -> None:
     for path in sample.glob("*_document.*"):

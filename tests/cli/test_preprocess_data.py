@@ -197,7 +197,7 @@ def test_too_little_memory_is_one_message(folder):
         ),
     ],
 )
-def test_wrong_usage_is_one_sentence_and_exit_code_2(folder, more, sentence):
+def test_wrong_usage_is_one_message_and_exit_code_2(folder, more, sentence):
     result = run(folder, *arguments(*more))
     assert result.returncode == 2
     assert result.stderr.decode().startswith(f"preprocess_data.py: error: {sentence}")
@@ -308,12 +308,12 @@ def test_an_interrupted_run_leaves_nothing_and_no_process(started, tmp_path, num
     else:
         started.send_signal(number)
     assert started.wait(20) == code
-    told = started.stderr.read().decode()
-    if told == "preprocess_data.py: interrupted; nothing was written: run the command again\n":
+    found = started.stderr.read().decode()
+    if found == "preprocess_data.py: interrupted; nothing was written: run the command again\n":
         assert list(tmp_path.iterdir()) == []
     else:  # on a slow machine the first state is saved already
         kept = "out/a_text_document.unfinished"
-        assert told == (
+        assert found == (
             f"preprocess_data.py: interrupted; what is done is kept in {kept}: the same "
             f"command with --resume continues from there\n"
         )
@@ -396,7 +396,7 @@ def test_workers_end_with_a_killed_parent(started, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_what_a_stopped_run_has_done_is_kept_and_the_same_input_and_resume_go_on_from_there(
+def test_what_a_stopped_run_has_done_is_kept_and_the_same_input_and_resume_continue_from_there(
     started, tmp_path, number
 ):
     lines = [LINE * 3000]
@@ -450,7 +450,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
         assert stream.getvalue() == expected
 
 
-def test_of_an_input_of_unknown_size_progress_tells_what_is_known():
+def test_of_an_input_of_unknown_size_progress_shows_what_is_known():
     stream = io.StringIO()
     with ProgressBar(stream) as bar:
         bar(

@@ -49,7 +49,7 @@ def flip(path, offset, bits=1):
     path.write_bytes(content)
 
 
-def test_a_sound_corpus_is_exit_code_0(corpus):
+def test_a_valid_corpus_is_exit_code_0(corpus):
     result = run(corpus, corpus)
     assert result.returncode == 0 and result.stderr == ""
     assert result.stdout.splitlines() == [f"corpus {corpus}: valid, 1 documents, 1,000 tokens"] * 2
@@ -75,13 +75,13 @@ def test_a_sound_corpus_is_exit_code_0(corpus):
         (lambda corpus: os.truncate(corpus.with_suffix(".json"), 9), "is not JSON"),
     ],
 )
-def test_an_unsound_corpus_is_exit_code_1_and_says_why(corpus, damage, named):
+def test_an_invalid_corpus_is_exit_code_1_with_the_reason(corpus, damage, named):
     damage(corpus)
     result = run(corpus)
     assert result.returncode == 1 and named in result.stdout and "valid," not in result.stdout
 
 
-def test_every_corpus_is_looked_at_also_after_an_unsound_one(corpus, tmp_path):
+def test_every_corpus_is_checked_also_after_an_invalid_one(corpus, tmp_path):
     for suffix in (".bin", ".idx"):
         (tmp_path / f"b{suffix}").write_bytes(corpus.with_suffix(suffix).read_bytes())
     flip(tmp_path / "a.bin", 0)
