@@ -184,7 +184,7 @@ class Lease:
         except (FileExistsError, FileNotFoundError):  # another is faster, or removed the folder
             return False
         try:
-            self._write()
+            self._write(self._file)
             if old is None:
                 return self._confirm()
             left = _look(_path(self._prefix, old))
@@ -196,11 +196,11 @@ class Lease:
             self._withdraw()
             raise
 
-    def _write(self) -> None:
+    def _write(self, file: int) -> None:
         end = time.monotonic() + PATIENCE
         while True:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 locks = True
                 break
             except BlockingIOError:  # another process just looks whether it is locked
@@ -213,8 +213,8 @@ class Lease:
                 locks = False
                 break
         self._holder = Holder.this_process(locks=locks)
-        os.write(self._file, json.dumps(dataclasses.asdict(self._holder), indent=1).encode())
-        os.fsync(self._file)
+        os.write(file, json.dumps(dataclasses.asdict(self._holder), indent=1).encode())
+        os.fsync(file)
 
     def _confirm(self) -> bool:
         """Whether the new lease is the newest; then older ones are removed."""
@@ -230,8 +230,9 @@ class Lease:
     def _withdraw(self) -> None:
         with suppress(OSError):
             self._path.unlink()
-        os.close(self._file)
-        self._file = None
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def _make_folder(self) -> None:
         where = self._prefix.parent
@@ -241,7 +242,8 @@ class Lease:
 
     def _is_mine(self) -> bool:
         try:
-            return json.loads(self._path.read_bytes())["token"] == self._holder.token
+            token = json.loads(self._path.read_bytes())["token"]
+            return self._holder is not None and token == self._holder.token
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
         except OSError as error:
@@ -255,7 +257,8 @@ class Lease:
             if not self.holds():
                 return
             with suppress(OSError):  # tried again; a save checks for itself
-                os.utime(self._file)
+                if self._file is not None:
+                    os.utime(self._file)
 
     def _wait_for_end(self, path: Path) -> _Seen | None:
         """Wait until it is known that the holder is dead; None where its file is gone by then.
@@ -265,17 +268,17 @@ class Lease:
         begin, first, reported = time.monotonic(), None, False
         while (seen := _look(path)) is not None:
             watched, holder = time.monotonic() - begin, seen.holder
-            here = holder is not None and holder.here
+            here = holder if holder is not None and holder.here else None
             first = first or seen
             changed = (seen.beat, holder) != (first.beat, first.holder)
             if seen.locked:
                 # A holder that has just ended may keep its lock for a moment.
-                if (here and holder.state()) or (holder and changed) or watched > PATIENCE:
+                if (here and here.state()) or (holder and changed) or watched > PATIENCE:
                     raise self._held(seen)
             elif holder and holder.boot == kernel()[0] and holder.locks and seen.locked is False:
                 return seen
             elif here:
-                if holder.state():
+                if here.state():
                     raise self._held(seen)
                 return seen
             elif changed:
@@ -297,12 +300,11 @@ class Lease:
         return None
 
     def _held(self, seen: _Seen) -> ConfigError:
-        holder, state = seen.holder, None
-        if holder is not None and holder.here:
-            state = holder.state() or "ended"
+        holder = seen.holder
+        state = (holder.state() or "ended") if holder is not None and holder.here else None
         if state == "ended":
             note = "the process has ended, but its lock is still held"
-        elif state in ("T", "t"):
+        elif holder is not None and state in ("T", "t"):
             note = f"the process is stopped, `kill -CONT {holder.pid}` resumes it"
         else:
             beat = datetime.datetime.fromtimestamp(seen.beat / 1e9).astimezone()

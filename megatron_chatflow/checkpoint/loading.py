@@ -19,8 +19,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as mcore
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -38,12 +38,14 @@ def load(reader: CheckpointReader, wanted: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         with unrestricted_readers_refused():
-            return dist_checkpointing.load(
+            loaded = dist_checkpointing.load(
                 wanted,
                 str(reader.folder),
                 sharded_strategy=_Shards(reader),
                 common_strategy=_Common(reader),
             )
+            assert isinstance(loaded, dict), "only the state was asked for"
+            return loaded
     except CheckpointException as error:
         for failure, _ in error.failures.values():
             if isinstance(failure, ChatflowError):

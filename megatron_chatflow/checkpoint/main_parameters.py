@@ -87,10 +87,11 @@ def find_differences(weights: dict[str, Any], optimizer: dict[str, Any]) -> list
         name = next((main.key.removeprefix(p) for p in _PREFIXES if main.key.startswith(p)), None)
         if name is None or not is_main_replica(main.replica_id):
             continue
-        weight = chunks[name, main.global_offset].data
+        weight, value = chunks[name, main.global_offset].data, main.data
+        assert weight is not None and value is not None, "a state in memory has data"
         in_fp8 = is_float8tensor(weight)
         weight = dequantize_fp8_tensor(weight) if in_fp8 else weight
-        if not _agree(main.data, weight.to(main.data.device), in_fp8=in_fp8):
+        if not _agree(value, weight.to(value.device), in_fp8=in_fp8):
             different.add(name)
     return _of_all_ranks(different)
 

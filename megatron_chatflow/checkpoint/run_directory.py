@@ -136,6 +136,7 @@ def find_intact_checkpoint(
     run = Path(run)
     if ckpt_step is not None:
         folder = find_checkpoint(run, ckpt_step)
+        assert folder is not None, "the iteration that was asked for is found, or it is an error"
         wrong = damaged.get(folder) or integrity.damage_at_first_sight(folder)
         if wrong:
             raise CheckpointError(

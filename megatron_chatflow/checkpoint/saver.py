@@ -145,9 +145,11 @@ class Saver:
             RuntimeError,
         ) as error:  # reported at the end, on all ranks
             self._writing.problem = f"common.pt: {error}"
+        assert isinstance(sharded, dict), "the state of a run is a dictionary"
         without_views(sharded)
+        folder: Any = str(self._writing.partial)  # megatron-core annotates a Path, and passes this
         self._queue.schedule_async_request(
-            HashedSaveStrategy(self._end).async_save(sharded, str(self._writing.partial))
+            HashedSaveStrategy(self._end).async_save(sharded, folder)
         )
         self._writing.seconds = time.perf_counter() - begin
 
@@ -221,7 +223,8 @@ class Saver:
     def _end(self, writer: Any, metadata: Any) -> None:
         """All ranks have written, or failed to: publish, or clean up and raise on all of them."""
         writing, rank = self._writing, torch.distributed.get_rank()
-        everyone: list[Any] = [None] * torch.distributed.get_world_size() if rank == 0 else None
+        assert writing is not None, "megatron-core calls this after a save began"
+        everyone: Any = [None] * torch.distributed.get_world_size() if rank == 0 else None
         torch.distributed.gather_object(
             results_of_rank(writer, self._writer.answer), everyone, dst=0
         )
@@ -233,7 +236,7 @@ class Saver:
             try:
                 if writing.problem or problems:
                     raise OSError(writing.problem or "; ".join(problems))
-                self._publish(writer, metadata, everyone)
+                self._publish(writing, writer, metadata, everyone)
             except (OSError, CheckpointError, LeaseLostError) as error:
                 shutil.rmtree(writing.partial, ignore_errors=True)
                 lost = isinstance(error, LeaseLostError)
@@ -244,13 +247,13 @@ class Saver:
             raise verdict[0]
         self._saved = Saved(iteration_folder(self._run, writing.iteration), 0.0, 0.0)
 
-    def _publish(self, writer: Any, metadata: Any, everyone: list[Any]) -> None:
+    def _publish(self, writing: _Writing, writer: Any, metadata: Any, everyone: list[Any]) -> None:
         """Publish the checkpoint; what it raises leaves everything before unchanged."""
-        partial, iteration = self._writing.partial, self._writing.iteration
+        partial, iteration = writing.partial, writing.iteration
         writer.finish(metadata, [results for _, results, _ in everyone])
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
         write_atomically(
-            partial / "state.json", json.dumps(self._writing.state | {"sealed": True}, indent=1)
+            partial / "state.json", json.dumps(writing.state | {"sealed": True}, indent=1)
         )
         records = {name: value for _, _, found in everyone for name, value in found.items()}
         for place in metadata.storage_data.values():
@@ -260,7 +263,7 @@ class Saver:
                     f"a tensor is in {place.relative_path}, of which {written} bytes were written"
                 )
         records |= {name: record_file(partial / name) for name in REQUIRED}
-        if records["common.pt"] != self._writing.common:
+        if records["common.pt"] != writing.common:
             raise CheckpointError("common.pt is not what was written")
         check_files(partial, records)
         write_manifest(partial, records)
@@ -279,7 +282,7 @@ class Saver:
             raise
         sync_folder(self._run)
         write_atomically(self._run / POINTER, f"{iteration}\n")
-        course = Lineage.of(self._writing.state.get("lineage"))
+        course = Lineage.of(writing.state.get("lineage"))
         kept = self._most_recent_k, self._retain_interval
         for old in outdated_on_course(self._run, course, iteration, *kept):
             os.rename(

@@ -32,7 +32,7 @@ def _metadata() -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def _unwrap(chunk: MegatronModule) -> MegatronModule:
+def _unwrap(chunk: Any) -> MegatronModule:
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
@@ -68,7 +68,7 @@ def sharded_state(
     if not is_loading:
         gather_weights(model)
     weights = _weights(model)
-    fp8 = {main_parameters.FP8_WEIGHTS: main_parameters.has_fp8_weights(model)}
+    fp8 = {main_parameters.FP8_WEIGHTS: main_parameters.has_fp8_weights([*model])}
     state = dict(weights) | ({} if is_loading else {"content_metadata": _metadata() | fp8})
     if optimizer is not None:
         # megatron-core finds a parameter's shard by walking the model part of the very same
@@ -98,6 +98,7 @@ def gather_weights(model: list[MegatronModule]) -> None:
     Under --overlap-param-gather what the optimizer changed is otherwise gathered in the next
     forward pass.
     """
+    chunk: Any  # a MegatronModule, or the DistributedDataParallel around it
     for chunk in model:
         if getattr(chunk, "ddp_config", None) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
@@ -117,7 +118,9 @@ def save(
     """
     with Saver(run) as saver:
         saver.begin(iteration, sharded_state(model, optimizer, average), state)
-        return saver.poll(wait=True).folder
+        saved = saver.poll(wait=True)
+        assert saved is not None, "the save that has begun ends"
+        return saved.folder
 
 
 def find_damage(folder: Path) -> str | None:
@@ -165,7 +168,8 @@ def load(
     compatibility.check_weights(reader, {name: wanted[name] for name in _names(model)})
     state = {"optimizer": wanted.pop("optimizer")} if optimizer is not None else {}
     if optimizer is not None:
-        (part,) = optimizer.chained_optimizers
+        chained: Any = optimizer  # megatron-core chains the optimizers of a run
+        (part,) = chained.chained_optimizers
         own_form = optimizer_state.layout_of(part)
         saved_form = optimizer_state.layout_in(reader.common()["optimizer"])
         optimizer_state.ask_for(wanted, state, saved_form, own_form)

@@ -86,6 +86,7 @@ class CheckpointReader:
         entry = self.metadata.state_dict_metadata[index.fqn]
         if not isinstance(entry, TensorStorageMetadata):
             return _with_own_states(found) if "_extra_state" in index.fqn else found
+        assert index.offset is not None, "the index of a tensor's piece has an offset"
         sizes = self._sizes[index.fqn, index.offset]
         dtype = entry.properties.dtype
         if type(found) is not torch.Tensor or found.shape != sizes or found.dtype != dtype:

@@ -52,7 +52,7 @@ class WriterProcess(AsyncCaller):
         self._start("fork")
 
     def _start(self, method: str) -> None:
-        context = multiprocessing.get_context(method)
+        context: Any = multiprocessing.get_context(method)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), name="checkpoint writer")
         with blocked_signals():
@@ -83,6 +83,7 @@ class WriterProcess(AsyncCaller):
         try:
             self._connection.send((write, staged, self._buffer.size if fresh else 0))
             if fresh:
+                assert self._buffer.file is not None, "`copy` made it"
                 send_handle(self._connection, self._buffer.file, self._process.pid)
                 self._mapped = self._buffer.size
         except OSError:  # killed just now: the missing answer shows it
@@ -165,7 +166,8 @@ def write_shards(transforms: list[Any], buckets: list[Any]) -> Answer:
 
 def _write_shard(transforms: list[Any], number: int, bucket: Any) -> tuple[int, Any]:
     """megatron-core's writing of one file; returns (number, its results or the exception)."""
-    answer, pending = SimpleQueue(), Queue()
+    answer: Any = SimpleQueue()  # megatron-core annotates queues of processes
+    pending: Any = Queue()
     pending.put(number)
     FileSystemWriterAsync.write_preloaded_data(
         transforms, number, bucket, answer, pending, use_fsync=True

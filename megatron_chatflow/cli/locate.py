@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_chatflow.checkpoint.run_directory import read_settings
-from megatron_chatflow.config import CommandParser, Config, make_parser, parse, resolve_data
+from megatron_chatflow.config import CommandParser, DataConfig, make_parser, parse, resolve_data
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.report import console
 from megatron_chatflow.utils.user_files import read_text
@@ -126,7 +126,7 @@ def _saved_plan(path: Path) -> BlendPlan:
     return BlendPlan.from_json(text)
 
 
-def _batches(config: Config, run: str | None) -> tuple[Any, ...]:
+def _batches(config: DataConfig, run: str | None) -> tuple[Any, ...]:
     """Return the batch sizes of the run: its latest checkpoint's, then those of its settings."""
     from megatron_chatflow.checkpoint.run_directory import find_checkpoint, read_state
     from megatron_chatflow.training.batch_schedule import batch_history

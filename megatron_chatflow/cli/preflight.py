@@ -15,7 +15,6 @@ from typing import Any
 
 from megatron_chatflow.config import (
     CommandParser,
-    Config,
     ResolvedConfig,
     make_parser,
     padded_vocab_size,
@@ -248,7 +247,7 @@ def _read_data(config: ResolvedConfig, result: dict[str, Any]) -> tuple[int | No
     return inputs.vocab_size, []
 
 
-def _vocab_size(config: Config, refusals: list[str]) -> tuple[int | None, list[str]]:
+def _vocab_size(config: ResolvedConfig, refusals: list[str]) -> tuple[int | None, list[str]]:
     """Return the size as given, or the tokenizer's, and the refusals with those found here."""
     from megatron_chatflow.tokenizer import load_tokenizer
 
@@ -273,7 +272,7 @@ def _vocab_size(config: Config, refusals: list[str]) -> tuple[int | None, list[s
     return tokenizer.vocab_size, refusals
 
 
-def _corpus_errors(config: Config) -> list[str]:
+def _corpus_errors(config: ResolvedConfig) -> list[str]:
     """Return a message per corpus of the curriculum that cannot be opened."""
     from megatron_chatflow.curriculum import load_curriculum
     from megatron_chatflow.data import open_domains
@@ -319,7 +318,7 @@ def _note_disk(save: str | None, checkpoint: dict[str, int], notes: list[str]) -
         )
 
 
-def _check_layers(config: Config) -> None:
+def _check_layers(config: ResolvedConfig) -> None:
     """Refuse what only a machine with CUDA would refuse."""
     if config.precision.fp8_format and config.model.transformer_impl == "local":
         raise ConfigError(
@@ -329,7 +328,7 @@ def _check_layers(config: Config) -> None:
         )
 
 
-def _note_devices(config: Config, layout: Layout, notes: list[str]) -> None:
+def _note_devices(config: ResolvedConfig, layout: Layout, notes: list[str]) -> None:
     p = config.precision
     if p.fp8_format:
         notes.append(

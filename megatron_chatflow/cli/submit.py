@@ -167,12 +167,14 @@ def _job(
 ) -> Job:
     assert config.checkpoint.save is not None  # _checked
     gpus = args.ntasks_per_node if args.gpus_per_node is None else args.gpus_per_node
+    save = config.checkpoint.save
+    assert save is not None, "`_checked` requires it"
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     _add_flags(own)
     _, training = own.parse_known_args(list(words))
     return Job(
         words=training,
-        save=config.checkpoint.save,
+        save=save,
         folder=os.getcwd(),
         nodes=args.nodes,
         ntasks_per_node=args.ntasks_per_node,

@@ -30,6 +30,7 @@ def load_weights(opened: Opened, model: Sequence[MegatronModule]) -> None:
                 slice(start, start + length)
                 for start, length in zip(shard.global_offset[lead:], shard.local_shape, strict=True)
             )
+            assert shard.data is not None, "the shards of a model in memory have data"
             shard.data.copy_(opened.tensor(piece)[part])
 
 

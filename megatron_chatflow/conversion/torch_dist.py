@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -23,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -36,9 +36,11 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
-from megatron_chatflow.config import Config
+from megatron_chatflow.config import Config, ModelConfig
 from megatron_chatflow.config.schema import ParallelSettings, PrecisionSettings
+from megatron_chatflow.config.schema.section import convert_to
 from megatron_chatflow.conversion.weight_mapping import LAYERS
 from megatron_chatflow.distributed.fake_ranks import rehearse
 from megatron_chatflow.model.gpt import build_model
@@ -87,9 +89,13 @@ def describe(config: Config, vocab_size: int) -> Contents:
 
     Needs no process group and no memory. The layout in the settings is not read.
     """
-    training = replace(config.training, bf16=False)
-    plain = replace(
-        config, parallel=ParallelSettings(), precision=PrecisionSettings(), training=training
+    plain = convert_to(
+        ModelConfig,
+        config,
+        model=config.model.resolve(config.data.seq_length),
+        parallel=ParallelSettings(),
+        precision=PrecisionSettings(),
+        training=replace(config.training, bf16=False).resolve(1),
     )
     with rehearse(0, 1, plain.parallel, plain.model.num_layers):
         (model,) = build_model(plain, vocab_size, "local", wrap=False)
@@ -175,7 +181,7 @@ def write(
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(
+        save_state_dict(
             {},
             storage_writer=_Writer(folder),
             planner=_Planner(contents, dtypes, make),
@@ -185,7 +191,7 @@ def write(
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(FileSystemWriter):
     """A writer that leaves the folder's path and a random name out of ``.metadata``.
 
     The path would be pickled, and the same weights must give the same bytes.

@@ -99,6 +99,7 @@ def install() -> None:
     cuda.Stream, cuda.Event = _Stream, _Event
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.empty_cache = lambda: None
+    module: Any
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -143,4 +144,5 @@ def _install_tensor_methods() -> None:
             dtype = dtype.replace("torch.cuda.", "torch.")
         return kind(self, dtype, **kwargs)
 
-    torch.Tensor.to, torch.Tensor.type = tensor_to, tensor_type
+    tensor: Any = torch.Tensor
+    tensor.to, tensor.type = tensor_to, tensor_type

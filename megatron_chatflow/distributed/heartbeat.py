@@ -19,9 +19,10 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from megatron_chatflow.errors import SampleError
 
@@ -85,9 +86,8 @@ class HeartbeatMonitor:
         self._threads[0].join(2 * PATIENCE)
         try:
             # torch's annotations leave bytes out.
-            self._store.set(  # pyright: ignore[reportArgumentType]
-                f"beat/{self._rank}", _LEFT
-            )
+            value: Any = _LEFT
+            self._store.set(f"beat/{self._rank}", value)
             self._linger("closed")
         except Exception:  # rank 0 is gone, and had no reason to report
             pass
@@ -226,10 +226,8 @@ def prefixed(store: Store) -> Store:
 def prepare(store: Store, size: int) -> None:
     """Write the first beats, on rank 0 before any monitor: a read of a missing key would wait."""
     keys = [f"beat/{rank}" for rank in range(size)]
-    # torch's annotations leave multi_set out.
-    prefixed(store).multi_set(  # pyright: ignore[reportAttributeAccessIssue]
-        keys, [b"0"] * size
-    )
+    beats: Any = prefixed(store)  # torch's annotations leave multi_set out
+    beats.multi_set(keys, [b"0"] * size)
 
 
 def _say(text: str) -> None:

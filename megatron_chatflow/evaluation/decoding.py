@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -143,8 +144,8 @@ def _forward(
 
     The tokens follow what the cache holds. None except on the last stage.
     """
-    (model,) = session.model
-    group = parallel_state.get_pipeline_model_parallel_group()
+    model: Any = session.model[0]
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
     rows, count = tokens.shape
     if not parallel_state.is_pipeline_first_stage():
         core = get_model_config(model)
@@ -180,9 +181,8 @@ def _agree(
         )
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         source = parallel_state.get_pipeline_model_parallel_last_rank()
-        torch.distributed.broadcast(
-            tokens, source, group=parallel_state.get_pipeline_model_parallel_group()
-        )
+        group: Any = parallel_state.get_pipeline_model_parallel_group()
+        torch.distributed.broadcast(tokens, source, group=group)
     return tokens.tolist()
 
 

@@ -128,9 +128,9 @@ def resolve_run_model(
     config: Config, world_size: int, average_checkpoints: int = 1, use_ema: bool = False
 ) -> EvalModel:
     """Return the model of the run directory `config.checkpoint.load`; see `ModelSource.resolve`."""
-    chosen = choose_weights(
-        config.checkpoint.load, config.checkpoint.ckpt_step, average_checkpoints, use_ema
-    )
+    load = config.checkpoint.load
+    assert load is not None, "the settings name the run directory"
+    chosen = choose_weights(load, config.checkpoint.ckpt_step, average_checkpoints, use_ema)
     state = read_state(chosen.newest)
     return EvalModel(
         resolve_model(config, world_size),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_chatflow.config import Config
+from megatron_chatflow.config import Config, ModelConfig
 from megatron_chatflow.config.schema import PrecisionSettings
 from megatron_chatflow.data.chat.prompts import Prompt, chat_prompt, read_prompts, text_prompt
 from megatron_chatflow.data.chat.templates import (
@@ -229,7 +229,7 @@ def _encode(
     template: str | None,
     tokenizer: Tokenizer,
     start: int | None,
-    config: Config,
+    config: ModelConfig,
 ) -> Prompt:
     """Return the tokens of a record, which `where` names in messages."""
     try:
@@ -279,7 +279,7 @@ def _trained_template(config: Config) -> str:
             for manifest in manifests
             if manifest is not None
             for source in manifest.sources
-            if source.get("template")
+            if isinstance(source, dict) and source.get("template")
         }
     )
     if len(names) != 1:

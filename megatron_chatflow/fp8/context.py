@@ -18,14 +18,15 @@ def delayed_scaling(precision: PrecisionSettings) -> DelayedScaling | None:
     """The delayed scaling of this rank, shared by its model chunks, or None for another recipe."""
     if precision.fp8_recipe != "delayed":
         return None
+    group: Any = parallel_state.get_amax_reduction_group(
+        with_context_parallel=True, tp_only_amax_red=precision.tp_only_amax_red
+    )
     return DelayedScaling(
         formats(precision),
         length=precision.fp8_amax_history_len,
         algo=precision.fp8_amax_compute_algo,
         margin=precision.fp8_margin,
-        group=parallel_state.get_amax_reduction_group(
-            with_context_parallel=True, tp_only_amax_red=precision.tp_only_amax_red
-        ),
+        group=group,
     )
 
 

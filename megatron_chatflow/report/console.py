@@ -128,7 +128,9 @@ def duration(seconds: float) -> str:
 
 
 def validation_lines(
-    iteration: int, results: Mapping[str, Mapping[str, float]], total: Mapping[str, float]
+    iteration: int,
+    results: Mapping[str, Mapping[str, float | None]],
+    total: Mapping[str, float | None],
 ) -> list[str]:
     """Return Megatron's validation line, then a line per domain and named validation set.
 
@@ -152,6 +154,6 @@ def validation_lines(
         )
         lines.append(
             f"   {name:<{width}} | loss {r['loss']:.4f} | perplexity {r['ppl']:10.2f}{bits} "
-            f"| {int(r['tokens'])} tokens"
+            f"| {r['tokens']:.0f} tokens"
         )
     return lines

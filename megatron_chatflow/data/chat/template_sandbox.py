@@ -174,6 +174,7 @@ def _serve() -> None:
         signal.signal(number, signal.SIG_IGN)
     import jinja2
     import jinja2.ext
+    import jinja2.nodes
     import jinja2.sandbox
 
     for name in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):

@@ -62,9 +62,9 @@ class EncodeTask:
         """Return the fields of a record that are needed; None where that depends on the record."""
         if self.kind == "instruct":
             return None
-        return (
-            ParallelTemplate(self.template).fields if self.kind == "parallel" else list(self.keys)
-        )
+        if self.kind == "parallel" and self.template is not None:
+            return ParallelTemplate(self.template).fields
+        return list(self.keys)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, task: EncodeTask) -> None:
         self._tokenizer = tokenizer
         self._task = task
-        self._parallel = ParallelTemplate(task.template) if task.kind == "parallel" else None
+        template = task.template if task.kind == "parallel" else None
+        self._parallel = None if template is None else ParallelTemplate(template)
         self._fields = [itemgetter(name) for name in task.columns() or ()]
         self._split = splitter(task.splitting) if task.splitting else None
 
@@ -162,7 +163,7 @@ class Encoder:
                 "".join(column).encode()
         except (DataError, ValueError, RecursionError, KeyError, TypeError):
             return None
-        return [self._parallel.fill_all(columns)] if self._parallel else columns
+        return [[*self._parallel.fill_all(columns)]] if self._parallel else columns
 
     def _each_text(self, chunk: Chunk) -> tuple[list[list[Document]], list[tuple[int, str]]]:
         """Return the documents of each key, and what is malformed."""
@@ -275,7 +276,9 @@ class Encoder:
         ignored.update(key[:100] for key in self._unread(conversation))
         if not any(conversation.trained):
             return []
-        passages = CHAT_TEMPLATES[self._task.template](conversation, self._tokenizer)
+        template = self._task.template
+        assert template is not None, "an instruction corpus has a template"
+        passages = CHAT_TEMPLATES[template](conversation, self._tokenizer)
         passages = mark_untrained(passages, conversation.trained)
         if self._task.append_eod and passages[-1].parts[-1] != self._tokenizer.eod:
             passages[-1] = Passage(passages[-1].mode, (*passages[-1].parts, self._tokenizer.eod))

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron_chatflow.data.preprocess import decompress, json_array, parquet
 from megatron_chatflow.errors import DataError
@@ -326,7 +326,8 @@ class _Tee(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         count = 0
-        while more := self._file.readinto(buffer[count:]):
+        file: Any = self._file  # `BinaryIO` lacks readinto
+        while more := file.readinto(buffer[count:]):
             count += more
             if self._source.stored_bytes + count >= decompress.MAGIC_BYTES:
                 break

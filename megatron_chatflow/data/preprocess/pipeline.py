@@ -114,7 +114,8 @@ def preprocess(
         for key, prefix in settings.prefixes().items():
             publish_corpus(run.path(key), prefix)
         discard_state(folder)
-    corpora = {prefix: read_manifest(prefix) for prefix in settings.prefixes().values()}
+    manifests = {prefix: read_manifest(prefix) for prefix in settings.prefixes().values()}
+    corpora = {prefix: manifest for prefix, manifest in manifests.items() if manifest is not None}
     left_out = sum(state.malformed), sum(state.too_long), tuple(state.shown), sum(state.empty)
     ignored = sum(map(Counter, state.ignored), Counter())
     return PreprocessSummary(

@@ -61,7 +61,7 @@ def each_record(chunk: Chunk) -> Iterator[tuple[int, Mapping[str, Any] | Malform
                 yield number, error
 
 
-def _record(line: bytes, format: str) -> Mapping[str, Any]:
+def _record(line: bytes | bytearray, format: str) -> Mapping[str, Any]:
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
