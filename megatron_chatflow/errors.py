@@ -31,10 +31,12 @@ class ConfigErrors(ConfigError):
     """Several settings, flags or keys that cannot be used, with one message each."""
 
     def __init__(self, messages: Iterable[str]) -> None:
+        """Keep the messages."""
         self.messages = tuple(messages)
         super().__init__(self.messages)
 
     def __str__(self) -> str:
+        """Return the messages, one per line."""
         return "\n".join(self.messages)
 
 
@@ -76,6 +78,7 @@ class ErrorCollector:
     """Collects independent errors, so that all of them are reported together."""
 
     def __init__(self) -> None:
+        """Start without messages."""
         self.messages: list[str] = []
 
     def add(self, *messages: str) -> None:
