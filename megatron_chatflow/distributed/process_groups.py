@@ -28,13 +28,29 @@ _meetings = itertools.count()
 """A number for each meeting of this process at the store of an agent of torchrun."""
 
 
-def hide_engine_warnings() -> None:
-    """Hide warnings that megatron-core and torch print on every rank of a command.
+_HIDDEN_WARNINGS = (
+    # without Apex and Transformer Engine the portable layers are used, as one line reports
+    r"Transformer Engine and Apex are not installed",
+    r"Apex is not installed",
+    # deprecations of what megatron-core 0.16 itself calls
+    r"The following imports from `dynamic_context\.py`",
+    r"The 'megatron\.core\.transformer\.custom_layers\.transformer_engine'",
+    r"full scope is deprecated",
+    r"MLP requires ffn_hidden_size",
+    r"Warning: tp_group is None",
+    r"`torch\.jit\.script(_method)?` is deprecated",
+    r"`torch\.distributed\.\w+` is deprecated",
+    r"Please use DTensor instead and we are deprecating ShardedTensor",
+    # a job script of `chatflow submit` sets CUDA_DEVICE_MAX_CONNECTIONS
+    r"When using (sequence parallelism|async grad allreduce) it is recommended to set",
+)
+"""How warnings begin that megatron-core and torch print on every rank: regular expressions."""
 
-    They are about missing apex and their own deprecations.
-    """
-    for module in (r"megatron\.core", r"torch\."):
-        warnings.filterwarnings("ignore", module=module)
+
+def hide_engine_warnings() -> None:
+    """Keep known warnings of megatron-core and torch, about their own code, off the console."""
+    for message in _HIDDEN_WARNINGS:
+        warnings.filterwarnings("ignore", message=rf"\s*{message}")
 
 
 def install_engine() -> None:
