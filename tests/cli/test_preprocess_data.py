@@ -178,7 +178,7 @@ def test_too_little_memory_is_one_message(folder):
             ["--keep-newlines"],
             (
                 "--keep-newlines has no meaning without --split-sentences: documents are kept "
-                "as they are; drop the flag"
+                "unchanged; drop the flag"
             ),
         ),
         (["--apend-eod"], "unknown flag --apend-eod; did you mean --append-eod?"),
@@ -343,8 +343,10 @@ def test_nohup_and_a_terminal_that_is_gone_do_not_end_a_run(tmp_path):
     code += "os.kill(os.getpid(), signal.SIGHUP);"
     code += "from megatron_chatflow.cli import preprocess as command;"
     code += "from megatron_chatflow.data.preprocess import pipeline as preprocess;"
-    code += "real = preprocess.publish;"
-    code += "preprocess.publish = lambda *a: (os.kill(os.getpid(), signal.SIGHUP), real(*a));"
+    code += "real = preprocess.publish_corpus;"
+    code += (
+        "preprocess.publish_corpus = lambda *a: (os.kill(os.getpid(), signal.SIGHUP), real(*a));"
+    )
     code += f"sys.exit(command.main({[*arguments('--workers', '1')]}))"
     read, write = os.pipe()
     os.close(read)
@@ -361,7 +363,7 @@ def test_a_second_interrupt_ends_the_command_at_once(tmp_path):
     code += "from megatron_chatflow.data.preprocess import pipeline as preprocess;"
     code += "end = lambda *a: os.kill(os.getpid(), signal.SIGINT);"
     code += "preprocess.discard_state = lambda *a: (end(), time.sleep(60));"
-    code += "preprocess.publish = end;"
+    code += "preprocess.publish_corpus = end;"
     code += "import megatron_chatflow.data.preprocess.resume_state as unfinished;"
     code += "unfinished._remove = lambda *a: (end(), time.sleep(60));"
     code += f"sys.exit(command.main({[*arguments('--workers', '1')]}))"
