@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_chatflow.checkpoint.ema import PREFIX
 from megatron_chatflow.checkpoint.tensor_reader import CheckpointReader
 from megatron_chatflow.errors import CheckpointError
+from megatron_chatflow.model.init import iterate_shards
 
 EMBEDDING = "embedding.word_embeddings.weight"
 WHAT_TO_DO = "give the settings of the model that it was saved with"
@@ -27,12 +26,9 @@ def check_weights(reader: CheckpointReader, wanted: dict[str, Any]) -> None:
     Raises ConfigError, on every rank, with all names that differ.
     """
     here: dict[str, list[int] | None] = {}
-    for entry in nested_values(wanted):
-        built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
-        for tensor in nested_values(built) if isinstance(built, dict | list) else [built]:
-            if isinstance(tensor, ShardedTensor):
-                free = tensor.allow_shape_mismatch
-                here[tensor.key] = None if free else list(tensor.global_shape)
+    for tensor in iterate_shards(wanted):
+        free = tensor.allow_shape_mismatch
+        here[tensor.key] = None if free else list(tensor.global_shape)
     everywhere = [here] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
     shapes = {name: shape for one in everywhere for name, shape in one.items()}

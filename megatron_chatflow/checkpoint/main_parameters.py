@@ -20,10 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
-    ShardedTensor,
-    ShardedTensorFactory,
     is_main_replica,
 )
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
@@ -32,6 +29,7 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron_chatflow.checkpoint.optimizer_state import OptimizerLayout
 from megatron_chatflow.checkpoint.tensor_reader import CheckpointReader
 from megatron_chatflow.errors import CheckpointError
+from megatron_chatflow.model.init import iterate_shards
 
 FP8_WEIGHTS = "fp8_weights"
 """Key in a checkpoint's content metadata: whether weights were kept in FP8 (--fp8-param-gather)."""
@@ -81,9 +79,9 @@ def find_differences(weights: dict[str, Any], optimizer: dict[str, Any]) -> list
         weights: sharded state dicts of the model's chunks.
         optimizer: sharded state dict of the optimizer.
     """
-    chunks = {(chunk.key, chunk.global_offset): chunk for chunk in _chunks(weights)}
+    chunks = {(chunk.key, chunk.global_offset): chunk for chunk in iterate_shards(weights)}
     different = set()
-    for main in _chunks(optimizer):
+    for main in iterate_shards(optimizer):
         name = next((main.key.removeprefix(p) for p in _PREFIXES if main.key.startswith(p)), None)
         if name is None or not is_main_replica(main.replica_id):
             continue
@@ -137,17 +135,6 @@ def describe(names: list[str]) -> str:
     """Name three of the tensors, and count the others."""
     more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _is_weight(entry: Any) -> bool:
-    return isinstance(entry, ShardedTensor | ShardedTensorFactory)
-
-
-def _chunks(state: dict[str, Any]) -> Iterator[ShardedTensor]:
-    """The tensors of a sharded state dict as they are written: factories cut theirs in pieces."""
-    for entry in filter(_is_weight, nested_values(state)):
-        parts = [entry] if isinstance(entry, ShardedTensor) else nested_values(entry.build())
-        yield from parts
 
 
 def _belongs_to_fp8_layer(name: str, saved: dict[str, Any]) -> bool:

@@ -249,9 +249,9 @@ def _load_optimizer(part: MegatronOptimizer, saved: dict[str, Any]) -> None:
     if not isinstance(part, DistributedOptimizer):
         part.load_state_dict(saved)
         return
-    # torch's AdamW keeps a `step` next to the moments. megatron-core's reader of this form looks
-    # for it among the saved tensors, where it is not, and gives every parameter the same tensor, which
-    # each of them then counts up; so it is set aside and handed out as copies.
+    # torch's AdamW keeps a `step` next to the moments. megatron-core's reader of this form
+    # looks for it among the saved tensors, where it is not, and gives every parameter the same
+    # tensor, which each of them then counts up; so it is set aside and handed out as copies.
     parameters = saved.pop("param_state")
     part.load_state_dict(saved)
     steps = {

@@ -17,8 +17,6 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
-    ShardedTensor,
-    ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -44,6 +42,7 @@ from megatron_chatflow.config.schema.section import convert_to
 from megatron_chatflow.conversion.weight_mapping import LAYERS
 from megatron_chatflow.distributed.fake_ranks import rehearse
 from megatron_chatflow.model.gpt import build_model
+from megatron_chatflow.model.init import iterate_shards
 
 
 @dataclass(frozen=True)
@@ -100,23 +99,12 @@ def describe(config: Config, vocab_size: int) -> Contents:
     with rehearse(0, 1, plain.parallel, plain.model.num_layers):
         (model,) = build_model(plain, vocab_size, "local", wrap=False)
         state = model.sharded_state_dict()
-    shapes: dict[str, tuple[int, ...]] = {}
-    objects: dict[str, Any] = {}
-    for entry in state.values():
-        if isinstance(entry, ShardedObject):
-            objects[entry.unique_key] = (
-                None if entry.data is None else torch.empty(0, dtype=torch.uint8)
-            )
-            continue
-        built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
-        for shard in (
-            [built]
-            if isinstance(built, ShardedTensor)
-            else built.values()
-            if isinstance(built, dict)
-            else built
-        ):
-            shapes[shard.key] = shard.global_shape
+    objects = {
+        entry.unique_key: None if entry.data is None else torch.empty(0, dtype=torch.uint8)
+        for entry in state.values()
+        if isinstance(entry, ShardedObject)
+    }
+    shapes = {shard.key: shard.global_shape for shard in iterate_shards(state)}
     return Contents(shapes, objects)
 
 

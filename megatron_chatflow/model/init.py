@@ -9,9 +9,11 @@ which checkpoints are resharded too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -25,15 +27,17 @@ def initialize_weights(model: GPTModel, seed: int, std: float, vocab_size: int) 
     Matrices are normal with `std`, norms 1, biases and rows beyond `vocab_size` (padding) 0. The projections back into the residual stream (``linear_proj``, ``linear_fc2``) get std / sqrt(2
     x layers), as GPT-2 does and Megatron after it.
     """
-    shards = []
-    for entry in model.sharded_state_dict().values():
-        if isinstance(entry, ShardedTensorFactory):
-            built = entry.build()
-            shards += built if isinstance(built, Sequence) else built.values()
-        elif isinstance(entry, ShardedTensor):
-            shards.append(entry)
-    for shard in shards:
+    for shard in iterate_shards(model.sharded_state_dict()):
         _fill(shard, seed, std, model.config.num_layers, vocab_size)
+
+
+def iterate_shards(state: dict[str, Any]) -> Iterator[ShardedTensor]:
+    """Yield the tensors of a sharded state dict as they are written: factories cut theirs."""
+    for entry in nested_values(state):
+        built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+        for part in nested_values(built) if isinstance(built, dict | list) else [built]:
+            if isinstance(part, ShardedTensor):
+                yield part
 
 
 def _fill(shard: ShardedTensor, seed: int, std: float, num_layers: int, vocab_size: int) -> None:
