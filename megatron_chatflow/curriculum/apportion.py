@@ -114,7 +114,7 @@ class Apportionment:
         # Targets and nearest integers of all these points at once: [points, K].
         target = self._target(np.array([*new, *middles], np.int64))
         nearest = _nearest(target)
-        apportion: Any  # one of two functions, with the types of its own branch
+        apportion: Any  # one of two functions, each with the types of its branch
         no_limit: Any
         if self._few:
             apportion, no_limit, target, nearest = (

@@ -175,7 +175,7 @@ def share_at(stages: list[dict[str, Any]], names: list[str], times: np.ndarray) 
 def integrals(
     stages: list[dict[str, Any]], names: list[str], stop: int, steps: int = 4
 ) -> np.ndarray:
-    """The integral of the shares from 0 to 0, 1, ..., stop, by the midpoint rule with that many steps
+    """The integral of the shares from 0 to 0, 1, ..., stop, by the midpoint rule with N steps
     a sample: [stop + 1, K].
     """
     times = (np.arange(stop * steps) + 0.5) / steps

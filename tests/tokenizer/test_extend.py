@@ -177,8 +177,8 @@ def test_special_tokens_behind_the_vocabulary_keep_their_ids(tmp_path):
 
 
 def test_a_piece_that_no_merge_leads_to_is_not_brought_to_life(tmp_path):
-    """A model's own piece that cannot be reached (here 人生而) would change old text once a new piece
-    led to it.
+    """A piece of the model that cannot be reached (here 人生而) would change old text once a new
+    piece led to it.
     """
     model = protocol.ModelProto()
     model.ParseFromString(bases.english_spm())

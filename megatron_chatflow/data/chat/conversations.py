@@ -306,7 +306,8 @@ def _calls(calls: Any, what: str) -> list[Any]:
         inner = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise MalformedRecord(
-                f"{where} is not an object with 'name' and 'arguments' (or with them under 'function')"
+                f"{where} is not an object with 'name' and 'arguments' "
+                f"(or with them under 'function')"
             )
         inner = inner | {
             "arguments": _parsed(inner.get("arguments", {}), f"'arguments' of {where}")

@@ -43,7 +43,7 @@ from megatron_chatflow.data.preprocess.resume_state import (
     save_state,
     skip_source,
 )
-from megatron_chatflow.data.preprocess.sentence_split import NLTK_LANGUAGES, SentenceSplitting
+from megatron_chatflow.data.preprocess.sentence_split import NLTK_LANGUAGES, without_punkt
 from megatron_chatflow.data.preprocess.summary import (
     MalformedInput,
     PreprocessProgress,
@@ -101,7 +101,7 @@ def preprocess(
             and splitting.lang in NLTK_LANGUAGES
             and splitting.method != "punkt"
         ):
-            logger.info(_without_punkt(splitting))
+            logger.info(without_punkt(splitting))
         run = _Run(settings, task, tokenizer, sources, state, progress, start)
         try:
             if not state.complete:
@@ -182,15 +182,6 @@ def _decides(
         "tokenizer": tokenizer.identity(),
         "--input": [[source.name, source.size] for source in sources],
     }
-
-
-def _without_punkt(splitting: SentenceSplitting) -> str:
-    return (
-        f"NLTK has no data for {splitting.lang} here, so sentences are split by a rule "
-        f"(docs/corpora.md#sentences): to have NLTK's, run "
-        "`python -m nltk.downloader punkt_tab` where there is a network, and set NLTK_DATA "
-        "to the folder it fills"
-    )
 
 
 @dataclass

@@ -73,6 +73,16 @@ def choose_splitting(lang: str, keep_newlines: bool) -> SentenceSplitting:
     return SentenceSplitting(lang, _RULE_OF[lang], keep_newlines)
 
 
+def without_punkt(splitting: SentenceSplitting) -> str:
+    """Return the message for a language whose Punkt data is not on this machine."""
+    return (
+        f"NLTK has no data for {splitting.lang} here, so sentences are split by a rule "
+        f"(docs/corpora.md#sentences): to have NLTK's, run "
+        "`python -m nltk.downloader punkt_tab` where there is a network, and set NLTK_DATA "
+        "to the folder it fills"
+    )
+
+
 def splitter(splitting: SentenceSplitting) -> Callable[[str], list[str]]:
     """Return the function that splits a text into its sentences.
 

@@ -28,8 +28,8 @@ DRIVER = """
 import json, os, signal, sys
 from megatron_chatflow.data.preprocess import pipeline as module
 
-# The state is saved after every chunk. Before a file is synced, renamed, removed or appended to for the n-th time,
-# this process is killed.
+# The state is saved after every chunk. Before a file is synced, renamed, removed or appended to
+# for the n-th time, this process is killed.
 left = int(sys.argv[1])
 def count(function):
     def counted(*arguments, **options):
