@@ -23,7 +23,9 @@ class AtResume(Enum):
 
     MODEL = "refused, with `--finetune` too: the weights belong to the checkpoint's model"
     POSITIONS = "refused; with `--finetune` in effect, and reported in one line"
-    DATA = "refused: samples would be read twice or have other tokens; `--finetune` starts a new run"
+    DATA = (
+        "refused: samples would be read twice or have other tokens; `--finetune` starts a new run"
+    )
     CURRICULUM = (
         "followed from the next sample on; another past is refused without `--amend-curriculum`"
     )
@@ -35,9 +37,7 @@ class AtResume(Enum):
     )
     REPORTED = "in effect from the first iteration, and reported in one line"
     LAYOUT = "in effect; the results agree to rounding, so it is not reported"
-    CONTROL = (
-        "in effect; it concerns this command and not what is trained, so it is not reported"
-    )
+    CONTROL = "in effect; it concerns this command and not what is trained, so it is not reported"
     START = "no effect: only used for the weights that a new run starts with"
 
 
