@@ -75,6 +75,12 @@ def test_the_version_is_told_by_the_package_alone():
     assert re.fullmatch(r"\d+\.\d+\.\d+", megatron_chatflow.__version__)
 
 
+def test_the_wheel_ships_the_mark_of_a_typed_package():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "py.typed" in data["package-data"]["megatron_chatflow"]
+    assert (ROOT / "megatron_chatflow" / "py.typed").is_file()
+
+
 def test_the_installed_command_leads_to_a_function():
     module, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][
         "chatflow"
