@@ -3,11 +3,13 @@
 #     docker build -t megatron_chatflow .
 #     docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD:/workspace" --user "$(id -u):$(id -g)" megatron_chatflow train --config run.yaml
 #
-# 25.11 is the image that megatron-core 0.16.1 is tested on. Another one works when its Transformer Engine is at least 2.9 and before 2.12; the build checks that.
+# 25.11 is the image that megatron-core 0.16.1 is tested on. Another one works if its Transformer
+# Engine is at least 2.9 and before 2.12; the build checks that.
 ARG BASE=nvcr.io/nvidia/pytorch:25.11-py3
 FROM ${BASE}
 
-# NVIDIA's image pins every package through PIP_CONSTRAINT. It is lifted here, and tools/check_image.py holds what really must stay (torch, Transformer Engine, ...).
+# NVIDIA's image pins every package through PIP_CONSTRAINT. That is removed here, and
+# tools/check_image.py pins the packages that must stay (torch, Transformer Engine, ...).
 ENV PIP_CONSTRAINT="" \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -18,7 +20,8 @@ ENV PIP_CONSTRAINT="" \
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/megatron_chatflow
 
-# The small dependencies as tested; megatron-core without its own (it would bring another torch); nothing that NVIDIA built is touched.
+# The small dependencies as tested; megatron-core without its dependencies (it would install another
+# torch); nothing that NVIDIA built is changed.
 COPY requirements.txt ./
 COPY tools/check_image.py tools/
 RUN python tools/check_image.py hold > /tmp/held.txt \

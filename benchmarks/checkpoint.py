@@ -1,11 +1,10 @@
-"""What saving costs the training: an asynchronous save beside a synchronous one, of the same model
-on the same disk.
+"""The cost of saving to training: an asynchronous and a synchronous save of the same model.
 
     python benchmarks/checkpoint.py                 # a table, then one JSON object
     python benchmarks/checkpoint.py --rounds 3      # quicker
 
 A LLaMA-style model of about 100 million parameters is trained in float32 on one thread, with its
-optimizer state 1.2 GB a checkpoint. A synchronous save costs the time until it is published. An
+optimizer state 1.2 GB per checkpoint. A synchronous save costs the time until it is published. An
 asynchronous one costs what the steps and the calls from its beginning until it is published take
 longer than as many steps just before and after: the start of the writers, steps that are slowed
 down by them, and publishing. The two take turns; medians are compared. Steps are also timed while
@@ -49,15 +48,13 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def count(stop: Any) -> None:
-    """Keep a core busy with nothing, as the writers do at the lowest priority, until told to
-    stop.
-    """
+    """Keep a core busy at the lowest priority, like the writers, until `stop` is set."""
     os.nice(19)
     while not stop.is_set():
         sum(range(10**6))
 
 
-def beside_counting(step: Callable[[], None], steps: int) -> list[float]:
+def step_next_to_counter(step: Callable[[], None], steps: int) -> list[float]:
     """Seconds of each step while another process counts."""
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
@@ -107,7 +104,7 @@ def main() -> int:
         "synchronous": [],
         "call": [],
         "asynchronous": [],
-        "beside counting": [],
+        "next to counter": [],
     }
     try:
         for _ in range(2):
@@ -126,15 +123,15 @@ def main() -> int:
                 saved = saver.poll()
             took = time.perf_counter() - begin
             plain = statistics.mean(around + [seconds(step) for _ in range(3)])
-            counting = statistics.mean(beside_counting(step, 3))
+            counting = statistics.mean(step_next_to_counter(step, 3))
             asynchronous = call + took - made * plain
             if i:  # the first round warms up
                 for name, value in zip(
                     results, (plain, synchronous, call, asynchronous, counting), strict=True
                 ):
                     results[name].append(value)
-                print(f"round {i}: step {plain:.2f} s, {counting:.2f} s beside counting; "
-                    f"synchronous {synchronous:.2f} s; beside: call {call:.2f} s, "
+                print(f"round {i}: step {plain:.2f} s, {counting:.2f} s next to a counter; "
+                    f"synchronous {synchronous:.2f} s; asynchronous: call {call:.2f} s, "
                       f"{made} steps meanwhile, {saved.stall:.2f} s stood still, "
                           f"{asynchronous:.2f} s lost in all", flush=True)  # fmt: skip
     finally:
@@ -147,7 +144,7 @@ def main() -> int:
         "parameters": trainer.parameters,
         "checkpoint_bytes": size,
         "step_seconds": round(medians["step"], 3),
-        "step_seconds_beside_counting": round(medians["beside counting"], 3),
+        "step_seconds_next_to_counter": round(medians["next to counter"], 3),
         "synchronous_stall_seconds": round(medians["synchronous"], 3),
         "asynchronous_call_seconds": round(medians["call"], 3),
         "asynchronous_stall_seconds": round(medians["asynchronous"], 3),

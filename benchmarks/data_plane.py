@@ -1,6 +1,6 @@
 """The data plane against megatron-core's GPTDataset and BlendedDataset, side by side in one run.
 
-    python benchmarks/data_plane.py                 # tables, then one JSON object; about three minutes, 2 GB below the temporary folder
+    python benchmarks/data_plane.py     # tables, then one JSON object; three minutes, 2 GB of files
 
 What is compared:
 
@@ -52,9 +52,7 @@ def memory(key: str) -> float:
 def opened(
     started: float, imports: Callable[[], None], read: Callable[[], object]
 ) -> dict[str, float]:
-    """Imports, then opens and reads, in a process of its own; `started` is its beginning on the
-    monotonic clock.
-    """
+    """Import, open and read in a new process; `started` is its start on the monotonic clock."""
     imports()
     base, base_anonymous, imported = memory("VmRSS"), memory("RssAnon"), time.monotonic()
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
@@ -270,9 +268,7 @@ def locate(curriculum: str, samples: int) -> dict[str, float]:
 
 
 def pack(prefix: str) -> dict[str, float]:
-    """Seconds to open a corpus of conversations for the first time, and again when its packing lies
-    beside it.
-    """
+    """Return the seconds to open a corpus of conversations the first time, and again."""
     from megatron_chatflow.data import IndexedDataset, InstructDataset, WindowOptions
 
     def once() -> float:

@@ -212,7 +212,8 @@ def report(folder: Path, megabytes: int, memory_megabytes: int, rounds: int) -> 
     print(f"{'':12}{'seconds':>10}{'MB/s':>10}{'command is faster by':>24}")
     for who in ("command", "tokenizer", "pool"):
         print(
-            f"{who:12}{statistics.median(seconds[who]):10.2f}{rate[who]:10.2f}{rate['command'] / rate[who]:24.2f}"
+            f"{who:12}{statistics.median(seconds[who]):10.2f}{rate[who]:10.2f}"
+            f"{rate['command'] / rate[who]:24.2f}"
         )
     print(
         f"start-up {statistics.median(seconds['startup']):.2f} s; {peak:.0f} MB resident on "

@@ -8,6 +8,7 @@ numpy and changes nothing outside the package.
 TYPE_CHECKING = False  # `typing` would be a module to load; type checkers know the name
 if TYPE_CHECKING:
     from megatron_chatflow.config import Config
+    from megatron_chatflow.conversion.convert import convert_from_hf, convert_to_hf
     from megatron_chatflow.curriculum import BlendPlan, load_curriculum
     from megatron_chatflow.data import open_blend
     from megatron_chatflow.evaluation.evaluate import evaluate
@@ -23,6 +24,8 @@ __all__ = [
     "Callback",
     "Config",
     "Trainer",
+    "convert_from_hf",
+    "convert_to_hf",
     "evaluate",
     "generate",
     "load_curriculum",
@@ -35,6 +38,8 @@ _MODULE_OF = {
     "Callback": "training.callbacks",
     "Config": "config",
     "Trainer": "training.trainer",
+    "convert_from_hf": "conversion.convert",
+    "convert_to_hf": "conversion.convert",
     "evaluate": "evaluation.evaluate",
     "generate": "evaluation.generate",
     "load_curriculum": "curriculum",

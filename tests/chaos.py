@@ -193,7 +193,7 @@ class ChaosRun:
         return False
 
     def second_run(self) -> None:
-        """Start another launch in the same directory: every rank must refuse, the first continues."""
+        """Start another launch in the directory: all its ranks refuse, the first run continues."""
         second = Launch(
             self.context,
             self.story.folder,

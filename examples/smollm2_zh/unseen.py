@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Takes held-out text out of a .jsonl file to learn from: python unseen.py en-zh.jsonl
-out/en-zh.jsonl --held-out en_test.jsonl zh_test.jsonl
+"""Remove held-out text from a .jsonl file of training text.
+
+    python unseen.py en-zh.jsonl out/en-zh.jsonl --held-out en_test.jsonl zh_test.jsonl
 
 A document loses the paragraphs that a held-out document has too, and a pair or an instruction with
-such a paragraph is left out. A translation, or a sentence that a help system repeats on every page,
-would otherwise be learnt and then judged by. Paragraphs under 60 bytes, headings mostly, stay.
+such a paragraph is dropped. Otherwise a translation, or a paragraph that a help system repeats on
+every page, would be in both. Paragraphs under 60 bytes, mostly headings, stay.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 from pathlib import Path
 
 LEAST = 60
-"""Bytes of a paragraph that counts."""
+"""Bytes of the shortest paragraph that is removed."""
 
 
 def paragraphs(text: str) -> list[str]:
@@ -24,7 +25,7 @@ def records(path: Path) -> list[dict[str, str]]:
 
 
 def without(record: dict[str, str], held: set[str]) -> dict[str, str] | None:
-    """The record without held-out paragraphs; None where nothing is left of it."""
+    """Return the record without held-out paragraphs; None if nothing is left."""
     if "text" in record:
         text = "\n".join(
             paragraph for paragraph in paragraphs(record["text"]) if paragraph not in held
@@ -49,7 +50,7 @@ def main() -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files of documents that are not to be learnt from",
+        help="files of documents to exclude",
     )
     arguments = parser.parse_args()
     held = {
@@ -67,10 +68,10 @@ def main() -> None:
     shorter = sum(len(record["text"]) for record in before if "text" in record) - sum(
         len(record["text"]) for record in kept if "text" in record
     )
-    told = f", {shorter:,} characters taken out of documents" if shorter else ""
+    removed = f", {shorter:,} characters removed from documents" if shorter else ""
     print(
         f"{arguments.output}: {len(kept):,} of {len(before):,} records have text that is "
-        f"not held out{told}"
+        f"not held out{removed}"
     )
 
 
