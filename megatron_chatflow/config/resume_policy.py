@@ -1,5 +1,4 @@
-"""What a change of each setting does when a run is resumed: one class per setting, and the values
-that are compared.
+"""What a change of each setting does when a run is resumed, and the values that are compared.
 
 `AT_RESUME` is the only place that says so. `training/resume_settings.py` acts on it,
 docs/training.md prints it (`resume_table`), and a test fails when a setting is in no class.

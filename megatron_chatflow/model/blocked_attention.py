@@ -1,5 +1,4 @@
-"""Causal attention of grouped queries in blocks of queries: plain batched products, and nothing of
-the size s x s in memory.
+"""Causal grouped-query attention in blocks of queries, with nothing of the size s x s in memory.
 
 A block of queries sees the keys up to its last one only, which halves the work, and its scores stay
 in the processor's cache between the products and the softmax. All query heads of a group go through
@@ -140,6 +139,7 @@ def attention(
         k: [s, b, groups, d]; heads is a multiple of groups.
         v: likewise.
         mask: None for causal, or bool [b, 1, s, s], True where attention is forbidden; a later key
-        always is. scale: of the scores.
+            always is.
+        scale: of the scores.
     """
     return _Attention.apply(q, k, v, mask, scale)

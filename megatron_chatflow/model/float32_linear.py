@@ -1,5 +1,4 @@
-"""megatron-core's linear layers with bfloat16 products in float32, for CPUs on which that is the
-faster way (`engine.matmul`).
+"""megatron-core's linear layers with bfloat16 products in float32, where a CPU is faster so.
 
 All of its linear layers, the output layer too, end in one of two autograd functions of
 `tensor_parallel.layers`; `install` puts these in their place. What travels between ranks, and
@@ -91,9 +90,7 @@ class _Frozen:
 
 
 def install() -> None:
-    """Let megatron-core's linear layers use these from now on; nothing where bfloat16 has units of
-    its own.
-    """
+    """Replace megatron-core's linear functions, where the CPU has no bfloat16 units."""
     if uses_float32():
         layers.LinearWithGradAccumulationAndAsyncCommunication, layers.LinearWithFrozenWeight = (
             _Trained,

@@ -1,5 +1,4 @@
-"""The parts of a layer that Transformer Engine has fused CUDA kernels for, for the portable layers:
-few passes over memory, little kept.
+"""Portable forms of what Transformer Engine has fused CUDA kernels for: few passes over memory.
 
 Each is one autograd function over plain torch that keeps its input and computes the rest again in
 the backward pass. Rows are worked on a block at a time, so that what one operation writes is still
@@ -100,9 +99,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class FusedRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm in fewer passes: x / sqrt(mean(x^2) + eps) x weight, over the last
-    dimension.
-    """
+    """torch's RMSNorm in fewer passes: x / sqrt(mean(x^2) + eps) x weight, over the last axis."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., hidden]."""
@@ -134,8 +131,7 @@ class _Rotary(torch.autograd.Function):
 def rotary(
     t: torch.Tensor, freqs: torch.Tensor, *, interleaved: bool = False, **kwargs: Any
 ) -> torch.Tensor:
-    """Rotate pairs (i, i + r/2) of the first r elements of each head by their position's angles;
-    the rest passes.
+    """Rotate pairs (i, i + r/2) of the first r elements of each head by their position's angles.
 
     Args:
         t: [s, b, heads, d].
@@ -190,8 +186,9 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, group: torch.distributed.ProcessGroup, *args: Any
 ) -> torch.Tensor:
-    """Float32 [s, b]: -log softmax(logits)[label] in nats, the vocabulary split over the ranks of
-    `group`.
+    """Return -log softmax(logits)[label] in nats, float32 [s, b].
+
+    The vocabulary is split over the ranks of `group`.
 
     Args:
         logits: [s, b, vocabulary / ranks], of any float type; this rank's columns.

@@ -1,6 +1,4 @@
-"""What keeps the documents of one window apart: from segment numbers to the arguments of
-GPTModel.
-"""
+"""Arguments of GPTModel that keep attention inside the documents of one window."""
 
 from __future__ import annotations
 
