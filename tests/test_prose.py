@@ -18,17 +18,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CHECKED = (
-    "megatron_chatflow/__init__.py",
-    "tests/test_imports.py",
-    "tests/test_prose.py",
-    "SECURITY.md",
-    "CITATION.cff",
-    ".github/",
-    "requirements",
-    "pyproject.toml",
-)
+CHECKED = ("",)
 """Beginnings of the paths that are checked."""
+
+PENDING = (
+    "tests/checkpoint/",
+    "tests/cli/",
+    "tests/config/",
+    "tests/conversion/",
+    "tests/distributed/",
+    "tests/evaluation/",
+    "tests/fp8/",
+    "tests/model/",
+    "tests/ops/",
+    "tests/planner/",
+    "tests/run_states.py",
+    "megatron_chatflow/cli/",
+    "megatron_chatflow/config/",
+    "megatron_chatflow/model/",
+)
+"""Beginnings of the paths that still have such words; shorten this list, never extend it."""
 
 EXEMPT = (r"tests/test_prose\.py", r"examples/\w+/data/.*", r"LICENSE")
 """Files that are not prose of this project, and this one."""
@@ -81,6 +90,7 @@ def files() -> list[str]:
         path
         for path in listed
         if path.startswith(CHECKED)
+        and not path.startswith(PENDING)
         and (path.endswith(suffixes) or Path(path).name.startswith(("Dockerfile", "run")))
         and not any(re.fullmatch(rule, path) for rule in EXEMPT)
         and (ROOT / path).is_file()

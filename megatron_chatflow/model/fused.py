@@ -174,7 +174,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, share, label, here = (
             ctx.saved_tensors
-        )  # share: of the whole sum of exponentials, in this rank's columns
+        )  # share: of the total sum of exponentials, in this rank's columns
         rows, grad = logits.flatten(0, -2), grad.reshape(-1, 1)
         result = torch.empty_like(rows)
         for block in _blocks(*rows.shape):
