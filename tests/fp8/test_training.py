@@ -55,12 +55,12 @@ def run(pool: Pool, sample: Path, name: str, world: int, *words: str) -> list[di
     return metrics(folder)
 
 
-@pytest.fixture(fp8_context="module")
+@pytest.fixture(scope="module")
 def bf16(pool: Pool, sample: Path) -> list[dict]:
     return run(pool, sample, "bf16", 1, "--train-iters", "12")
 
 
-@pytest.fixture(fp8_context="module")
+@pytest.fixture(scope="module")
 def one(pool: Pool, sample: Path) -> dict[str, list[dict]]:
     """Each recipe on one process, 12 iterations of two micro-batches."""
     return {
