@@ -191,7 +191,7 @@ class RunDirectory(RuleBasedStateMachine):
         before = sorted(path.relative_to(self.run) for path in self.run.rglob("*"))
         code, said = self.command([*self.words(version), "--amend-curriculum"])
         assert (
-            code == 2 and "no sound checkpoint" in said and len(said.strip().splitlines()) == 1
+            code == 2 and "no intact checkpoint" in said and len(said.strip().splitlines()) == 1
         ), said
         assert before == sorted(path.relative_to(self.run) for path in self.run.rglob("*"))
         world.counts["refused: nothing intact"] += 1

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Ten training steps in every precision and recipe, compared with the results of a CPU.
 
-    python examples/gpu_smoke/smoke.py                     # every case; on two GPUs also the layouts
+    python examples/gpu_smoke/smoke.py                     # every case; on 2 GPUs also the layouts
     python examples/gpu_smoke/smoke.py --case fp8-delayed  # one case; --case may be repeated
     python examples/gpu_smoke/smoke.py --write-reference   # on a CPU: recreate reference.json
 

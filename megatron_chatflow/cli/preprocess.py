@@ -212,7 +212,7 @@ def _add_input_flags(parser: CommandParser) -> None:
     data.add_argument(
         "--keep-newlines",
         action="store_true",
-        help="with --split-sentences: a sentence keeps the white space after it",
+        help="with --split-sentences: keep the white space after each sentence",
     )
 
 

@@ -88,14 +88,14 @@ _FIELDS = {
         "override_opt_param_scheduler use_checkpoint_opt_param_scheduler save load "
         "save_interval save_retain_interval most_recent_k async_save exit_on_failed_save "
         "ckpt_step finetune no_load_optim no_save_optim "
-        "exit_on_missing_checkpoint amend_curriculum eval_interval eval_iters log_level log_interval "
-        "log_throughput tensorboard_dir tensorboard_log_interval"
+        "exit_on_missing_checkpoint amend_curriculum eval_interval eval_iters "
+        "log_level log_interval log_throughput tensorboard_dir tensorboard_log_interval"
     ),
     AtResume.START: "init_method_std use_cpu_initialization",
 }
 
 WEIGHT_DECAY_LENGTH = "weight_decay_incr_samples"
-"""Samples over which weight decay moves: the length of the run, so it is no setting of its own."""
+"""Samples over which weight decay moves: the length of the run, so not a separate setting."""
 
 AT_RESUME: dict[str, AtResume] = {
     name: kind for kind, names in _FIELDS.items() for name in names.split()
@@ -114,13 +114,14 @@ COMPARED_AS = {
 
 
 def kind_of(name: str) -> AtResume:
-    """The class of one of the names in `compared_settings`."""
+    """Return the class of one of the names in `compared_settings`."""
     return AtResume.SCHEDULE if name == WEIGHT_DECAY_LENGTH else AT_RESUME[name]
 
 
 def model_settings(config: Config, vocab_size: int | None) -> dict[str, Any]:
-    """{setting: value} of what the weights are of. Lengths and sizes that follow from others are
-    filled in.
+    """Return {setting: value} of the model that the weights belong to.
+
+    Lengths and sizes that follow from others are filled in.
 
     Args:
         config: as written or resolved.
@@ -136,8 +137,10 @@ def model_settings(config: Config, vocab_size: int | None) -> dict[str, Any]:
 
 
 def training_settings(config: DataConfig, schedule: Schedule) -> dict[str, Any]:
-    """{setting: value} of how it is trained: the optimizer, its schedule in samples, and all that
-    is reported. `config` is resolved."""
+    """Return {setting: value} of the optimizer, its schedule in samples, and all that is reported.
+
+    `config` is resolved.
+    """
     values = _fields(config, (AtResume.KIND, AtResume.SCHEDULE, AtResume.REPORTED))
     return values | {
         "train_samples": total_samples(config),
@@ -159,8 +162,10 @@ def _fields(config: Config, kinds: tuple[AtResume, ...]) -> dict[str, Any]:
 
 
 def without_effect(values: dict[str, Any]) -> set[str]:
-    """The names in `values` whose value means nothing beside the others: the momentum of SGD under
-    Adam, the floor of a constant rate ..."""
+    """Return the names in `values` whose value has no effect given the others.
+
+    Examples are the momentum of SGD under Adam and the floor of a constant rate.
+    """
     names: set[str] = set()
     if values.get("position_embedding_type") != "rope":
         names |= {

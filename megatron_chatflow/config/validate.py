@@ -1,8 +1,9 @@
 """Fill in the defaults that depend on others, and check the settings against each other.
 
 `resolve`, `resolve_model` and `resolve_data` return the settings that training, running a model and
-reading the blend need. Each reports every independent error at once, with `ConfigErrors`. The checks of one section alone are the ``validate`` of its class; those between
-sections are here. They need no corpus and no process group.
+reading the blend need. Each reports every independent error at once, with `ConfigErrors`. The
+checks of one section alone are the ``validate`` of its class; those between sections are here. They
+need no corpus and no process group.
 """
 
 from __future__ import annotations

@@ -48,8 +48,9 @@ def _from_groups(t: torch.Tensor, batch: int) -> torch.Tensor:
 def _probabilities(
     q: torch.Tensor, k: torch.Tensor, queries: slice, forbidden: torch.Tensor | None
 ) -> torch.Tensor:
-    """Softmax of a block's scores, [groups, heads x queries, keys], of scaled queries [groups,
-    heads, queries, d] and keys [groups, keys, d].
+    """Return the softmax of a block's scores, [groups, heads x queries, keys].
+
+    The scaled queries are [groups, heads, queries, d], the keys [groups, keys, d].
     """
     groups, heads, count, d = q.shape
     scores = bmm(q.reshape(groups, heads * count, d), k.transpose(1, 2))
@@ -119,9 +120,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _of(mask: torch.Tensor | None, group: slice, groups: int) -> torch.Tensor | None:
-    """The mask of each of these groups, [groups, s, s], out of one for each sample, [b, 1, s,
-    s].
-    """
+    """Return the masks of these groups, [groups, s, s]; `mask` is per sample, [b, 1, s, s]."""
     return (
         None
         if mask is None
@@ -132,7 +131,7 @@ def _of(mask: torch.Tensor | None, group: slice, groups: int) -> torch.Tensor | 
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """softmax(scale q k' + mask) v, [s, b, heads, d].
+    """Return softmax(scale q k' + mask) v, [s, b, heads, d].
 
     Args:
         q: [s, b, heads, d].

@@ -147,7 +147,8 @@ def build_chunk(
 ) -> MegatronModule:
     """Return one model chunk with its initial weights, in the run's precision.
 
-    It is not yet wrapped for data parallelism. `fp8_context` is that of the FP8 reference, if it is used.
+    It is not yet wrapped for data parallelism. `fp8_context` is that of the FP8 reference, if it is
+    used.
     """
     ignore_virtual = vp_stage is None
     padded = padded_vocab_size(config, vocab_size)

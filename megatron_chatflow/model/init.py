@@ -24,8 +24,9 @@ from megatron_chatflow.utils.seeding import seed_from
 def initialize_weights(model: GPTModel, seed: int, std: float, vocab_size: int) -> None:
     """Fill every parameter of `model` in place.
 
-    Matrices are normal with `std`, norms 1, biases and rows beyond `vocab_size` (padding) 0. The projections back into the residual stream (``linear_proj``, ``linear_fc2``) get std / sqrt(2
-    x layers), as GPT-2 does and Megatron after it.
+    Matrices are normal with `std`, norms 1, biases and rows beyond `vocab_size` (padding) 0. The
+    projections back into the residual stream (``linear_proj``, ``linear_fc2``) get
+    std / sqrt(2 x layers), as in GPT-2 and Megatron.
     """
     for shard in iterate_shards(model.sharded_state_dict()):
         _fill(shard, seed, std, model.config.num_layers, vocab_size)

@@ -18,7 +18,7 @@ def attention_arguments(segment_ids: torch.Tensor, transformer_engine: bool) -> 
     Returns:
         ``attention_mask`` (None means causal; bool [b, 1, s, s], True where forbidden) and
         ``packed_seq_params``. Rotary positions are relative, so a mask alone gives packed documents
-        the attention that each would have by itself.
+        the attention that each would have separately.
     """
     if transformer_engine:
         return {"attention_mask": None, "packed_seq_params": _packed(segment_ids)}

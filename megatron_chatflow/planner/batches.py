@@ -24,10 +24,10 @@ def bubble(layout: Layout, count: int) -> float:
 def chunks_in_flight(layout: Layout, stage: int, count: int) -> int:
     """Return how many forward passes of a chunk await their backward pass on a stage, at most.
 
-    `count` is the number of micro-batches. 1F1B holds pp - stage of them. The interleaved schedule of megatron-core
-    (`get_pp_rank_microbatches`) runs 2 (pp - stage - 1) + (vpp - 1) pp forward passes ahead, and
-    one more before the first backward pass: on the first stage that is the L (1 + (pp - 1) / (pp
-    vpp)) layers of Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.3.
+    `count` is the number of micro-batches. 1F1B holds pp - stage of them. The interleaved schedule
+    of megatron-core (`get_pp_rank_microbatches`) runs 2 (pp - stage - 1) + (vpp - 1) pp forward
+    passes ahead, and one more before the first backward pass: on the first stage that is the L (1 +
+    (pp - 1) / (pp vpp)) layers of Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.3.
     """
     if layout.vpp == 1:
         return min(count, layout.pp - stage)

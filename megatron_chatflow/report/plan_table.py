@@ -82,12 +82,8 @@ def plan_table(
         for r in domains
     ]
     length = f"{end:,} samples" if end == num_samples else f"{end:,} of {num_samples:,} samples"
-    blocks.append(
-        (
-            f"the complete run: {length} of {seq_length:,} tokens, {_tokens(end * seq_length)} tokens",
-            [last, *lines],
-        )
-    )
+    length += f" of {seq_length:,} tokens, {_tokens(end * seq_length)} tokens"
+    blocks.append((f"the complete run: {length}", [last, *lines]))
     widths = columns.widths([row for _, rows in blocks for row in rows])
     text = []
     for title, rows in blocks:

@@ -35,7 +35,8 @@ def test_the_trainer_of_the_benchmarks_takes_steps_and_evaluates() -> None:
 import json, math
 from benchmarks.trainer import Trainer
 words = (
-    "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 32 --seq-length 8 --micro-batch-size 2 --global-batch-size 2 "
+    "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 32 "
+    "--seq-length 8 --micro-batch-size 2 --global-batch-size 2 "
     "--train-iters 4 --lr 0.1 --position-embedding-type rope"
 )
 trainer = Trainer(words, 32)

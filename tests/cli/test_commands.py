@@ -21,7 +21,7 @@ def test_plan_prints_every_stage_and_draws_the_plot(sample: Path) -> None:
         "stage english",
         "stage bilingual",
         "stage instruct",
-        "the whole run: 160 samples",
+        "the complete run: 160 samples",
         "instruct",
     ):
         assert part in out
@@ -40,8 +40,8 @@ def test_data_path_means_a_constant_curriculum(sample: Path) -> None:
     words += ["--seq-length", "64", "--train-samples", "100", "--vocab-size", "4096"]
     code, out, err = command(*words)
     assert code == 0, err
-    whole = out[out.index("the whole run") :]
-    assert re.search(r"en +25\.0% +25 ", whole) and re.search(r"zh +75\.0% +75 ", whole)
+    complete = out[out.index("the complete run") :]
+    assert re.search(r"en +25\.0% +25 ", complete) and re.search(r"zh +75\.0% +75 ", complete)
 
 
 def test_locate_prints_the_documents_and_their_text(reference: Path, sample: Path) -> None:
@@ -109,7 +109,7 @@ def test_evaluate_gives_the_losses_that_training_logged(pool: Pool, reference: P
 def test_evaluate_agrees_on_every_layout(pool: Pool, reference: Path) -> None:
     ((_, out, _),) = pool.run(1, command, "evaluate", "--load", str(reference), "--json")
     one = json.loads(out)["validation"]
-    ((_, whole, _),) = pool.run(
+    ((_, every, _),) = pool.run(
         1, command, "evaluate", "--load", str(reference), "--json", "--eval-iters", "1000"
     )
     for world, flags in (
@@ -129,7 +129,7 @@ def test_evaluate_agrees_on_every_layout(pool: Pool, reference: Path) -> None:
             "1000",
         )
         assert code == 0, err
-        for name, values in json.loads(whole)["validation"].items():
+        for name, values in json.loads(every)["validation"].items():
             other = json.loads(out)["validation"][name]
             assert other["tokens"] == values["tokens"] > one[name]["tokens"]
             assert abs(other["loss"] / values["loss"] - 1) < 1e-5

@@ -236,8 +236,10 @@ def test_the_memory_of_a_merge_does_not_grow_with_the_corpora(folder):
             import sys
             sys.path.insert(0, {str(TOOL.parents[1])!r})
             from megatron_chatflow.cli.corpus import merge_main
-            merge_main(["--input", {str(folder)!r}, "--output-prefix", {str(folder.parent / "all")!r}])
-            print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+            output = {str(folder.parent / "all")!r}
+            merge_main(["--input", {str(folder)!r}, "--output-prefix", output])
+            status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+            print(status["VmHWM"].split()[0])
         """
         code = "\n".join(line.strip() for line in code.splitlines())
         result = subprocess.run(

@@ -80,8 +80,8 @@ def test_the_example_that_teaches_llama2_7b_chinese_fits_and_lacks_its_corpora_a
 def test_the_numbers_of_llama2_70b_are_those_of_arithmetic_by_hand(llama: Any) -> None:
     _, result, _ = llama
     matrices = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
-    whole = 80 * (matrices + 2 * 8192) + 8192 + 2 * 32000 * 8192
-    assert result["model"]["parameters"] == whole == 68_976_648_192
+    total = 80 * (matrices + 2 * 8192) + 8192 + 2 * 32000 * 8192
+    assert result["model"]["parameters"] == total == 68_976_648_192
     layers, embedding = 10 * (matrices // 8 + 2 * 8192), 32000 * 8192 // 8
     ranks = [layers + embedding, *[layers] * 6, layers + embedding + 8192]
     assert [stage["parameters"] for stage in result["stages"]] == ranks
@@ -112,7 +112,7 @@ def test_the_numbers_of_llama2_70b_are_those_of_arithmetic_by_hand(llama: Any) -
     )
     flops = 6 * (80 * matrices + 32000 * 8192) + 12 * 80 * 8192 * 4096
     assert result["run"]["flops"] == pytest.approx(flops * 12_000_000 * 4096)
-    assert result["checkpoint"] == {"bytes": 14 * whole, "count": 12}
+    assert result["checkpoint"] == {"bytes": 14 * total, "count": 12}
     # A layer's token in FP8: norms' inputs, products' inputs in one byte, q k v and again q k,
     # attention's output, SwiGLU, rotary tables.
     shared = 2 * (10240 + 9216 + 8192) + 4 * 64 + 8192 + 2 * 2 * 28672 + 28672

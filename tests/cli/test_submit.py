@@ -151,7 +151,11 @@ if [ -n "$MOVED" ]; then echo 7 > "$SAVE/latest_checkpointed_iteration.txt"; fi
 exit "$CODE"
 """
 SCONTROL = """#!/bin/sh
-if [ "$1 $2" = "show hostnames" ]; then printf 'gpu03\\ngpu04\\n'; else echo "$@" >> "$OUT/scontrol.log"; fi
+if [ "$1 $2" = "show hostnames" ]; then
+    printf 'gpu03\\ngpu04\\n'
+else
+    echo "$@" >> "$OUT/scontrol.log"
+fi
 """
 
 

@@ -22,7 +22,7 @@ def read(*words: str) -> Config:
     return parse(make_parser("chatflow train", ""), words)[0]
 
 
-def test_every_setting_has_a_docstring_that_ends_as_a_sentence() -> None:
+def test_every_docstring_of_a_setting_ends_with_a_period() -> None:
     for _, cls in sections():
         docs = field_docs(cls)
         assert set(docs) == {f.name for f in dataclasses.fields(cls)}
@@ -87,7 +87,7 @@ def test_paths_of_the_file_are_relative_to_it_and_paths_of_flags_to_the_working_
         ("training: {fp16: true}", ["fp16", "write --bf16"]),
     ],
 )
-def test_a_wrong_file_is_one_sentence_with_key_value_and_cure(
+def test_a_wrong_file_is_one_message_with_key_value_and_fix(
     tmp_path: Path, text: str, parts: list[str]
 ) -> None:
     path = tmp_path / "run.yaml"
@@ -116,7 +116,7 @@ def test_a_wrong_file_is_one_sentence_with_key_value_and_cure(
         (["--config", "none.yaml"], ["none.yaml", "cannot be read"]),
     ],
 )
-def test_a_wrong_flag_is_one_sentence_with_the_cure(words: list[str], parts: list[str]) -> None:
+def test_a_wrong_flag_is_one_message_with_the_fix(words: list[str], parts: list[str]) -> None:
     with pytest.raises(ChatflowError) as error:
         read(*words)
     for part in parts:
@@ -170,39 +170,54 @@ def test_the_resolved_file_reads_back_to_the_same_settings(
 
 
 MEGATRON = """
---num-layers --hidden-size --num-attention-heads --ffn-hidden-size --kv-channels --group-query-attention --num-query-groups --max-position-embeddings
---position-embedding-type --rotary-base --rotary-percent --use-rope-scaling --normalization --norm-epsilon --swiglu --disable-bias-linear
---untie-embeddings-and-output-weights --qk-layernorm --make-vocab-size-divisible-by --attention-dropout --hidden-dropout --init-method-std
---transformer-impl --attention-backend --use-cpu-initialization --tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size
---expert-model-parallel-size --sequence-parallel --num-layers-per-virtual-pipeline-stage --use-distributed-optimizer --overlap-grad-reduce
---overlap-param-gather --ddp-bucket-size --distributed-backend --distributed-timeout-minutes --local-rank --use-tp-pp-dp-mapping --use-megatron-fsdp
---data-parallel-sharding-strategy --recompute-granularity --recompute-method --recompute-num-layers --recompute-modules --micro-batch-size
---global-batch-size --rampup-batch-size --decrease-batch-size-if-needed --train-iters --train-samples --exit-interval --exit-duration-in-mins
---exit-signal-handler --exit-signal --exit-signal-handler-for-dataloader --iterations-to-skip --manual-gc --manual-gc-interval --train-sync-interval
---check-weight-hash-across-dp-replicas-interval --no-check-for-nan-in-loss-and-grad --check-for-spiky-loss --check-for-large-grads
---empty-unused-memory-level --optimizer --seed --deterministic-mode --calculate-per-token-loss --cross-entropy-loss-fusion --lr --min-lr
---lr-decay-style --lr-decay-iters --lr-decay-samples --lr-warmup-iters --lr-warmup-samples --lr-warmup-fraction --lr-warmup-init --lr-wsd-decay-style
---lr-wsd-decay-iters --lr-wsd-decay-samples --weight-decay --start-weight-decay --end-weight-decay --weight-decay-incr-style --decoupled-lr
---decoupled-min-lr --override-opt_param-scheduler --use-checkpoint-opt_param-scheduler --clip-grad --adam-beta1 --adam-beta2 --adam-eps --bf16 --fp16
---loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis --accumulate-allreduce-grads-in-fp32 --grad-reduce-in-bf16
---fp8-format --fp8-recipe --save --load --save-interval --persistent-save-interval --save-retain-interval --ckpt-step --finetune
---pretrained-checkpoint --no-load-optim --no-load-rng --no-save-optim --no-save-rng --use-checkpoint-args --use-mp-args-from-checkpoint-args
---exit-on-missing-checkpoint --ckpt-format --auto-detect-ckpt-format --ckpt-convert-format --ckpt-convert-save --async-save --data-path --split
---train-data-path --valid-data-path --test-data-path --data-args-path --per-split-data-args-path --data-cache-path --mock-data --seq-length
---num-workers --dataloader-type --num-dataset-builder-threads --no-mmap-bin-files --mid-level-dataset-surplus --reset-position-ids
---reset-attention-mask --eod-mask-loss --phase-transition-iterations --fim-data --sft --eval-iters --eval-interval --skip-train --full-validation
---multiple-validation-sets --tokenizer-type --tokenizer-model --vocab-file --merge-file --vocab-size --padded-vocab-size --vocab-extra-ids
---trust-remote-code --log-interval --log-throughput --log-progress --log-params-norm --log-num-zeros-in-grad --timing-log-level --tensorboard-dir
---tensorboard-log-interval --tensorboard-queue-size --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard --log-memory-to-tensorboard
---wandb-project --log-straggler --logging-level --no-one-logger --profile --use-pytorch-profiler --rerun-mode --enable-ft-package --inprocess-restart
+--num-layers --hidden-size --num-attention-heads --ffn-hidden-size --kv-channels
+--group-query-attention --num-query-groups --max-position-embeddings --position-embedding-type
+--rotary-base --rotary-percent --use-rope-scaling --normalization --norm-epsilon --swiglu
+--disable-bias-linear --untie-embeddings-and-output-weights --qk-layernorm
+--make-vocab-size-divisible-by --attention-dropout --hidden-dropout --init-method-std
+--transformer-impl --attention-backend --use-cpu-initialization --tensor-model-parallel-size
+--pipeline-model-parallel-size --context-parallel-size --expert-model-parallel-size
+--sequence-parallel --num-layers-per-virtual-pipeline-stage --use-distributed-optimizer
+--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size --distributed-backend
+--distributed-timeout-minutes --local-rank --use-tp-pp-dp-mapping --use-megatron-fsdp
+--data-parallel-sharding-strategy --recompute-granularity --recompute-method --recompute-num-layers
+--recompute-modules --micro-batch-size --global-batch-size --rampup-batch-size
+--decrease-batch-size-if-needed --train-iters --train-samples --exit-interval
+--exit-duration-in-mins --exit-signal-handler --exit-signal --exit-signal-handler-for-dataloader
+--iterations-to-skip --manual-gc --manual-gc-interval --train-sync-interval
+--check-weight-hash-across-dp-replicas-interval --no-check-for-nan-in-loss-and-grad
+--check-for-spiky-loss --check-for-large-grads --empty-unused-memory-level --optimizer --seed
+--deterministic-mode --calculate-per-token-loss --cross-entropy-loss-fusion --lr --min-lr
+--lr-decay-style --lr-decay-iters --lr-decay-samples --lr-warmup-iters --lr-warmup-samples
+--lr-warmup-fraction --lr-warmup-init --lr-wsd-decay-style --lr-wsd-decay-iters
+--lr-wsd-decay-samples --weight-decay --start-weight-decay --end-weight-decay
+--weight-decay-incr-style --decoupled-lr --decoupled-min-lr --override-opt_param-scheduler
+--use-checkpoint-opt_param-scheduler --clip-grad --adam-beta1 --adam-beta2 --adam-eps --bf16 --fp16
+--loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis
+--accumulate-allreduce-grads-in-fp32 --grad-reduce-in-bf16 --fp8-format --fp8-recipe --save --load
+--save-interval --persistent-save-interval --save-retain-interval --ckpt-step --finetune
+--pretrained-checkpoint --no-load-optim --no-load-rng --no-save-optim --no-save-rng
+--use-checkpoint-args --use-mp-args-from-checkpoint-args --exit-on-missing-checkpoint --ckpt-format
+--auto-detect-ckpt-format --ckpt-convert-format --ckpt-convert-save --async-save --data-path --split
+--train-data-path --valid-data-path --test-data-path --data-args-path --per-split-data-args-path
+--data-cache-path --mock-data --seq-length --num-workers --dataloader-type
+--num-dataset-builder-threads --no-mmap-bin-files --mid-level-dataset-surplus --reset-position-ids
+--reset-attention-mask --eod-mask-loss --phase-transition-iterations --fim-data --sft --eval-iters
+--eval-interval --skip-train --full-validation --multiple-validation-sets --tokenizer-type
+--tokenizer-model --vocab-file --merge-file --vocab-size --padded-vocab-size --vocab-extra-ids
+--trust-remote-code --log-interval --log-throughput --log-progress --log-params-norm
+--log-num-zeros-in-grad --timing-log-level --tensorboard-dir --tensorboard-log-interval
+--tensorboard-queue-size --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard
+--log-memory-to-tensorboard --wandb-project --log-straggler --logging-level --no-one-logger
+--profile --use-pytorch-profiler --rerun-mode --enable-ft-package --inprocess-restart
 """
 
 
-def test_every_flag_that_megatrons_users_write_is_a_setting_or_is_refused_with_a_sentence() -> None:
+def test_every_flag_that_megatrons_users_write_is_a_setting_or_is_refused() -> None:
     flags = {
         option
         for action in make_parser("chatflow train", "")._actions
         for option in action.option_strings
     }
     assert not [flag for flag in MEGATRON.split() if flag not in flags and flag not in REFUSED]
-    assert all(sentence and not sentence.endswith(".") for sentence in REFUSED.values())
+    assert all(message and not message.endswith(".") for message in REFUSED.values())

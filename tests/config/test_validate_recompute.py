@@ -1,4 +1,4 @@
-"""Settings of activation recomputation: what has no meaning is refused with the cure."""
+"""Settings of activation recomputation: what has no meaning is refused with the fix."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_model_chunk_is_what_recomputation_counts_layers_in() -> None:
         )
 
 
-def test_selective_recomputation_means_attention_unless_told_otherwise() -> None:
+def test_selective_recomputation_means_attention_by_default() -> None:
     assert small(1, LLAMA, recompute_granularity="selective").training.recompute_modules == [
         "core_attn"
     ]

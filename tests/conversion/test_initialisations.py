@@ -103,8 +103,8 @@ def test_new_rows_hardly_harm_english_and_means_beat_random_ones_in_chinese(
         ]
         ((code, out, err),) = pool.run(1, command, "evaluate", *map(str, words), timeout=1200)
         assert code == 0, err
-        told: dict[str, Any] = json.loads(out)["validation"]
-        return {name: values["bits_per_byte"] for name, values in told.items()}
+        validation: dict[str, Any] = json.loads(out)["validation"]
+        return {name: values["bits_per_byte"] for name, values in validation.items()}
 
     table = {"untouched": bits(smollm2)}
     for method in ("mean", "mean_all", "random"):

@@ -22,9 +22,7 @@ WAYS = {
 
 
 def load_and_save(run: Path, target: Path, words: list[str]) -> None:
-    """Load the weights as `evaluate` does with these flags, and save what the model then holds as a
-    run of its own.
-    """
+    """Load the weights as `evaluate` does with these flags, and save the model as a new run."""
     from megatron_chatflow.checkpoint import state_dict
     from megatron_chatflow.cli.evaluate import parser
     from megatron_chatflow.cli.model_source import parse_with_source

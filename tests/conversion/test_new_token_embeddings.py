@@ -65,7 +65,7 @@ def extended(folder: Path, base: Path, family: str, kind: str = "extend", **chan
 
 
 def test_the_mean_is_over_rows_and_weighted_by_characters_on_the_output_side() -> None:
-    """The fault of some public scripts is a mean over everything, which is one number."""
+    """The error in some public scripts is a mean over everything, which is one number."""
     matrix = torch.randn(10, 6, generator=torch.Generator().manual_seed(1)).bfloat16()
     new = [
         MappedToken(10, (1, 2, 2), (1.0, 0.25, 0.75)),

@@ -114,15 +114,15 @@ def test_after_extension_the_logits_of_the_old_tokens_are_the_same_bit_for_bit(
         {"id": first + i, "pieces": ids, "chars": [2 / len(ids)] * len(ids)}
         for i, ids in enumerate(pieces)
     ]
-    told = {
+    token_map = {
         "version": 1,
         "kind": "extend",
         "base_vocab_size": first,
         "vocab_size": first + len(new),
         "new": new,
     }
-    told["base_sha256"] = hashlib.sha256((smollm2 / "tokenizer.json").read_bytes()).hexdigest()
-    (folder / "token_map.json").write_text(json.dumps(told))
+    token_map["base_sha256"] = hashlib.sha256((smollm2 / "tokenizer.json").read_bytes()).hexdigest()
+    (folder / "token_map.json").write_text(json.dumps(token_map))
     target = tmp_path / "run"
     call = [
         sys.executable,
@@ -216,7 +216,7 @@ def write_large(folder: Path, layers: int) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def test_a_large_model_never_lies_whole_in_memory(tmp_path: Path) -> None:
+def test_a_large_model_is_never_completely_in_memory(tmp_path: Path) -> None:
     """The same peak for 1.3 and for 3.3 GB of weights, but for what is another file's worth on the
     way back.
     """

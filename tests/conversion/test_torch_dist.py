@@ -71,12 +71,13 @@ def _keys(folder: str) -> tuple[dict[str, tuple], dict[str, tuple]]:
     contents = describe(config, 4096)
     saved = FileSystemReader(find_checkpoint(folder, None)).read_metadata().state_dict_metadata
     there = {key: tuple(getattr(entry, "size", ())) for key, entry in saved.items()}
-    told = {key: tuple(shape) for key, shape in contents.shapes.items()} | dict.fromkeys(
+    described = {key: tuple(shape) for key, shape in contents.shapes.items()} | dict.fromkeys(
         contents.objects, ()
     )
-    return {key: shape for key, shape in there.items() if not key.startswith("optimizer.")}, told
+    model = {key: shape for key, shape in there.items() if not key.startswith("optimizer.")}
+    return model, described
 
 
 def test_what_is_written_is_what_train_saves(pool: Pool, reference: Path) -> None:
-    ((there, told),) = pool.run(1, _keys, str(reference))
-    assert there == told
+    ((there, described),) = pool.run(1, _keys, str(reference))
+    assert there == described

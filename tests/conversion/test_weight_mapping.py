@@ -44,10 +44,10 @@ def test_queries_keys_and_values_are_parted_as_they_were_joined(
     tail = () if bias else (width,)
     sizes = [groups * queries * head, groups * head, groups * head]
     parts = [torch.randn(size, *tail) for size in sizes]
-    whole = join(QKV, parts, groups)
-    for part, again in zip(parts, split(QKV, whole, groups, queries), strict=True):
+    joined = join(QKV, parts, groups)
+    for part, again in zip(parts, split(QKV, joined, groups, queries), strict=True):
         assert part.equal(again)
-    assert split_shapes(QKV, tuple(whole.shape), groups, queries) == [
+    assert split_shapes(QKV, tuple(joined.shape), groups, queries) == [
         tuple(part.shape) for part in parts
     ]
 
@@ -62,7 +62,7 @@ def test_a_group_holds_its_queries_then_its_key_then_its_value() -> None:
     assert join(QKV, [q, k, v], 2).flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
 
 
-def test_the_gate_lies_above_the_up_projection() -> None:
+def test_the_gate_is_above_the_up_projection() -> None:
     assert huggingface_names(FC1, 3) == (
         "model.layers.3.mlp.gate_proj.weight",
         "model.layers.3.mlp.up_proj.weight",
@@ -81,9 +81,9 @@ def test_a_config_is_kept_as_it_was_where_nothing_changed(kind: str, scaling: di
         "sliding_window": None,
         "something_else": [1, 2],
     }
-    told, notes = model_settings(template, "config.json")
+    read, notes = model_settings(template, "config.json")
     assert notes == []
-    assert config_json(told, 100, "bfloat16", template) == template
+    assert config_json(read, 100, "bfloat16", template) == template
 
 
 @settings(deadline=None)
@@ -97,15 +97,15 @@ def test_a_config_is_kept_as_it_was_where_nothing_changed(kind: str, scaling: di
         }
     )
 )
-def test_a_config_without_a_pattern_tells_the_same_settings(case: dict) -> None:
-    told, _ = model_settings(BASE | {"num_key_value_heads": case["heads"]}, "config.json")
-    told = dataclasses.replace(
-        told,
+def test_a_config_without_a_pattern_gives_the_same_settings(case: dict) -> None:
+    read, _ = model_settings(BASE | {"num_key_value_heads": case["heads"]}, "config.json")
+    read = dataclasses.replace(
+        read,
         use_rope_scaling=case["scaled"],
         add_qkv_bias=case["bias"],
         untie_embeddings_and_output_weights=case["untied"],
     )
-    assert model_settings(config_json(told, 100, "float32", None), "config.json")[0] == told
+    assert model_settings(config_json(read, 100, "float32", None), "config.json")[0] == read
 
 
 def test_what_the_run_changed_is_changed_in_the_config_and_nothing_else() -> None:
@@ -116,11 +116,11 @@ def test_what_the_run_changed_is_changed_in_the_config_and_nothing_else() -> Non
         "dtype": "bfloat16",
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
-    told, _ = model_settings(new_style, "config.json")
-    told = dataclasses.replace(
-        told, rotary_base=500000, max_position_embeddings=16, norm_epsilon=1e-5
+    read, _ = model_settings(new_style, "config.json")
+    read = dataclasses.replace(
+        read, rotary_base=500000, max_position_embeddings=16, norm_epsilon=1e-5
     )
-    written = config_json(told, 120, "float32", new_style)
+    written = config_json(read, 120, "float32", new_style)
     changed = {key: value for key, value in written.items() if new_style.get(key) != value}
     assert changed == {
         "vocab_size": 120, "dtype": "float32", "rms_norm_eps": 1e-5, "rope_parameters":
@@ -129,11 +129,11 @@ def test_what_the_run_changed_is_changed_in_the_config_and_nothing_else() -> Non
     assert written.keys() == new_style.keys()
 
 
-def test_a_sliding_window_shortens_the_longest_sequence_and_is_told() -> None:
-    told, (note,) = model_settings(
+def test_a_sliding_window_shortens_the_longest_sequence_and_is_reported() -> None:
+    read, (note,) = model_settings(
         BASE | {"model_type": "mistral", "sliding_window": 1024}, "config.json"
     )
-    assert told.max_position_embeddings == 1024 and "sliding_window 1024" in note
+    assert read.max_position_embeddings == 1024 and "sliding_window 1024" in note
     silent, (note,) = model_settings(
         BASE | {"model_type": "mistral", "max_position_embeddings": 32768}, "config.json"
     )
@@ -251,8 +251,8 @@ def test_qwen2_has_its_length_cut_only_where_a_layer_has_the_window(
     assert ("sliding_attention" in theirs.layer_types and theirs.sliding_window is not None) == (
         longest == 1024
     )
-    told, notes = model_settings(content, "config.json")
-    assert told.max_position_embeddings == longest and len(notes) == (longest == 1024)
+    read, notes = model_settings(content, "config.json")
+    assert read.max_position_embeddings == longest and len(notes) == (longest == 1024)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout goes on in any other, optimizer state included."""
+"""A checkpoint of any layout continues in any other, optimizer state included."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def go(pool: Pool, sample: Path, run: Path, layout: str, *words: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(pool: Pool, sample: Path) -> Path:
-    return go(pool, sample, sample / "matrix" / "whole", "one")
+def uninterrupted(pool: Pool, sample: Path) -> Path:
+    return go(pool, sample, sample / "matrix" / "uninterrupted", "one")
 
 
 @pytest.fixture(scope="module", params=[name for name in LAYOUTS if name != "one"])
@@ -53,17 +53,17 @@ def saved(request: pytest.FixtureRequest, pool: Pool, sample: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_goes_on_in_another_layout_as_if_never_stopped(
-    pool: Pool, sample: Path, whole: Path, saved: Path, layout: str
+def test_a_run_continues_in_another_layout_as_if_never_stopped(
+    pool: Pool, sample: Path, uninterrupted: Path, saved: Path, layout: str
 ) -> None:
     run = saved.with_name(f"{saved.name}-to-{layout.replace(' ', '-')}")
     shutil.copytree(saved, run)
     go(pool, sample, run, layout, "--load", str(run))
     records = metrics(run)
     assert [r["iteration"] for r in records] == list(range(1, 11))
-    assert largest_difference(records, metrics(whole)) < 1e-5
+    assert largest_difference(records, metrics(uninterrupted)) < 1e-5
     norms = [
         abs(a["grad-norm"] / b["grad-norm"] - 1)
-        for a, b in zip(records, metrics(whole), strict=True)
+        for a, b in zip(records, metrics(uninterrupted), strict=True)
     ]
     assert max(norms) < 1e-5, norms

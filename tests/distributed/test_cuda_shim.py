@@ -45,7 +45,8 @@ def in_context(name, *args):
 def by_default():
     torch.set_default_device("meta")
     try:
-        return [str(t.device) for t in (torch.arange(3), torch.tensor([1]), torch.linspace(0, 1, 3), torch.eye(2), torch.nn.Linear(2, 2).weight)]
+        made = [torch.arange(3), torch.tensor([1]), torch.linspace(0, 1, 3), torch.eye(2)]
+        return [str(t.device) for t in (*made, torch.nn.Linear(2, 2).weight)]
     finally:
         torch.set_default_device(None)
 
@@ -55,12 +56,13 @@ def seeds():
         torch.rand(3)
     return torch.nn.init.normal_(torch.empty(2)).tolist()
 
-def told():
+def seen_by_subclass():
     seen = []
     class Seen(torch.Tensor):
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):
-            seen.extend(str(known) for known in (torch.zeros_like, torch.Tensor.to, torch.Tensor.type) if func is known)
+            known = torch.zeros_like, torch.Tensor.to, torch.Tensor.type
+            seen.extend(str(one) for one in known if func is one)
             return super().__torch_function__(func, types, args, kwargs or {})
     t = torch.ones(2).as_subclass(Seen)
     torch.zeros_like(t), t.to(torch.float64), t.type(torch.int32)
@@ -70,16 +72,36 @@ if "install" in sys.argv:
     from megatron_chatflow.distributed import cuda_shim
     cuda_shim.install()
 print(json.dumps({
-    "context": [in_context(name, 2) for name in ("empty", "zeros", "ones", "rand", "randn", "arange", "randperm", "tensor", "as_tensor")],
-    "context of shapes": [in_context("full", (2,), 1.0), in_context("randint", 3, (2,)), in_context("linspace", 0, 1, 2)],
+    "context": [
+        in_context(name, 2)
+        for name in (
+            "empty", "zeros", "ones", "rand", "randn", "arange", "randperm", "tensor", "as_tensor"
+        )
+    ],
+    "context of shapes": [
+        in_context("full", (2,), 1.0),
+        in_context("randint", 3, (2,)),
+        in_context("linspace", 0, 1, 2),
+    ],
     "default": by_default(),
     "seeds": seeds(),
-    "types": [torch.zeros(2).type(), torch.zeros(2).bfloat16().type(), torch.zeros(2).type("torch.DoubleTensor").type()],
+    "types": [
+        torch.zeros(2).type(),
+        torch.zeros(2).bfloat16().type(),
+        torch.zeros(2).type("torch.DoubleTensor").type(),
+    ],
     "script": torch.jit.script(add)(torch.ones(2)).tolist(),
     "compile": torch.compile(add, backend="eager", fullgraph=True)(torch.ones(2)).tolist(),
-    "pickle": [pickle.loads(pickle.dumps(torch.zeros))(2).tolist(), copy.deepcopy(torch.tensor)([1.0]).tolist()],
-    "subclasses": told(),
-    "devices": [torch.cuda.is_available(), torch.cuda.device_count(), torch.accelerator.is_available()],
+    "pickle": [
+        pickle.loads(pickle.dumps(torch.zeros))(2).tolist(),
+        copy.deepcopy(torch.tensor)([1.0]).tolist(),
+    ],
+    "subclasses": seen_by_subclass(),
+    "devices": [
+        torch.cuda.is_available(),
+        torch.cuda.device_count(),
+        torch.accelerator.is_available(),
+    ],
     "meta": str(torch.nn.Linear(2, 2).to("meta").weight.device),
 }))
 """

@@ -22,8 +22,9 @@ cuda_shim.install()
 import torch, torch.distributed as dist
 launch, what = read_launch(), sys.argv[1]
 store, monitor = process_groups._meet(launch, 60, None)
+timeout = datetime.timedelta(seconds=int(sys.argv[2]))
 sizes = {"rank": launch.rank, "world_size": launch.world_size}
-dist.init_process_group("gloo", store=store, timeout=datetime.timedelta(seconds=int(sys.argv[2])), **sizes)
+dist.init_process_group("gloo", store=store, timeout=timeout, **sizes)
 monitor.joined()
 print("up", flush=True)
 try:
@@ -97,14 +98,14 @@ def test_a_rank_that_fails_brings_the_job_down_within_a_minute_and_is_named(
 ) -> None:
     codes, text, seconds = run(what, then)
     assert set(codes) == {1} and seconds < 60, (codes, text)
-    told = [line for line in text.splitlines() if line.startswith("chatflow: the job ends:")]
+    ends = [line for line in text.splitlines() if line.startswith("chatflow: the job ends:")]
     before, after = sentence.split("{}")
     assert "Traceback" not in text or what != "killed"
     assert (
-        len(told) == 1
-        and before in told[0]
-        and after in told[0]
-        and socket.gethostname() in told[0]
+        len(ends) == 1
+        and before in ends[0]
+        and after in ends[0]
+        and socket.gethostname() in ends[0]
     ), text
 
 

@@ -147,10 +147,16 @@ def test_an_address_of_another_host_is_reported_by_rank_0(job: Job) -> None:
 @pytest.mark.parametrize(
     ("env", "refused"),
     [
-        ({0: {}, 1: {"WORLD_SIZE": "3"}}, "WORLD_SIZE is 2 in rank 0 on {}, process {} and 3 in rank 1 on {}, process {}; "),
-        ({0: {"WORLD_SIZE": "4"}, 1: {}}, "WORLD_SIZE is 4 in rank 0 on {}, process {} and 2 in rank 1 on {}, process {}; "),
+        (
+            {0: {}, 1: {"WORLD_SIZE": "3"}},
+            "WORLD_SIZE is 2 in rank 0 on {}, process {} and 3 in rank 1 on {}, process {}; ",
+        ),
+        (
+            {0: {"WORLD_SIZE": "4"}, 1: {}},
+            "WORLD_SIZE is 4 in rank 0 on {}, process {} and 2 in rank 1 on {}, process {}; ",
+        ),
     ],
-)  # fmt: skip
+)
 def test_different_sizes_are_refused_at_once(job: Job, env: Any, refused: str) -> None:
     a, b = (job.start(rank, 2, seconds=60, **env[rank]) for rank in (0, 1))
     expected = refused.format(HOST, a.pid, HOST, b.pid)

@@ -60,8 +60,9 @@ def test_weights_have_the_standard_deviations_that_were_asked_for(pool: Pool) ->
 
 
 def _weights(extra: str) -> dict[str, object]:
-    """Every weight as checkpoints name it: gathered by saving here and loading whole is
-    tests/checkpoint's matter; here slices are compared.
+    """Return this rank's shards: {(key, global offset): (local shape, prepended axes, values)}.
+
+    tests/checkpoint covers saving them and loading complete tensors; here slices are compared.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -100,9 +101,9 @@ def _weights(extra: str) -> dict[str, object]:
 def test_every_layout_holds_slices_of_the_same_weights(pool: Pool) -> None:
     import numpy as np
 
-    whole = {}
+    reference = {}
     for (key, offset), (_, lead, data) in pool.run(1, _weights, "")[0].items():
-        whole.setdefault((key, offset[:lead]), []).append((offset[lead:], data))
+        reference.setdefault((key, offset[:lead]), []).append((offset[lead:], data))
     for world, extra in (
         (2, "--tensor-model-parallel-size 2"),
         (2, "--pipeline-model-parallel-size 2"),
@@ -116,7 +117,7 @@ def test_every_layout_holds_slices_of_the_same_weights(pool: Pool) -> None:
     ):
         for parts in pool.run(world, _weights, extra):
             for (key, offset), (_, lead, data) in parts.items():
-                pieces = whole[(key, offset[:lead])]
+                pieces = reference[(key, offset[:lead])]
                 (origin, full) = max(
                     (
                         p

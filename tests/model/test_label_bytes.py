@@ -97,7 +97,7 @@ def _expected(kind: str, text: str) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_space_without_a_piece_of_its_own_is_one_byte(
+def test_a_space_without_a_separate_piece_is_one_byte(
     found: dict[str, Tokenizer], kind: str
 ) -> None:
     tokenizer = found[kind]

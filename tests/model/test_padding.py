@@ -113,9 +113,9 @@ def test_losses_gradients_and_initial_weights_do_not_depend_on_the_padding(
 ) -> None:
     import numpy as np
 
-    ((whole, weights, _, _),) = pool.run(1, _run, "--make-vocab-size-divisible-by", "1")
+    ((unpadded, weights, _, _),) = pool.run(1, _run, "--make-vocab-size-divisible-by", "1")
     expected, gradients = _huggingface(weights)
-    assert np.allclose(whole, expected, rtol=1e-5)
+    assert np.allclose(unpadded, expected, rtol=1e-5)
     for multiple, rows in (
         ("1", -(-VOCABULARY // world) * world),
         ("64", 192 if world == 3 else 128),
@@ -137,7 +137,7 @@ def test_losses_gradients_and_initial_weights_do_not_depend_on_the_padding(
                 and min(logits[:VOCABULARY]) > -1e3
             )
         if world == 1 and multiple != "1":
-            assert ranks[0][0] == pytest.approx(whole, rel=1e-6)
+            assert ranks[0][0] == pytest.approx(unpadded, rel=1e-6)
         (name,) = gradients
         table, gradient = (np.concatenate([rank[i][name] for rank in ranks]) for i in (1, 2))
         assert len(table) == rows

@@ -2,8 +2,8 @@
 everything under one folder.
 
 Debian's packages are enough (apt-get install slurmctld slurmd slurm-client munge); nothing is
-started by systemd, nothing outside the folder changes. The daemons live in mount namespaces of
-their own: there the nodes' names lead to this machine, and each node has a disk of its own at the
+started by systemd, nothing outside the folder changes. The daemons run in separate mount
+namespaces: there the nodes' names resolve to this machine, and each node has its own disk at the
 same path.
 """
 
@@ -131,7 +131,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 
 def _start(made: Cluster, name: str, *words: str) -> subprocess.Popen:
-    """A daemon in a mount namespace of its own; a node's has the node's disk in its place."""
+    """Start a daemon in its own mount namespace, where a node's daemon has the node's disk."""
     mounts = f"mount --bind {made.folder}/hosts /etc/hosts"
     if name in NODES:
         mounts += f" && mount --bind {made.node_disk(name)} {made.disk}"

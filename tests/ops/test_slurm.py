@@ -98,7 +98,7 @@ def records(run: Path) -> list[dict]:
     return metrics(run) if path.exists() and path.read_text().endswith("\n") else []
 
 
-def test_a_job_on_nodes_with_disks_of_their_own_is_preempted_requeued_and_finished_as_on_one_process(
+def test_a_preempted_job_on_nodes_with_local_disks_is_requeued_and_ends_as_on_one_process(
     two_nodes: Cluster, tmp_path: Path, pool: Pool, sample: Path
 ) -> None:
     settings(two_nodes, tmp_path, 60)
@@ -136,7 +136,7 @@ def test_a_job_on_nodes_with_disks_of_their_own_is_preempted_requeued_and_finish
     assert not list(two_nodes.disk.iterdir())
 
 
-def test_a_killed_process_brings_the_job_down_within_a_minute_and_it_goes_on_from_its_checkpoint(
+def test_a_killed_process_ends_the_job_within_a_minute_and_it_continues_from_its_checkpoint(
     two_nodes: Cluster, tmp_path: Path
 ) -> None:
     settings(two_nodes, tmp_path, 40)

@@ -1,4 +1,4 @@
-"""What is in flight and how long a stage stands idle, against schedules that are played through."""
+"""Chunks in flight and idle time of each stage, against simulated schedules."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def orders(layout: Layout, count: int) -> list[list[tuple[bool, int, int]]]:
 
 
 def play(layout: Layout, count: int) -> tuple[float, list[int]]:
-    """(time of the whole in units of one chunk's forward pass, most chunks in flight on each
-    stage).
+    """Return (time of the schedule, most chunks in flight on each stage).
+
+    The unit of time is one chunk's forward pass.
     """
     done: dict[tuple[bool, int, int, int], float] = {}
     queues, clocks = orders(layout, count), [0.0] * layout.pp

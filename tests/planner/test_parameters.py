@@ -89,7 +89,7 @@ CASES = {
         LLAMA | {"num_layers": 7},
         {"pipeline_model_parallel_size": 4, "account_for_loss_in_pipeline_split": True},
     ),
-    "a layout with a stage of its own for the embedding": (
+    "a layout with a separate stage for the embedding": (
         LLAMA | {"global_batch_size": 32},
         {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "E|tt|t|tL"},
     ),

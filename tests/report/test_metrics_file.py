@@ -112,9 +112,15 @@ def test_gaps_and_repeated_iterations_are_named(tmp_path: Path) -> None:
     for kept, note in (
         ([1, 2, 5, 6, 8], "no record of iteration 3 to 4, 7"),
         ([1, 2, 3], "no record of iteration 4 to 8"),
-        ([1, 2, 3, 3, 2, 4, 5, 6, 7, 8], "more than one record, or one in the wrong place, of iteration 3, 2"),
-        (list(range(1, 41, 3)), "no record of iteration 2 to 3, 5 to 6, 8 to 9, 11 to 12, 14 to 15, ... (13 in all)"),
-    ):  # fmt: skip
+        (
+            [1, 2, 3, 3, 2, 4, 5, 6, 7, 8],
+            "more than one record, or one in the wrong place, of iteration 3, 2",
+        ),
+        (
+            list(range(1, 41, 3)),
+            "no record of iteration 2 to 3, 5 to 6, 8 to 9, 11 to 12, 14 to 15, ... (13 in all)",
+        ),
+    ):
         content = b"".join(line(training(i)) for i in kept)
         path.write_bytes(content)
         assert prepare_records(path, max(8, kept[-1]), validated=True) == [f"{path}: {note}"]

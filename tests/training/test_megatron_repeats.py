@@ -102,8 +102,9 @@ def megatron(
 
 
 def megatron_change(prefixes: list[str], *phases: tuple[list[float], int]) -> Tally:
-    """A run that stops at CHANGE and continues with other weights or another size; only the number of
-    samples is carried over.
+    """A run that stops at CHANGE and continues with other weights or another size.
+
+    Only the number of samples is carried over.
     """
     (one, size), (two, other) = phases
     return tally(
@@ -153,8 +154,8 @@ def test_a_change_of_weights_makes_megatron_repeat_one_domain_and_skip_in_the_ot
 ) -> None:
     phases = ((HALVES, STOP), (OTHER, STOP))
     (theirs,) = pool.run(1, megatron_change, positions, *phases)
-    # From 500 of each domain the run continues where 0.8 : 0.2 would be after 1,000 samples: 800 and
-    # 200.
+    # From 500 of each domain the run continues where 0.8 : 0.2 would be after 1,000 samples: 800
+    # and 200.
     assert theirs.skipped[0] == pytest.approx(300, abs=3) and theirs.repeated[0] == 0
     assert theirs.repeated[1] == pytest.approx(200, abs=3) and theirs.skipped[1] == 0
     assert theirs.tokens_again == pytest.approx(0.2, abs=0.005)

@@ -163,7 +163,8 @@ def test_signals_ignored_at_the_start_stay_ignored_and_others_are_given_back() -
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_process_at_once() -> None:
     code = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    code += "from megatron_chatflow.training.signals import StopRequest; s = StopRequest(None).__enter__();"
+    code += "from megatron_chatflow.training.signals import StopRequest;"
+    code += "s = StopRequest(None).__enter__();"
     code += "print('up', flush=True); [time.sleep(60) for _ in range(9)]"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:

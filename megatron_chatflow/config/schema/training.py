@@ -101,7 +101,7 @@ class TrainingSettings(Section):
         return errors + self._recompute_errors()
 
     def length_errors(self) -> list[str]:
-        """Return what is wrong with the length of the run, which only training and the blend need."""
+        """Return the errors in the length of the run, which only training and the blend need."""
         if self.train_iters is None and self.train_samples is None:
             return ["the run has no length; give --train-iters or --train-samples"]
         if self.train_iters is not None and self.train_samples is not None:

@@ -1,7 +1,7 @@
 """In the stand-in for NVIDIA's image Transformer Engine's own Python comes from its wheel; the
 first import of it is given the emulated extension.
 
-tests/fp8/emulation lies in /opt/standin there.
+tests/fp8/emulation is in /opt/standin there.
 """
 
 import importlib.abc
