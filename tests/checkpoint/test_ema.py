@@ -35,9 +35,9 @@ def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def whole(pool: Pool, sample: Path) -> Path:
+def uninterrupted(pool: Pool, sample: Path) -> Path:
     """Four iterations of one process, each saved."""
-    run = sample / "ema whole"
+    run = sample / "ema uninterrupted"
     ok(pool.run(1, train, sample, "--save", str(run), "--save-interval", "1", *FLAGS))
     return run
 
@@ -88,14 +88,14 @@ def test_the_saved_mean_is_the_mean_of_the_weights(
 
 @pytest.mark.slow
 def test_the_mean_resumes_to_the_same_bits_and_in_another_layout(
-    pool: Pool, sample: Path, whole: Path
+    pool: Pool, sample: Path, uninterrupted: Path
 ) -> None:
     parts, other = sample / "ema parts", sample / "ema other"
     for run, world, flags in ((parts, 1, []), (other, 2, PP)):
         ok(pool.run(1, train, sample, "--save", str(run), "--exit-interval", "2", *FLAGS))
         ok(pool.run(world, train, sample, "--save", str(run), "--load", str(run), *FLAGS, *flags))
-    wanted = tensors(whole, 4)
-    assert metrics(parts) == metrics(whole)
+    wanted = tensors(uninterrupted, 4)
+    assert metrics(parts) == metrics(uninterrupted)
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in tensors(parts, 4).items())
     assert all(
         torch.allclose(tensor, wanted[key], atol=1e-4)
@@ -128,9 +128,7 @@ def test_a_run_without_a_mean_begins_one_and_says_so(
 
 
 def load_mean_and_save(run: Path, target: Path, flags: list[str]) -> None:
-    """Opens the run's mean in place of its weights, in the layout of `flags`, and saves what the
-    model then holds.
-    """
+    """Save the model after its weights were replaced by the mean, in the layout of `flags`."""
     from megatron_chatflow.checkpoint import state_dict
     from megatron_chatflow.checkpoint.run_directory import find_checkpoint, read_settings
     from megatron_chatflow.config import make_parser, parse
@@ -151,12 +149,12 @@ def load_mean_and_save(run: Path, target: Path, flags: list[str]) -> None:
 
 
 def test_the_mean_loads_in_place_of_the_weights_in_any_layout(
-    pool: Pool, sample: Path, whole: Path, reference: Path
+    pool: Pool, sample: Path, uninterrupted: Path, reference: Path
 ) -> None:
     for world, flags in ((2, TP), (2, PP)):
         target = sample / f"mean only {world}{len(flags)}{flags[:1]}"
-        pool.run(world, load_mean_and_save, whole, target, flags)
-        wanted = tensors(whole, 4)
+        pool.run(world, load_mean_and_save, uninterrupted, target, flags)
+        wanted = tensors(uninterrupted, 4)
         found = tensors(target, 1)
         assert found and all(
             torch.equal(tensor, wanted[f"ema.{key}"]) for key, tensor in found.items()

@@ -1,4 +1,4 @@
-"""Damaged and crafted checkpoints in numbers: refused or read, never run, in bounded memory."""
+"""Many damaged and crafted checkpoints: rejected or read, never executed, in bounded memory."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def change_bytes(content: bytes, r: random.Random) -> bytes:
 
 
 def fuzz(folder: Path, count: int, seed: int) -> dict[str, int]:
-    """Read checkpoints with damaged files; runs in a process of its own, see below."""
+    """Read checkpoints with damaged files; runs in a separate process, see below."""
     import resource
     import tracemalloc
 
@@ -122,9 +122,7 @@ def fuzz(folder: Path, count: int, seed: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
 def test_damaged_files_are_refused_or_read_and_never_run(tmp_path: Path, count: int) -> None:
-    """Twice a file's size and 4 MiB at most, in an address space of 64 MiB beyond the process's
-    own.
-    """
+    """Reading takes at most twice the file's size plus 4 MiB, with 64 MiB of address space left."""
     folder = write_small(tmp_path / "small")
     call = (
         f"from tests.checkpoint.test_fuzzed_checkpoints import *; "

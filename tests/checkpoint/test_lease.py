@@ -116,8 +116,8 @@ def test_of_many_processes_that_start_at_once_exactly_one_gets_the_lease(
         with child(work) as a, child(work) as b, child(work) as c:
             answers = sorted(answer(read) for _, read in (a, b, c))
             assert answers.count("held") == 1, answers
-            told = [text for text in answers if text != "held"]
-            assert all("another process writes there" in text for text in told), answers
+            refusals = [text for text in answers if text != "held"]
+            assert all("another process writes there" in text for text in refusals), answers
             assert len(leases(folder)) == 1
 
 
@@ -246,7 +246,7 @@ def test_a_holder_notices_that_its_lease_was_removed(tmp_path: Path, quick: None
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stopped_holder_whose_lease_was_taken_over_does_not_go_on(
+def test_a_stopped_holder_whose_lease_was_taken_over_does_not_continue(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", without_locks)

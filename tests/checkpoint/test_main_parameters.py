@@ -92,7 +92,7 @@ CASES = {
 }
 """{name: (ranks, flags, ranks of another layout, its flags)}.
 
-In a pipeline, tied embeddings have a bucket of their own, also without --overlap-grad-reduce.
+In a pipeline, tied embeddings have a separate bucket, also without --overlap-grad-reduce.
 """
 
 
@@ -104,21 +104,21 @@ def test_a_run_with_padded_buckets_resumes_with_its_own_state(
     pool: Pool, tiny: Path, tmp_path: Path, case: str
 ) -> None:
     world, flags, other_world, other_flags = CASES[case]
-    whole, parts, other = tmp_path / "whole", tmp_path / "parts", tmp_path / "other"
-    go(pool, world, tiny, whole, *flags, "--save-interval", "3")
+    uninterrupted, parts, other = tmp_path / "uninterrupted", tmp_path / "parts", tmp_path / "other"
+    go(pool, world, tiny, uninterrupted, *flags, "--save-interval", "3")
     parts.mkdir()
-    shutil.copytree(whole / "iter_0000003", parts / "iter_0000003")
+    shutil.copytree(uninterrupted / "iter_0000003", parts / "iter_0000003")
     (parts / "latest_checkpointed_iteration.txt").write_text("3\n")
     shutil.copytree(parts, other)
     go(pool, world, tiny, parts, "--load", str(parts), *flags)
-    saved = dict(read_tensors(whole / "iter_0000006"))
+    saved = dict(read_tensors(uninterrupted / "iter_0000006"))
     assert sum(name.startswith("optimizer.state.param.") for name in saved) >= 8
     for name, tensor in read_tensors(parts / "iter_0000006"):
         assert torch.equal(tensor, saved[name]), name
-    assert metrics(parts) == metrics(whole)[3:]
+    assert metrics(parts) == metrics(uninterrupted)[3:]
     go(pool, other_world, tiny, other, "--load", str(other), *other_flags)
     bound = 2e-3 if "bf16" in case else 1e-5
-    assert largest_difference(metrics(other), metrics(whole)[3:]) < bound
+    assert largest_difference(metrics(other), metrics(uninterrupted)[3:]) < bound
 
 
 def test_the_state_is_the_same_in_one_bucket_and_in_many(
@@ -179,11 +179,11 @@ def test_main_parameters_agree_with_the_weights_that_they_round_to_only() -> Non
     def agree(main: Any, weight: Any, dtype: torch.dtype, in_fp8: bool = False) -> bool:
         return _agree(torch.as_tensor(main), torch.as_tensor(weight, dtype=dtype), in_fp8=in_fp8)
 
-    half, whole = torch.bfloat16, torch.float32
+    half, single = torch.bfloat16, torch.float32
     main = torch.randn(10_000, generator=torch.Generator().manual_seed(1))
-    assert agree(main, main, whole) and agree(main, main.to(half), half)
-    assert not agree(main, main.roll(64), whole) and not agree(main, main.roll(64).to(half), half)
-    assert not agree(main, -main, half) and not agree(main, main.nextafter(main + 1), whole)
+    assert agree(main, main, single) and agree(main, main.to(half), half)
+    assert not agree(main, main.roll(64), single) and not agree(main, main.roll(64).to(half), half)
+    assert not agree(main, -main, half) and not agree(main, main.nextafter(main + 1), single)
     nudged = main.clone()
     nudged[77] *= 1.01  # more than the half of the last place that rounding may take
     assert not agree(nudged, main.to(half), half)

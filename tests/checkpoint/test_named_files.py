@@ -1,4 +1,4 @@
-"""Files that a manifest or an index names are regular files of its own folder."""
+"""Files that a manifest or an index names are regular files in the same folder."""
 
 from __future__ import annotations
 

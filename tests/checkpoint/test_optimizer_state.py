@@ -1,6 +1,4 @@
-"""A checkpoint of one form of optimizer is read by another: with and without distribution, and
-across precisions.
-"""
+"""Checkpoints are read by other forms of the optimizer: distributed or not, in any precision."""
 
 from __future__ import annotations
 
@@ -33,10 +31,10 @@ def go(pool: Pool, sample: Path, run: Path, form: str, *words: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", FORMS)
-def test_a_run_goes_on_with_another_form(
+def test_a_run_continues_with_another_form(
     pool: Pool, sample: Path, tmp_path: Path, before: str
 ) -> None:
-    whole = metrics(go(pool, sample, tmp_path / "whole", before))
+    uninterrupted = metrics(go(pool, sample, tmp_path / "uninterrupted", before))
     saved = go(pool, sample, tmp_path / "saved", before, "--exit-interval", "3")
     for after in FORMS:
         run = tmp_path / after
@@ -46,10 +44,10 @@ def test_a_run_goes_on_with_another_form(
         same_precision = ("bf16" in before) == (
             "bf16" in after
         )  # the norm that clips is then added up in another order, and nothing else differs
-        assert largest_difference(records, whole) < (1e-7 if same_precision else 2e-3)
+        assert largest_difference(records, uninterrupted) < (1e-7 if same_precision else 2e-3)
 
 
-def test_a_run_in_bf16_goes_on_in_float32(pool: Pool, sample: Path, tmp_path: Path) -> None:
+def test_a_run_in_bf16_continues_in_float32(pool: Pool, sample: Path, tmp_path: Path) -> None:
     run = go(pool, sample, tmp_path / "run", "bf16", "--exit-interval", "1")
     go(pool, sample, run, "fp32", "--load", str(run), "--exit-interval", "2")
     assert [record["iteration"] for record in metrics(run)] == [1, 2]
@@ -66,7 +64,7 @@ def tensors(*keys: str) -> dict[str, ShardedTensor]:
 def test_the_float32_parameters_are_asked_for_by_the_name_that_the_checkpoint_has(
     have: OptimizerLayout, want: OptimizerLayout
 ) -> None:
-    """What is no parameter of the optimizer keeps its name, and so do the moments."""
+    """Tensors that are not optimizer parameters keep their names, and so do the moments."""
     weights = tensors("layer.weight", "layer.buffer")
     main = {} if want == OptimizerLayout.FP32 else tensors(f"{want.value}layer.weight")
     state = main | tensors(

@@ -157,8 +157,8 @@ def test_a_shard_that_only_metadata_names_is_missed(
         assert integrity.damage(folder, lambda *_: True) is None
         words = ["--save", str(run), "--load", str(run), *SHORT, *TP]
         out = ok(pool.run(2, train, sample, *words))
-        told = f"__1_0.distcp, which .metadata refers to, {message}"
-        assert out.count("going back to") == 1 and told in out, out
+        expected = f"__1_0.distcp, which .metadata refers to, {message}"
+        assert out.count("going back to") == 1 and expected in out, out
         assert metrics(run) == metrics(saved_run)
 
 

@@ -113,25 +113,25 @@ class RunDirectory(RuleBasedStateMachine):
         self.run = Path(str(self.folder)) / f"run{next(COUNT)}"
         self.launch = self.begun = 0
         self.history: list[int] = []
-        """Of the run that is going on, or of its last checkpoint."""
+        """The history of the current run, or of its last checkpoint."""
         self.saved: dict[int, list[int]] = {}
         self.broken: set[int] = set()
-        self.pointer_is_whole = self.course_is_whole = True
+        self.pointer_is_intact = self.course_is_intact = True
 
     @initialize()
     def start(self) -> None:
         self.run.mkdir()
         self.course, notes = begin_course(self.run, None, 0)
         assert not notes
-        self.go_on(4)
+        self.advance(4)
         self.save(2, None)
 
-    def go_on(self, iterations: int) -> None:
+    def advance(self, iterations: int) -> None:
         self.history = [*self.history, *[self.launch] * iterations]
 
     @rule(iterations=st.integers(1, 5))
     def train(self, iterations: int) -> None:
-        self.go_on(iterations)
+        self.advance(iterations)
 
     @rule(keep=st.none() | st.integers(1, 3), interval=st.none() | st.integers(2, 5))
     def save(self, keep: int | None, interval: int | None) -> None:
@@ -139,7 +139,7 @@ class RunDirectory(RuleBasedStateMachine):
         if iteration == self.begun:  # a run does not save what it continues from
             return
         self.write(iteration, pointed=True)
-        self.pointer_is_whole = True
+        self.pointer_is_intact = True
         own = [i for i in self.saved if self.continues(self.history, i)]
         for i in outdated_on_course(self.run, self.course, iteration, keep, interval):
             assert i in own and i != iteration
@@ -159,34 +159,34 @@ class RunDirectory(RuleBasedStateMachine):
 
     @rule(iterations=st.integers(1, 5))
     def killed_before_the_pointer(self, iterations: int) -> None:
-        before = latest_iteration(self.run) if self.pointer_is_whole else None
+        before = latest_iteration(self.run) if self.pointer_is_intact else None
         if before is None:
             return
-        self.go_on(iterations)
+        self.advance(iterations)
         self.write(len(self.history), pointed=False)
         self.history = self.saved[before]
         self.resume()
 
     @rule()
     def resume(self) -> None:
-        pointed = latest_iteration(self.run) if self.pointer_is_whole else None
+        pointed = latest_iteration(self.run) if self.pointer_is_intact else None
         before = self.saved.get(pointed) if pointed is not None else None
-        knows = before is not None and (self.course_is_whole or pointed not in self.broken)
+        knows = before is not None and (self.course_is_intact or pointed not in self.broken)
         try:
             found, notes = find_intact_checkpoint(self.run, None, {})
         except ChatflowError:
-            sound = [
+            intact = [
                 i
                 for i in self.saved
                 if i not in self.broken and before and self.continues(before, i)
             ]
-            assert not knows or not sound
+            assert not knows or not intact
             return
         iteration = int(found.name[5:])
         assert iteration not in self.broken
         if knows:
-            sound = [i for i in self.saved if i <= pointed and i not in self.broken]
-            assert iteration == max(i for i in sound if self.continues(before, i))
+            intact = [i for i in self.saved if i <= pointed and i not in self.broken]
+            assert iteration == max(i for i in intact if self.continues(before, i))
             assert bool(notes) == (iteration != pointed)
         self.continue_from(iteration)
 
@@ -207,7 +207,7 @@ class RunDirectory(RuleBasedStateMachine):
             self.run, iteration_folder(self.run, iteration), iteration
         )
         self.history = self.saved[iteration]
-        self.pointer_is_whole = self.course_is_whole = True
+        self.pointer_is_intact = self.course_is_intact = True
         assert latest_iteration(self.run) == iteration
         left = {i for i in self.saved if i > iteration or not self.continues(self.history, i)}
         assert bool(notes) == bool(left - self.unreadable())
@@ -228,14 +228,14 @@ class RunDirectory(RuleBasedStateMachine):
     @rule(content=st.sampled_from([b"", b"x", b"\xff", b"99\n"]))
     def damage_the_pointer(self, content: bytes) -> None:
         (self.run / POINTER).write_bytes(content)
-        self.pointer_is_whole = False
+        self.pointer_is_intact = False
 
     @rule()
     def lose_the_course(self) -> None:
         (self.run / lineage.FILE).unlink(missing_ok=True)
-        self.course_is_whole = False
+        self.course_is_intact = False
 
-    @precondition(lambda self: self.pointer_is_whole)
+    @precondition(lambda self: self.pointer_is_intact)
     @rule(count=st.integers(2, 4))
     def average(self, count: int) -> None:
         try:

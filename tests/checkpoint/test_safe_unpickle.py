@@ -60,8 +60,8 @@ def test_every_type_of_tensor_is_read_from_both_formats_of_torch() -> None:
     from megatron_chatflow.serialization.torch_file import read_torch_file
 
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint16, torch.bool):
-        whole = torch.tensor([[0.0, 1.0, 0.5], [2.0, 3.0, 1.5]]).to(dtype)
-        for tensor in (whole, whole.T, whole[1:], whole[:0], whole[0, 0]):
+        matrix = torch.tensor([[0.0, 1.0, 0.5], [2.0, 3.0, 1.5]]).to(dtype)
+        for tensor in (matrix, matrix.T, matrix[1:], matrix[:0], matrix[0, 0]):
             for is_zip in (True, False):
                 file = io.BytesIO()
                 torch.save(tensor, file, _use_new_zipfile_serialization=is_zip)

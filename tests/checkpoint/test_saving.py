@@ -1,6 +1,4 @@
-"""Checkpoints that are whole, or not there: what is published, what is removed, what a damaged one
-is worth.
-"""
+"""Saving publishes complete checkpoints only; old ones are removed, damaged ones are skipped."""
 
 from __future__ import annotations
 
@@ -39,9 +37,9 @@ def iterations(run: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def whole(pool: Pool, sample: Path) -> Path:
+def uninterrupted(pool: Pool, sample: Path) -> Path:
     """Six iterations on two ranks, saved every second."""
-    run = sample / "whole"
+    run = sample / "uninterrupted"
     ok(pool.run(2, train, sample, "--save", str(run), "--save-interval", "2", *SHORT, *TP))
     return run
 
@@ -67,7 +65,7 @@ def test_what_is_kept_are_the_newest_and_the_multiples(
 
 
 def test_an_asynchronous_save_has_the_bits_of_a_synchronous_one(
-    pool: Pool, sample: Path, whole: Path
+    pool: Pool, sample: Path, uninterrupted: Path
 ) -> None:
     from megatron_chatflow.cli.compare import differences
 
@@ -87,7 +85,7 @@ def test_an_asynchronous_save_has_the_bits_of_a_synchronous_one(
         )
     )
     assert out.count("saved") == 3 and "s of it without training" in out
-    assert iterations(run) == [2, 4, 6] and list(differences(run, whole, None)) == []
+    assert iterations(run) == [2, 4, 6] and list(differences(run, uninterrupted, None)) == []
 
 
 def train_with_slow_copies(folder: Path, *words: str) -> tuple[int, str, str]:
@@ -103,7 +101,7 @@ def train_with_slow_copies(folder: Path, *words: str) -> tuple[int, str, str]:
 
 
 def test_the_next_iteration_changes_nothing_that_is_not_yet_copied(
-    pool: Pool, sample: Path, whole: Path
+    pool: Pool, sample: Path, uninterrupted: Path
 ) -> None:
     from megatron_chatflow.cli.compare import differences
 
@@ -125,7 +123,7 @@ def test_the_next_iteration_changes_nothing_that_is_not_yet_copied(
     assert (
         out.count("saved") == 3
         and iterations(run) == [2, 4, 6]
-        and list(differences(run, whole, None)) == []
+        and list(differences(run, uninterrupted, None)) == []
     )
 
 
@@ -135,11 +133,10 @@ def test_the_next_iteration_changes_nothing_that_is_not_yet_copied(
     [
         (["--most-recent-k", "1"], [6]),
         (["--save-retain-interval", "3"], [3, 5, 6]),
-        # fmt: skip
         (["--save-retain-interval", "4", "--most-recent-k", "1"], [4, 6]),
     ],
 )
-def test_old_checkpoints_are_removed_as_told(
+def test_old_checkpoints_are_removed_according_to_the_flags(
     pool: Pool, sample: Path, flags: list[str], kept: list[int]
 ) -> None:
     run = sample / f"kept {flags[0]} {len(flags)}"
@@ -148,8 +145,8 @@ def test_old_checkpoints_are_removed_as_told(
     assert iterations(run) == kept
 
 
-def test_every_file_is_sealed(whole: Path) -> None:
-    folder = whole / "iter_0000006"
+def test_every_file_is_sealed(uninterrupted: Path) -> None:
+    folder = uninterrupted / "iter_0000006"
     records = integrity.read_manifest(folder)
     assert set(records) == {path.name for path in folder.iterdir()} - {integrity.NAME}
     assert {
@@ -176,10 +173,10 @@ def damage(path: Path, source: random.Random) -> str:
 
 
 def test_damage_in_200_places_is_found_and_the_checkpoint_before_is_taken(
-    whole: Path, tmp_path: Path
+    uninterrupted: Path, tmp_path: Path
 ) -> None:
     source, run = random.Random(7), tmp_path / "run"
-    shutil.copytree(whole, run)
+    shutil.copytree(uninterrupted, run)
     folder = run / "iter_0000006"
     files = sorted(path for path in folder.iterdir())
     for i in range(200):
@@ -204,11 +201,11 @@ def test_damage_in_200_places_is_found_and_the_checkpoint_before_is_taken(
         ),
     ],
 )
-def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
-    pool: Pool, sample: Path, whole: Path, name: str
+def test_training_continues_from_the_checkpoint_before_a_damaged_one(
+    pool: Pool, sample: Path, uninterrupted: Path, name: str
 ) -> None:
     run = sample / f"damaged {name}"
-    shutil.copytree(whole, run)
+    shutil.copytree(uninterrupted, run)
     damage(run / "iter_0000006" / name, random.Random(1))
     out = ok(pool.run(2, train, sample, "--save", str(run), "--load", str(run), *SHORT, *TP))
     assert (
@@ -216,7 +213,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
         and "resuming after iteration 4" in out
     ), out
     assert (
-        metrics(run) == metrics(whole)
+        metrics(run) == metrics(uninterrupted)
         and (run / "latest_checkpointed_iteration.txt").read_text() == "6\n"
     )
     assert integrity.damage(run / "iter_0000006", lambda *_: True) is None
@@ -224,19 +221,21 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
 
 @SLOW
 def test_a_pointer_that_leads_nowhere_leads_to_the_newest_checkpoint(
-    pool: Pool, sample: Path, whole: Path
+    pool: Pool, sample: Path, uninterrupted: Path
 ) -> None:
     for text in ("7\n", "x", ""):
         run = sample / f"pointer {text.strip()}"
-        shutil.copytree(whole, run)
+        shutil.copytree(uninterrupted, run)
         (run / "latest_checkpointed_iteration.txt").write_text(text)
         out = ok(pool.run(1, train, sample, "--save", str(run), "--load", str(run), *SHORT))
         assert out.count("going back to") == 1 and "iter_0000006" in out, out
 
 
-def test_without_a_sound_checkpoint_nothing_is_begun(pool: Pool, sample: Path, whole: Path) -> None:
+def test_training_does_not_start_without_an_intact_checkpoint(
+    pool: Pool, sample: Path, uninterrupted: Path
+) -> None:
     run = sample / "all damaged"
-    shutil.copytree(whole, run)
+    shutil.copytree(uninterrupted, run)
     for folder in run.glob("iter_*"):
         damage(folder / "__0_0.distcp", random.Random(2))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -277,9 +276,7 @@ def train_on_a_small_disk(folder: Path, *words: str) -> tuple[int, str, str]:
 
 
 def train_in_small_memory(folder: Path, *words: str) -> tuple[int, str, str]:
-    """`train` where the memory that a rank shares with its writer, a file to the kernel, cannot be
-    had.
-    """
+    """`train` where the memory that a rank shares with its writer cannot be allocated."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     no_large_files()
     try:
@@ -291,10 +288,10 @@ def train_in_small_memory(folder: Path, *words: str) -> tuple[int, str, str]:
 @SLOW
 @pytest.mark.parametrize("extra", [["--async-save"], [], ["--exit-on-failed-save"]])
 @pytest.mark.parametrize("short_of", [train_on_a_small_disk, train_in_small_memory])
-def test_a_full_disk_costs_no_checkpoint(
+def test_a_full_disk_loses_no_checkpoint(
     pool: Pool,
     sample: Path,
-    whole: Path,
+    uninterrupted: Path,
     short_of: Callable[..., tuple[int, str, str]],
     extra: list[str],
 ) -> None:
@@ -311,11 +308,11 @@ def test_a_full_disk_costs_no_checkpoint(
         iterations(run) == [2] and (run / "latest_checkpointed_iteration.txt").read_text() == "2\n"
     )
     ok(pool.run(2, train, sample, *words))
-    assert metrics(run) == metrics(whole)
+    assert metrics(run) == metrics(uninterrupted)
 
 
 def test_no_code_of_a_checkpoint_is_run(
-    pool: Pool, sample: Path, whole: Path, tmp_path: Path
+    pool: Pool, sample: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     import pickle
 
@@ -325,7 +322,7 @@ def test_no_code_of_a_checkpoint_is_run(
 
     for name in (".metadata", "common.pt"):
         run = sample / f"evil {name}"
-        shutil.copytree(whole, run)
+        shutil.copytree(uninterrupted, run)
         folder = run / "iter_0000006"
         (folder / name).write_bytes(pickle.dumps(Evil()))
         (folder / integrity.NAME).unlink()
@@ -342,17 +339,13 @@ def test_no_code_of_a_checkpoint_is_run(
 
 
 def killed_at_each_request(connection: Connection) -> None:
-    """A process that writes shards, and is killed when it is asked to: what the kernel does when
-    memory runs out.
-    """
+    """A writer process that is killed at a request, as the kernel does when memory runs out."""
     connection.recv()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed_at_first_request(connection: Connection) -> None:
-    """The same for the first process, a fork; those after it are new interpreters, in which nothing
-    is replaced.
-    """
+    """The same for the first process, a fork; later ones are new interpreters, not patched."""
     from megatron_chatflow.checkpoint import writer_process
 
     (
@@ -383,8 +376,8 @@ def test_a_save_whose_writer_is_killed_fails_and_the_next_has_another(
     run = sample / f"{serve.__name__} {len(flags)}"
     words = ["--save", str(run), "--save-interval", "2", *SHORT, *flags]
     ((code, out, err),) = pool.run(1, train_with_writer, serve, sample, *words, timeout=120.0)
-    told = "rank 0: the process that writes was killed"
-    assert iterations(run) == kept and (out + err).count(told) == (
+    message = "rank 0: the process that writes was killed"
+    assert iterations(run) == kept and (out + err).count(message) == (
         4 if not kept else 3 - len(kept)
     ), out + err
     assert code == (0 if kept else 1) and (

@@ -20,9 +20,7 @@ def bits(tensor: object) -> bytes:
 
 
 def copies_and_reads(seed: int) -> list[str]:
-    """What another mapping of the memory reads otherwise than it was written; checkpoints grow and
-    shrink.
-    """
+    """Copy checkpoints of many sizes, and list what another mapping of the memory reads wrongly."""
     import torch
 
     from megatron_chatflow.checkpoint.shared_memory import SharedTensorBuffer
@@ -55,10 +53,8 @@ def copies_and_reads(seed: int) -> list[str]:
     return wrong
 
 
-def fails_and_goes_on() -> tuple[bool, bool]:
-    """(whether memory that cannot be had is an OSError, whether the memory before is still in use
-    then).
-    """
+def copy_beyond_the_limit() -> tuple[bool, bool]:
+    """(a failed allocation raises OSError, the previous memory stays in use)."""
     import torch
 
     from megatron_chatflow.checkpoint.shared_memory import SharedTensorBuffer
@@ -84,5 +80,5 @@ def test_what_is_copied_is_read_by_another_mapping(pool: Pool, seed: int) -> Non
     assert pool.run(1, copies_and_reads, seed) == [[]]
 
 
-def test_memory_that_cannot_be_had_changes_nothing(pool: Pool) -> None:
-    assert pool.run(1, fails_and_goes_on) == [(True, True)]
+def test_a_failed_allocation_changes_nothing(pool: Pool) -> None:
+    assert pool.run(1, copy_beyond_the_limit) == [(True, True)]

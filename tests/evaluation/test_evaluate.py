@@ -1,6 +1,4 @@
-"""evaluate: raw text against probabilities computed token by token, a reference beside it, and
-averaged checkpoints.
-"""
+"""evaluate: raw text against probabilities token by token, references, averaged checkpoints."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ def _texts(path: Path) -> list[str]:
 
 
 def _summed_loss(run: str, texts: list[str]) -> float:
-    """Nats of all documents: each by itself, in pieces of 64 tokens, in float64."""
+    """Nats of all documents: each one separately, in pieces of 64 tokens, in float64."""
 
     def body(session: Any, tokenizer: Any) -> float:
         total = 0.0
@@ -70,10 +68,10 @@ def _flags(files: dict[str, Path]) -> list[str]:
 def test_raw_text_has_the_probability_of_its_documents_and_the_bytes_of_its_file(
     pool: Pool, reference: Path, files: dict[str, Path]
 ) -> None:
-    told = _evaluate(pool, 1, "--load", str(reference), *_flags(files))
-    assert list(told["validation"]) == ["en", "zh"]
-    assert "documents begin after the end-of-document token" in told["notes"][0]
-    for name, values in told["validation"].items():
+    report = _evaluate(pool, 1, "--load", str(reference), *_flags(files))
+    assert list(report["validation"]) == ["en", "zh"]
+    assert "documents begin after the end-of-document token" in report["notes"][0]
+    for name, values in report["validation"].items():
         texts = _texts(files[name])
         (nats,) = pool.run(1, _summed_loss, str(reference), texts)
         assert values["loss"] * values["tokens"] == pytest.approx(nats, rel=1e-5)
@@ -106,20 +104,20 @@ def test_the_reference_is_evaluated_on_the_same_windows_and_compared(
 ) -> None:
     alone = _evaluate(pool, 1, "--load", str(reference))
     before = _evaluate(pool, 1, "--load", str(reference), "--ckpt-step", "10")
-    told = _evaluate(
+    report = _evaluate(
         pool, 1, "--load", str(reference), "--reference", str(reference / "iter_0000010")
     )
-    assert told["validation"] == alone["validation"]
-    assert (told["reference"]["iteration"], told["reference"]["validation"]) == (
+    assert report["validation"] == alone["validation"]
+    assert (report["reference"]["iteration"], report["reference"]["validation"]) == (
         10,
         before["validation"],
     )
-    for name, change in told["change"].items():
+    for name, change in report["change"].items():
         for key in ("loss", "bits_per_byte"):
             assert change[key] == pytest.approx(
                 100 * (alone["validation"][name][key] / before["validation"][name][key] - 1)
             )
-    assert set(told["change"]) == set(alone["validation"])
+    assert set(report["change"]) == set(alone["validation"])
 
 
 def test_the_table_has_a_line_for_each_domain(pool: Pool, reference: Path) -> None:
@@ -208,14 +206,14 @@ def test_two_tokenizers_are_compared_by_the_bytes_of_the_same_documents(
         "4",
     )
     assert code == 0, err
-    told = _evaluate(pool, 1, "--load", str(reference), "--reference", str(run), *_flags(files))
+    report = _evaluate(pool, 1, "--load", str(reference), "--reference", str(run), *_flags(files))
     for name, path in files.items():
-        here, there = told["validation"][name], told["reference"]["validation"][name]
+        here, there = report["validation"][name], report["reference"]["validation"][name]
         assert there["tokens"] == sum(len(text.encode()) for text in _texts(path)) > here["tokens"]
         assert there["bits_per_byte"] == pytest.approx(there["loss"] / math.log(2))
         assert (
-            told["change"][name]["loss"] is None
-            and told["change"][name]["bits_per_byte"] is not None
+            report["change"][name]["loss"] is None
+            and report["change"][name]["bits_per_byte"] is not None
         )
     code, _, err = command("evaluate", "--load", str(reference), "--reference", str(run))
     assert (
@@ -254,15 +252,15 @@ def test_averaged_weights_are_the_uniform_mean_of_the_last_checkpoints(
         assert np.abs(values - exact).max() <= 1e-7 * max(1.0, np.abs(exact).max())
 
 
-def test_the_running_mean_is_evaluated_in_place_of_the_weights_and_beside_them(
+def test_the_running_mean_is_evaluated_in_place_of_the_weights_and_next_to_them(
     pool: Pool, averaged: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    told = _evaluate(
+    report = _evaluate(
         pool, 1, "--load", str(averaged), "--use-ema", "--reference", str(averaged), *_flags(files)
     )
     assert (
-        told["checkpoint"] == f"running mean of the weights in {averaged}/iter_0000006"
-        and told["iteration"] == 6
+        report["checkpoint"] == f"running mean of the weights in {averaged}/iter_0000006"
+        and report["iteration"] == 6
     )
     ((code, _, err),) = pool.run(
         1, convert, "--load-dir", averaged, "--save-dir", tmp_path / "hf", "--use-ema"
@@ -281,8 +279,8 @@ def test_the_running_mean_is_evaluated_in_place_of_the_weights_and_beside_them(
         *_flags(files),
     )
     weights = _evaluate(pool, 1, "--load", str(averaged), *_flags(files))["validation"]
-    assert told["reference"]["validation"] == weights
-    for name, values in told["validation"].items():
+    assert report["reference"]["validation"] == weights
+    for name, values in report["validation"].items():
         assert values["loss"] == pytest.approx(converted["validation"][name]["loss"], rel=1e-4)
         assert abs(values["loss"] / weights[name]["loss"] - 1) > 1e-3
 
@@ -352,15 +350,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("words", "sentence"), REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize(("words", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_evaluated_is_refused_before_a_model_is_opened(
-    reference: Path, words: list[str], sentence: str
+    reference: Path, words: list[str], message: str
 ) -> None:
     run = str(reference)
     code, out, err = command(
         "evaluate", "--load", run, *(word.replace("RUN", run) for word in words)
     )
-    assert (code, out) == (2, "") and sentence.replace("RUN", run) in err
+    assert (code, out) == (2, "") and message.replace("RUN", run) in err
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Generation with the cache against the whole prefix run again for every token, on every layout."""
+"""Generation with the cache against a full pass per token without one, on every layout."""
 
 from __future__ import annotations
 
@@ -115,9 +115,9 @@ def test_the_command_prints_each_prompt_with_what_follows(
         "--json",
     )
     assert code == 0, err
-    told = [json.loads(line) for line in out.splitlines()]
-    assert [line["prompt"] for line in told] == TEXTS
-    assert [line["continuation"]["tokens"] for line in told] == [len(ids) for ids in expected]
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [line["prompt"] for line in answers] == TEXTS
+    assert [line["continuation"]["tokens"] for line in answers] == [len(ids) for ids in expected]
     assert err.startswith("4 prompts, ") and "a second)" in err
 
 
@@ -193,9 +193,9 @@ def test_generation_stops_at_the_longest_sequence_and_says_so(pool: Pool, refere
     ]
     ((code, out, err),) = pool.run(1, command, *words)
     assert code == 0, err
-    told = json.loads(out)["continuation"]
-    assert told["ended"] or (
-        "1 cut off at max_position_embeddings 64" in err and told["tokens"] < 64
+    continuation = json.loads(out)["continuation"]
+    assert continuation["ended"] or (
+        "1 cut off at max_position_embeddings 64" in err and continuation["tokens"] < 64
     )
 
 
@@ -206,7 +206,7 @@ def test_text_of_the_running_mean_is_that_of_the_model_it_converts_to(
         1, convert, "--load-dir", averaged, "--save-dir", tmp_path / "hf", "--use-ema"
     )
     assert code == 0, err
-    told = {}
+    texts = {}
     for name, words in (
         ("mean", ["--load", averaged, "--use-ema"]),
         ("converted", ["--load", tmp_path / "hf"]),
@@ -223,8 +223,8 @@ def test_text_of_the_running_mean_is_that_of_the_model_it_converts_to(
             "20",
         )
         assert code == 0, err
-        told[name] = out
-    assert told["mean"] == told["converted"] != told["weights"]
+        texts[name] = out
+    assert texts["mean"] == texts["converted"] != texts["weights"]
 
 
 REFUSED = {
@@ -273,12 +273,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("words", "sentence"), REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize(("words", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_continued_is_refused_before_a_model_is_opened(
-    reference: Path, words: list[str], sentence: str
+    reference: Path, words: list[str], message: str
 ) -> None:
     code, out, err = command("generate", "--load", str(reference), *words)
-    assert (code, out) == (2, "") and sentence in err
+    assert (code, out) == (2, "") and message in err
 
 
 def test_more_processes_than_the_model_has_parts_are_refused(pool: Pool, reference: Path) -> None:

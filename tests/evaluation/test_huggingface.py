@@ -1,4 +1,4 @@
-"""evaluate and generate straight on a Hugging Face folder, against transformers."""
+"""evaluate and generate directly on a Hugging Face folder, against transformers."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def test_bits_per_byte_are_those_of_transformers_logits(
         "--json",
     )
     assert code == 0, err
-    told = json.loads(out)
+    report = json.loads(out)
     size = len(TEXT.encode()) + len(b"Another line.")
-    assert told["checkpoint"] == str(folder)
-    assert told["validation"]["a"]["bits_per_byte"] == pytest.approx(
+    assert report["checkpoint"] == str(folder)
+    assert report["validation"]["a"]["bits_per_byte"] == pytest.approx(
         nats / math.log(2) / size, rel=1e-4
     )
 
@@ -102,17 +102,19 @@ def test_a_folder_is_a_reference_for_a_run_with_another_tokenizer(
     ]
     ((code, out, err),) = pool.run(1, command, "evaluate", *words, "--json")
     assert code == 0, err
-    told = json.loads(out)
-    assert told["reference"]["checkpoint"] == str(folder)
-    here, there = (part["validation"]["a"]["bits_per_byte"] for part in (told, told["reference"]))
-    assert told["change"]["a"] == {
+    report = json.loads(out)
+    assert report["reference"]["checkpoint"] == str(folder)
+    here, there = (
+        part["validation"]["a"]["bits_per_byte"] for part in (report, report["reference"])
+    )
+    assert report["change"]["a"] == {
         "loss": None,
         "bits_per_byte": pytest.approx(100 * (here / there - 1)),
     }
 
 
 def test_what_only_runs_have_is_refused_on_a_folder(pool: Pool, folder: Path) -> None:
-    for words, sentence in (
+    for words, message in (
         (
             ["--ckpt-step", "10"],
             "is a Hugging Face folder, which has no iterations; drop --ckpt-step",
@@ -128,4 +130,4 @@ def test_what_only_runs_have_is_refused_on_a_folder(pool: Pool, folder: Path) ->
         ([], "nothing to read; give --curriculum FILE"),
     ):
         ((code, _, err),) = pool.run(1, command, "evaluate", "--load", str(folder), *words)
-        assert code == 2 and sentence in err
+        assert code == 2 and message in err

@@ -58,7 +58,7 @@ def test_draws_follow_the_probabilities_and_the_seed() -> None:
     assert abs(counts[2] / 8000 - 25 / 30) < 0.02
 
 
-def test_each_prompt_has_random_numbers_of_its_own() -> None:
+def test_each_prompt_has_its_own_random_numbers() -> None:
     from megatron_chatflow.evaluation.decoding import Sampling
 
     seeds = {

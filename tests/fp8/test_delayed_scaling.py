@@ -67,7 +67,7 @@ def tensors(length: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("hybrid", [True, False])
 @pytest.mark.parametrize("length", [1, 5, 1030])
-def test_a_state_is_read_back_as_it_was(length: int, hybrid: bool) -> None:
+def test_a_state_is_read_back_unchanged(length: int, hybrid: bool) -> None:
     saved = tensors(length)
     found = extra_state.unpack(extra_state.pack(saved, hybrid=hybrid), length)
     assert set(found) == set(saved) and all(torch.equal(found[name], saved[name]) for name in saved)
@@ -80,7 +80,7 @@ def test_a_state_fits_a_run_with_another_length_of_history() -> None:
     assert torch.equal(shorter["amax_history_bwd"], tensors(5)["amax_history_bwd"][:2])
 
 
-def test_no_state_and_an_empty_state_start_afresh() -> None:
+def test_no_state_and_an_empty_state_start_from_scratch() -> None:
     assert extra_state.unpack(None, 4) is None
     assert extra_state.unpack(torch.empty(0, dtype=torch.uint8), 4) is None
 

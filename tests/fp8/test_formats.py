@@ -57,7 +57,7 @@ def test_rounding_equals_the_saturating_cast_for_random_float32_bits(form: Forma
 
 
 @FORMATS
-def test_rounding_is_to_even_half_way_between_neighbours_and_exact_on_the_grid(
+def test_rounding_is_to_even_halfway_between_neighbors_and_exact_on_the_grid(
     form: Format,
 ) -> None:
     grid = torch.arange(256, dtype=torch.uint8).view(TORCH[form]).float()

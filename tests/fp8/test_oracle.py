@@ -1,5 +1,6 @@
-"""The reference against Transformer Engine's own Python and megatron-core's own spec, over an
-emulated extension (`oracle`, `emulation`).
+"""The reference against Transformer Engine's Python and megatron-core's spec, emulated on a CPU.
+
+`emulation` replaces the compiled extension; `oracle` runs the comparisons.
 """
 
 from __future__ import annotations
@@ -73,10 +74,10 @@ def found(recipe: str, part: str) -> Any:
     return ask("quick", ("delayed", "tensorwise", "blockwise"))[recipe]["plain"][part]
 
 
-def whole(recipe: str, part: str) -> Any:
-    """The same with the long parts."""
+def found_in_full(recipe: str, part: str) -> Any:
+    """The same including the long comparisons."""
     return ask(
-        "whole", ("mxfp8",) if recipe == "mxfp8" else ("delayed", "tensorwise", "blockwise", "bf16")
+        "full", ("mxfp8",) if recipe == "mxfp8" else ("delayed", "tensorwise", "blockwise", "bf16")
     )[recipe]["plain"][part]
 
 
@@ -89,12 +90,12 @@ def assert_products_agree(layers: dict[str, list[list[int]]]) -> None:
             ("y", "dx", "dw", "db"), tensors, strict=False
         ):
             assert of_theirs == of_ours == 0, (layer, name, of_theirs, of_ours)
-            # Most bounds hold one number of bfloat16 only, so that what is compared are bits.
+            # Most bounds hold one number of bfloat16 only, so bits are compared.
             assert certain > 0.6 * elements, (layer, name, certain / elements)
 
 
 @HOPPER
-def test_outputs_and_gradients_are_the_exact_ones_rounded_once_up_to_the_order_of_addition(
+def test_outputs_and_gradients_are_exact_but_for_one_rounding_and_the_order_of_addition(
     recipe: str,
 ) -> None:
     layers = found(recipe, "linear")
@@ -102,9 +103,7 @@ def test_outputs_and_gradients_are_the_exact_ones_rounded_once_up_to_the_order_o
     assert_products_agree(layers)
 
 
-def test_the_bounds_hold_every_order_of_addition_and_leave_out_a_sum_that_is_rounded_on_its_way() -> (
-    None
-):
+def test_bounds_hold_every_order_of_addition_but_no_sum_rounded_midway() -> None:
     import torch
 
     from tests.fp8.emulation.kernels import bounds
@@ -120,8 +119,10 @@ def test_the_bounds_hold_every_order_of_addition_and_leave_out_a_sum_that_is_rou
             terms[:, torch.randperm(512, generator=generator)].float().cumsum(1)[:, -1].bfloat16()
         )
         assert ((low <= total) & (total <= high)).all()
-    on_its_way = terms[:, :256].float().sum(1).bfloat16() + terms[:, 256:].float().sum(1).bfloat16()
-    assert ((on_its_way < low) | (on_its_way > high)).sum() > 400
+    rounded_midway = (
+        terms[:, :256].float().sum(1).bfloat16() + terms[:, 256:].float().sum(1).bfloat16()
+    )
+    assert ((rounded_midway < low) | (rounded_midway > high)).sum() > 400
 
 
 def test_nvidias_own_reference_stays_within_the_bounds_of_the_emulated_kernels() -> None:
@@ -166,7 +167,7 @@ def assert_contract(recipe: str, log: dict[str, Any]) -> None:
 
 
 @HOPPER
-def test_input_weight_and_gradient_are_quantised_the_weight_once_an_iteration_and_scales_move_after_each_pass(
+def test_the_weight_is_quantized_once_per_iteration_and_scales_move_after_each_pass(
     recipe: str,
 ) -> None:
     assert_contract(recipe, found(recipe, "log"))
@@ -186,7 +187,7 @@ def test_delayed_scales_and_histories_are_bit_equal_after_every_one_of_twenty_it
     )
 
 
-def test_either_implementation_goes_on_from_the_others_state() -> None:
+def test_either_implementation_continues_from_the_others_state() -> None:
     assert found("delayed", "states") == {
         "ours_reads_theirs": True,
         "theirs_reads_ours": True,
@@ -195,7 +196,7 @@ def test_either_implementation_goes_on_from_the_others_state() -> None:
 
 
 def test_transformer_engine_notes_validation_in_its_histories_and_is_made_to_forget_it() -> None:
-    assert found("delayed", "validation") == {"noted_by_itself": True, "forgotten": True}
+    assert found("delayed", "validation") == {"noted": True, "forgotten": True}
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
@@ -207,7 +208,7 @@ def test_the_same_layers_stay_in_bfloat16(recipe: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*FP8, "bf16"])
 def test_fifty_steps_over_packed_documents_stay_together(recipe: str) -> None:
-    curves = whole(recipe, "curves")
+    curves = found_in_full(recipe, "curves")
     far = {
         other: max(abs(a - b) for a, b in zip(curves["ours"], curves[other], strict=True))
         for other in ("theirs", "bf16")
@@ -223,18 +224,18 @@ def test_fifty_steps_over_packed_documents_stay_together(recipe: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*FP8, "bf16"])
 def test_checkpoints_pass_between_the_implementations_and_into_bfloat16(recipe: str) -> None:
-    results = whole(recipe, "checkpoints")
+    results = found_in_full(recipe, "checkpoints")
     assert all(results.values()), results
     assert results["ours_to_theirs_tensors"] == (69 if recipe == "delayed" else 21)
 
 
 @pytest.mark.slow
 def test_mxfp8_on_blackwell_agrees_in_everything() -> None:
-    assert_products_agree(whole("mxfp8", "linear"))
-    assert_contract("mxfp8", whole("mxfp8", "log"))
-    keys = whole("mxfp8", "keys")
+    assert_products_agree(found_in_full("mxfp8", "linear"))
+    assert_contract("mxfp8", found_in_full("mxfp8", "log"))
+    keys = found_in_full("mxfp8", "keys")
     assert keys["only_one_has"] == [] and keys["unequal"] == []
-    theirs, ours = whole("mxfp8", "bf16_layers")
+    theirs, ours = found_in_full("mxfp8", "bf16_layers")
     assert theirs == ours and len(ours) == 4
 
 

@@ -1,4 +1,4 @@
-"""Quantised matrices: on the grid, never saturated by their own scale, exact in bfloat16; and equal
+"""Quantized matrices: on the grid, never saturated by their own scale, exact in bfloat16; and equal
 to arithmetic over torch's float8 types.
 """
 
@@ -106,7 +106,7 @@ def test_no_value_moves_further_than_half_a_step_of_its_block(
         assert ((quantized.float() - x.float()).abs() <= x.float().abs() * half + floor).all()
 
 
-def test_quantising_leaves_its_input_alone() -> None:
+def test_quantizing_does_not_change_its_input() -> None:
     x = matrix(128, 128, 1.0, 0)
     before = x.clone()
     with_scale(x, E4M3, torch.tensor(3.0))

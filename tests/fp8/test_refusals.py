@@ -1,5 +1,6 @@
-"""FP8 settings that contradict each other, the model, the batch or the machine: each refused with
-both names and the cure.
+"""FP8 settings that contradict each other, the model, the batch or the machine are rejected.
+
+The message has both names and the fix.
 """
 
 from __future__ import annotations
@@ -110,11 +111,13 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "told"), REFUSALS, ids=[words for words, _ in REFUSALS])
-def test_a_contradiction_is_told_with_both_names_and_the_cure(words: str, told: list[str]) -> None:
+@pytest.mark.parametrize(("words", "parts"), REFUSALS, ids=[words for words, _ in REFUSALS])
+def test_a_contradiction_is_reported_with_both_names_and_the_fix(
+    words: str, parts: list[str]
+) -> None:
     with pytest.raises(ChatflowError) as refusal:
         settled(words)
-    assert all(part in str(refusal.value) for part in told), refusal.value
+    assert all(part in str(refusal.value) for part in parts), refusal.value
     assert "; " in str(refusal.value)
 
 
@@ -147,12 +150,12 @@ def test_a_shard_of_a_matrix_or_of_the_tokens_must_fit_too() -> None:
         f"{HYBRID} --fp8-param-gather --use-distributed-optimizer",
     ],
 )
-def test_what_goes_together_is_taken(words: str) -> None:
+def test_compatible_settings_are_accepted(words: str) -> None:
     assert settled(words).precision.fp8_format
 
 
 def _choices() -> list[str]:
-    """What `choose_transformer_impl` says on machines that this one is not."""
+    """Return what `choose_transformer_impl` chooses on other machines."""
     from unittest import mock
 
     from megatron_chatflow.model import spec
@@ -221,13 +224,17 @@ def _reasons() -> list[list[str | None]]:
     devices = [
         device_reason(recipe, capability, cuda)
         for recipe, capability, cuda in (
-            ("delayed", (8, 9), "12.4"), ("delayed", (8, 0), "12.4"), ("tensorwise", (12, 0),
-            "13.0"), ("blockwise", (9, 0), "12.9"),
-            ("blockwise", (9, 0), "12.8"), ("blockwise", (8, 9), "12.9"), ("mxfp8", (10, 0),
-            "13.0"), ("mxfp8", (9, 0), "13.0"),
+            ("delayed", (8, 9), "12.4"),
+            ("delayed", (8, 0), "12.4"),
+            ("tensorwise", (12, 0), "13.0"),
+            ("blockwise", (9, 0), "12.9"),
+            ("blockwise", (9, 0), "12.8"),
+            ("blockwise", (8, 9), "12.9"),
+            ("mxfp8", (10, 0), "13.0"),
+            ("mxfp8", (9, 0), "13.0"),
             ("mxfp8", (12, 0), "13.0"),
         )
-    ]  # fmt: skip
+    ]
     return [versions, devices]
 
 

@@ -1,6 +1,4 @@
-"""FP8 runs on a machine without Transformer Engine: they train, resume to the bit, agree over
-layouts, and share checkpoints with bfloat16.
-"""
+"""FP8 runs without Transformer Engine: training, exact resumption, layouts, checkpoints."""
 
 from __future__ import annotations
 
@@ -48,7 +46,7 @@ TP, SP = ["--tensor-model-parallel-size", "2"], ["--sequence-parallel"]
 
 
 def run(pool: Pool, sample: Path, name: str, world: int, *words: str) -> list[dict]:
-    """The records of a run; every rank must have finished well."""
+    """Return the records of a run; every rank must have succeeded."""
     folder = sample / f"fp8-{name}"
     for code, out, err in pool.run(world, train, sample, "--save", str(folder), *MODEL, *words):
         assert code == 0, (out, err)
@@ -136,7 +134,7 @@ def test_delayed_scaling_resumes_to_the_same_bits_whenever_it_is_validated(
     pool: Pool, sample: Path, world: int
 ) -> None:
     flags = [*RECIPES["delayed"], "--train-iters", "6", "--micro-batch-size", "2"]
-    whole = run(pool, sample, f"whole-{world}", world, *flags)
+    uninterrupted = run(pool, sample, f"uninterrupted-{world}", world, *flags)
     name = f"parts-{world}"
     run(pool, sample, name, world, *flags, "--exit-interval", "3", "--eval-interval", "2")
     parts = run(
@@ -150,7 +148,7 @@ def test_delayed_scaling_resumes_to_the_same_bits_whenever_it_is_validated(
         "--eval-interval",
         "2",
     )
-    assert parts == whole
+    assert parts == uninterrupted
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
-"""FP8 casts by torch's own float8 types: independent of the package, which never uses them.
-Matrices are 2-D; blocks lie along rows unless said.
+"""FP8 casts by torch's float8 types: independent of the package, which never uses them.
+
+Matrices are 2-D; blocks run along rows unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def cast(values: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
-    """The saturating cast of a GPU: to the nearest, ties to even, beyond the range to its end; NaN
-    stays NaN.
-    """
+    """Cast as a GPU does: to nearest, ties to even, saturating at the range's ends; NaN is kept."""
     return values.clamp(-LARGEST[kind], LARGEST[kind]).to(kind)
 
 

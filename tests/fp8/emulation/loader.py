@@ -1,8 +1,8 @@
-"""Imports Transformer Engine's unmodified Python on a machine without CUDA, over `kernels`.
+"""Import Transformer Engine's Python on a machine without CUDA, over `kernels`.
 
-Its sources are compiled as they are but for three things: assertions are left out (they demand CUDA
-devices), the device "cuda" reads "cpu", and triton and onnx are stand-ins. This changes imports for
-the whole process, so it belongs into a process of its own.
+Its sources are compiled unchanged except for three things: assertions are removed (they require
+CUDA devices), the device "cuda" becomes "cpu", and triton and onnx are stubs. This changes imports
+for the rest of the process, so use a separate process.
 """
 
 from __future__ import annotations
@@ -20,25 +20,35 @@ from typing import Any
 import torch
 
 from tests.fp8.emulation import kernels
+from tests.fp8.emulation.quantized import CAPABILITY
 
 WHEELS = Path(__file__).parents[3] / "build" / "oracle"
-"""Where tests/run.sh puts what requirements-oracle.txt names, apart from the environment: the
-package does not import by itself.
+"""Where tests/run.sh installs requirements-oracle.txt, outside of the environment.
+
+The package cannot be imported without this loader.
 """
-STAND_INS = ("triton", "triton.language", "triton.runtime", "triton.language.standard", "onnx",
-"onnx.helper", "onnxscript",
-             "onnxscript.onnx_types", "onnxscript.function_libs")  # fmt: skip
+STUBBED = (
+    "triton",
+    "triton.language",
+    "triton.runtime",
+    "triton.language.standard",
+    "onnx",
+    "onnx.helper",
+    "onnxscript",
+    "onnxscript.onnx_types",
+    "onnxscript.function_libs",
+)
 
 
 def load(capability: tuple[int, int]) -> Any:
-    """transformer_engine.pytorch on an emulated device of this compute capability."""
-    kernels.CAPABILITY[:] = capability
+    """Return transformer_engine.pytorch on an emulated device of this compute capability."""
+    CAPABILITY[:] = capability
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its common package then loads no CUDA library
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
     sys.path.append(str(WHEELS))
     sys.modules["transformer_engine_torch"] = kernels
-    for name in STAND_INS:
-        sys.modules["standin_" + name] = _StandIn("standin_" + name)
+    for name in STUBBED:
+        sys.modules["stub_" + name] = _Stub("stub_" + name)
     sys.meta_path.insert(0, _Finder())
     _pretend(capability)
     import transformer_engine.common as common
@@ -69,19 +79,17 @@ def _pretend(capability: tuple[int, int]) -> None:
 
 class _Together:
     def wait(self) -> None:
-        """Every collective inside was waited for."""
+        """Return at once: every collective inside has completed."""
 
 
 @contextlib.contextmanager
 def _together(*arguments: Any, **named: Any) -> Any:
-    """gloo has no coalescing: the collectives run one by one."""
+    """Run the collectives one by one: gloo has no coalescing."""
     yield _Together()
 
 
 class _Anything:
-    """What a stand-in's attributes are: callable, a decorator, a base class, a type in an
-    annotation.
-    """
+    """An attribute of a stub: callable, a decorator, a base class or a type in an annotation."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None: ...
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -111,7 +119,7 @@ class _Anything:
         return ()
 
 
-class _StandIn(types.ModuleType):
+class _Stub(types.ModuleType):
     __path__: list[str] = []
     __version__ = "0.0"
 
@@ -125,27 +133,25 @@ class _StandIn(types.ModuleType):
         return _Anything()
 
 
-def _stands_in(name: str | None) -> bool:
-    return name is not None and name.split(".")[0] in {module.split(".")[0] for module in STAND_INS}
+def _is_stubbed(name: str | None) -> bool:
+    return name is not None and name.split(".")[0] in {module.split(".")[0] for module in STUBBED}
 
 
 class _OnCpu(ast.NodeTransformer):
-    """The device "cuda" as an argument, a default or a value becomes "cpu"; imports of stand-ins
-    find them.
-    """
+    """Replace the device "cuda" (argument, default or value) by "cpu", and import the stubs."""
 
     def visit_Import(self, node: ast.Import) -> ast.AST:
         for alias in node.names:
-            if _stands_in(alias.name):
+            if _is_stubbed(alias.name):
                 alias.asname, alias.name = (
                     alias.asname or alias.name.split(".")[0],
-                    "standin_" + alias.name,
+                    "stub_" + alias.name,
                 )
         return node
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
-        if node.level == 0 and _stands_in(node.module):
-            node.module = "standin_" + node.module
+        if node.level == 0 and _is_stubbed(node.module):
+            node.module = "stub_" + node.module
         return node
 
     def visit_keyword(self, node: ast.keyword) -> ast.AST:

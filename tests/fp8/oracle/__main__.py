@@ -1,7 +1,7 @@
-"""The reference against Transformer Engine's own Python: a program, because the emulation changes
-imports for its whole process.
+"""The reference against Transformer Engine's own Python.
 
-``python -m tests.fp8.oracle quick|whole RECIPE ...`` prints one JSON object, {recipe: {layout:
+This is a program because the emulation changes imports for the entire process.
+``python -m tests.fp8.oracle quick|full RECIPE ...`` prints one JSON object, {recipe: {layout:
 {part: what was found}}}; under torchrun's variables it runs on several ranks, and the first one
 prints. The models are made by the package itself, once with each implementation.
 """
@@ -19,7 +19,7 @@ from tests.fp8.oracle.settings import RECIPES, settings
 
 
 def main(extent: str, recipes: list[str]) -> None:
-    """Load the emulation, make the process groups, run what this number of ranks is for, print."""
+    """Load the emulation, create the process groups, run the comparisons and print the result."""
     warnings.filterwarnings("ignore")
     from megatron_chatflow.distributed import cuda_shim, process_groups
     from megatron_chatflow.distributed.launch import read_launch
@@ -55,7 +55,7 @@ def main(extent: str, recipes: list[str]) -> None:
 
 
 def parts(recipe: str, world_size: int, extent: str) -> dict[str, Callable[[Any], Any]]:
-    """What is looked at."""
+    """Return the comparisons to run, by name."""
     found: dict[str, Callable[[Any], Any]] = {}
     if recipe != "bf16":
         found["linear"] = layers.linears
@@ -74,7 +74,7 @@ def parts(recipe: str, world_size: int, extent: str) -> dict[str, Callable[[Any]
         found["bf16_layers"] = models.bf16_layers
     if recipe == "tensorwise":
         found["nvidia_reference"] = layers.against_their_reference
-    if extent == "whole":
+    if extent == "full":
         found |= {"curves": models.curves, "checkpoints": models.checkpoints}
     return found
 

@@ -1,4 +1,4 @@
-"""Linear layers and their FP8 state beside Transformer Engine's."""
+"""Linear layers and their FP8 state compared with Transformer Engine's."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 
 def pair(config: Any, kind: str, bias: bool) -> tuple[Any, Any, Any]:
-    """(Transformer Engine's linear layer in megatron-core's wrapper, ours with the same weights,
-    our fp8_context).
-    """
+    """Return (Transformer Engine's wrapped linear layer, ours with its weights, our context)."""
     import torch
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -55,14 +53,14 @@ def pair(config: Any, kind: str, bias: bool) -> tuple[Any, Any, Any]:
 
 
 def generator(seed: int) -> Any:
-    """Random numbers that differ between ranks."""
+    """Return a generator whose numbers differ between ranks."""
     import torch
 
     return torch.Generator().manual_seed(seed * 100 + torch.distributed.get_rank())
 
 
 def autocast(config: Any) -> Any:
-    """Transformer Engine's FP8 region as megatron-core opens it for these settings."""
+    """Return Transformer Engine's FP8 region as megatron-core opens it for these settings."""
     from megatron.core.fp8_utils import get_fp8_context
 
     from megatron_chatflow.model.gpt import transformer_config
@@ -71,10 +69,10 @@ def autocast(config: Any) -> Any:
 
 
 class Stack:
-    """Stands for a decoder: a module whose linear layers each get an input of their own."""
+    """A minimal decoder: a module whose linear layers each get a separate input."""
 
     def __new__(cls, linears: list[Any], fp8_context: Any = None) -> Any:
-        """A torch module; with a fp8_context, one that is watched by it."""
+        """Build the torch module; an `fp8_context`, if given, watches it."""
         import torch
 
         class Layers(torch.nn.Module):
@@ -97,8 +95,10 @@ Tensors = list[Any]
 def passes(
     config: Any, their: Any, our: Any, inputs: list[Any], grads: list[Any]
 ) -> Iterator[tuple[Tensors, Tensors, list[tuple[Any, Any]]]]:
-    """Forward and backward of both stacks over the same tensors: for each layer [y, dx, dw, db] of
-    theirs, the same of ours, and (lowest, highest) of each."""
+    """Run forward and backward of both stacks over the same tensors.
+
+    Yield for each layer [y, dx, dw, db] of theirs, the same of ours, and (lowest, highest) of each.
+    """
     from tests.fp8.emulation import kernels
 
     results = []
@@ -148,8 +148,9 @@ def passes(
 
 
 def over_ranks(config: Any, layer: Any, name: str, end: Any) -> Any:
-    """A bound of this rank's summand -> one of the result. bfloat16 is added up over ranks as the
-    layers do it: that keeps the order of numbers.
+    """Reduce a bound of this rank's summand to a bound of the result.
+
+    bfloat16 is added up over ranks as the layers do it, which is monotonic.
     """
     import torch
 
@@ -164,8 +165,9 @@ def over_ranks(config: Any, layer: Any, name: str, end: Any) -> Any:
 
 
 def differences(their: Tensors, our: Tensors, bounds: list[tuple[Any, Any]]) -> list[list[int]]:
-    """For y, dx, dw (and db): elements; how many have one possible value; of theirs and of ours,
-    how many are outside of the bounds.
+    """Count elements of y, dx, dw (and db).
+
+    Each has [all, those with one possible value, theirs out of bounds, ours out of bounds].
     """
     found = []
     for a, b, (low, high) in zip(their, our, bounds, strict=False):  # without a bias no db
@@ -177,7 +179,7 @@ def differences(their: Tensors, our: Tensors, bounds: list[tuple[Any, Any]]) -> 
 
 
 def linears(config: Any) -> dict[str, Any]:
-    """Column- and row-parallel layers, with and without a bias."""
+    """Compare column- and row-parallel layers, with and without a bias."""
     import torch
 
     found = {}
@@ -191,14 +193,14 @@ def linears(config: Any) -> dict[str, Any]:
             inner, outer = (256, 384 // tp) if kind == "column" else (256 // tp, 384)
             tokens_in = 256 // tp if sp and kind == "column" else 256
             tokens_out = 256 // tp if sp and kind == "row" else 256
-            whole_in, whole_out = kind == "column" and not sp, kind == "row" and not sp
+            full_in, full_out = kind == "column" and not sp, kind == "row" and not sp
             x = torch.randn(tokens_in, 2, inner, generator=generator(1)).bfloat16()
             g = (
                 torch.randn(tokens_out, 2, outer, generator=generator(2))
                 * torch.randn(tokens_out, 1, 1, generator=generator(3)).exp()
             ).bfloat16()
-            for tensor, whole in ((x, whole_in), (g, whole_out)):
-                if whole and tp > 1:
+            for tensor, is_full in ((x, full_in), (g, full_out)):
+                if is_full and tp > 1:
                     torch.distributed.broadcast(tensor, 0)
             stacks = Stack([their]), Stack([our], fp8_context)
             for _ in range(3):  # scales of delayed scaling are 1 at first
@@ -208,8 +210,9 @@ def linears(config: Any) -> dict[str, Any]:
 
 
 def contract(config: Any) -> dict[str, Any]:
-    """What Transformer Engine does in two micro-batches through one row-parallel layer:
-    quantisations, products, updates, in order.
+    """Log what Transformer Engine does in two micro-batches through one row-parallel layer.
+
+    The log has quantizations, products and updates, in order.
     """
     import torch
 
@@ -233,8 +236,9 @@ def contract(config: Any) -> dict[str, Any]:
 
 
 def histories(config: Any) -> dict[str, Any]:
-    """20 iterations of two micro-batches through three layers, weights changing in between: scales
-    and histories bit for bit, products too.
+    """Compare 20 iterations of two micro-batches through three layers with changing weights.
+
+    Scales and histories are compared by bits, products by their bounds.
     """
     import torch
 
@@ -288,17 +292,19 @@ def histories(config: Any) -> dict[str, Any]:
 
 
 def exchanged_states(config: Any) -> dict[str, bool]:
-    """A state saved by one implementation, loaded by the other."""
+    """Load a state saved by one implementation into the other."""
     import torch
 
     their, our, fp8_context = pair(config, "row", False)
     x, g = torch.randn(64, 2, 256).bfloat16(), torch.randn(64, 2, 384).bfloat16()
     for _ in range(3):
         list(passes(config, Stack([their]), Stack([our], fp8_context), [x], [g]))
-    fresh_their, fresh_our, fresh_scope = pair(config, "row", False)
+    fresh_their, fresh_our, fresh_context = pair(config, "row", False)
     fresh_their.set_extra_state(our.get_extra_state())
     fresh_our.set_extra_state(their.get_extra_state())
-    results = list(passes(config, Stack([fresh_their]), Stack([fresh_our], fresh_scope), [x], [g]))
+    results = list(
+        passes(config, Stack([fresh_their]), Stack([fresh_our], fresh_context), [x], [g])
+    )
     again = list(passes(config, Stack([their]), Stack([our], fp8_context), [x], [g]))
     state, meta = fresh_our.products.state(), fresh_their.fp8_meta["scaling_fwd"]
     return {
@@ -314,8 +320,9 @@ def exchanged_states(config: Any) -> dict[str, bool]:
 
 
 def against_their_reference(config: Any) -> list[int]:
-    """Elements of y, dx, dw by NVIDIA's own reference of current scaling (over torch._scaled_mm)
-    outside of the emulated kernels' bounds.
+    """Count elements of NVIDIA's own reference of current scaling outside of the kernels' bounds.
+
+    The counts are of y, dx and dw; that reference uses torch._scaled_mm.
     """
     import torch
     import transformer_engine.pytorch as te

@@ -1,4 +1,4 @@
-"""Whole models beside those of Transformer Engine's layers: names, checkpoints, losses."""
+"""Models compared with those of Transformer Engine's layers: names, checkpoints, losses."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ TEXT = Path(__file__).parents[3] / "examples" / "quickstart" / "data" / "en.json
 
 
 def models(config: Any) -> tuple[Any, Any]:
-    """(the model with Transformer Engine's layers, the model with the portable ones), with equal
-    weights.
-    """
+    """Return the models with Transformer Engine's and with the portable layers, equal weights."""
     from megatron_chatflow.model.gpt import build_model
 
     return tuple(
@@ -24,9 +22,7 @@ def models(config: Any) -> tuple[Any, Any]:
 
 
 def checkpoint_keys(config: Any) -> dict[str, Any]:
-    """Names in a checkpoint of either implementation, with norms of queries and keys too; whether
-    the initial weights agree.
-    """
+    """Compare names in a checkpoint (norms of queries and keys too) and initial weights."""
     import torch
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
@@ -50,9 +46,7 @@ def checkpoint_keys(config: Any) -> dict[str, Any]:
 
 
 def checkpoints(config: Any) -> dict[str, bool]:
-    """Trained models of either implementation, written by the package and read into fresh ones of
-    the other and of bfloat16.
-    """
+    """Train each implementation, save, and load into new models of the other and in bfloat16."""
     import tempfile
 
     import torch
@@ -161,8 +155,10 @@ def train(model: Any, config: Any, impl: str, steps: int) -> list[float]:
 
 
 def curves(config: Any) -> dict[str, list[float]]:
-    """Losses of 50 steps: Transformer Engine's layers over packed sequences, the portable ones over
-    a mask, and those in bfloat16.
+    """Return the losses of 50 steps.
+
+    Transformer Engine's layers take packed sequences; the portable ones take a mask, in FP8 and
+    in bfloat16.
     """
     from megatron_chatflow.model.gpt import build_model
 
@@ -177,9 +173,7 @@ def curves(config: Any) -> dict[str, list[float]]:
 
 
 def replace_attention() -> None:
-    """Attention of packed sequences [tokens, heads, d] in plain torch: Transformer Engine's kernels
-    for it are not emulated.
-    """
+    """Replace attention of packed sequences [tokens, heads, d] by plain torch: not emulated."""
     import torch
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
@@ -210,9 +204,7 @@ def replace_attention() -> None:
 
 
 def bf16_layers(config: Any) -> list[str]:
-    """Of a model whose first layer and last layer stay in bfloat16: which linear layers Transformer
-    Engine ran in FP8, and which are ours.
-    """
+    """Return the FP8 linear layers of Transformer Engine and ours; first and last stay bfloat16."""
     from megatron_chatflow.config.schema import Config
     from megatron_chatflow.fp8.linear import (
         ReferenceColumnParallelLinear,
@@ -238,8 +230,9 @@ def bf16_layers(config: Any) -> list[str]:
 
 
 def validation(config: Any) -> dict[str, bool]:
-    """Whether a pass without gradients leaves something in Transformer Engine's histories, without
-    and with `forget_validation`.
+    """Return whether a pass without gradients changes Transformer Engine's histories.
+
+    Once without `forget_validation` ("noted") and once with it ("forgotten").
     """
     import torch
 
@@ -258,4 +251,4 @@ def validation(config: Any) -> dict[str, bool]:
 
     clean = pass_by()
     their.module.decoder._forward_hooks.clear()
-    return {"noted_by_itself": pass_by() > 0, "forgotten": clean == 0}
+    return {"noted": pass_by() > 0, "forgotten": clean == 0}
