@@ -110,12 +110,7 @@ class EncodedChunk:
 
 
 class Encoder:
-    """Turns chunks into tokens, one after the other.
-
-    Args:
-        tokenizer: the tokenizer.
-        task: what documents are made of.
-    """
+    """Turns chunks into tokens, one after the other."""
 
     def __init__(self, tokenizer: Tokenizer, task: EncodeTask) -> None:
         self._tokenizer = tokenizer
