@@ -1,6 +1,4 @@
-"""One run per run directory: real processes that race, are killed, stopped, and robbed of their
-lease.
-"""
+"""One run per run directory: real processes race, are killed or stopped, and lose their lease."""
 
 from __future__ import annotations
 

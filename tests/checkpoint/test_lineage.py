@@ -51,9 +51,7 @@ def old(pool: Pool, sample: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sent_back(pool: Pool, sample: Path, old: Path) -> tuple[Path, str]:
-    """The same, sent back to iteration 8 and on to 15 without the samples of 9 and 10; its
-    output.
-    """
+    """Resume that run at iteration 8, train to 15 without samples 9 and 10; return its output."""
     run = sample / "sent back"
     shutil.copytree(old, run)
     words = ["--save", str(run), "--load", str(run), "--ckpt-step", "8", *NEW]

@@ -1,6 +1,4 @@
-"""What the tests of this folder run on the pool's ranks: a model opened as the commands open it,
-and its logits without a cache.
-"""
+"""Models opened on the pool's ranks as the commands open them, and their logits without a cache."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Quantized matrices: on the grid, never saturated by their own scale, exact in bfloat16; and equal
-to arithmetic over torch's float8 types.
+"""Quantized matrices: on the grid, never saturated by their own scale, exact in bfloat16.
+
+They equal arithmetic over torch's float8 types.
 """
 
 from __future__ import annotations

@@ -183,9 +183,7 @@ class Evil:
 
 
 def save_evil(folder: Path, marker: Path, *words: str) -> tuple[int, str, str]:
-    """A run whose layers write, as their scales and histories, bytes that touch a file where
-    somebody unpickles them.
-    """
+    """Train with layers whose saved state is a pickle that touches a file when it is loaded."""
     from megatron_chatflow.fp8 import linear
 
     pack, linear.extra_state.pack = (

@@ -37,8 +37,9 @@ def _two_to(exponent: torch.Tensor) -> torch.Tensor:
 
 
 def cast_micro_blocks(matrix: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values [r, c], biased exponents uint8 [r, c / 32]) of blocks of 32 along a row; exponents
-    are computed one by one in double precision.
+    """Cast blocks of 32 along a row: (values [r, c], biased exponents uint8 [r, c / 32]).
+
+    Exponents are computed one by one in double precision.
     """
     rows, columns = matrix.shape
     blocks = matrix.float().reshape(rows, columns // 32, 32)
@@ -69,8 +70,9 @@ def cast_blocks(
     power_of_two: bool,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values [r, c], float32 factors that scale back [ceil(r / height), ceil(c / width)]) of
-    blocks of height x width.
+    """Cast blocks of height x width.
+
+    Return (values [r, c], float32 factors that scale back [ceil(r / height), ceil(c / width)]).
     """
     (rows, columns), (height, width) = matrix.shape, block
     padded = torch.nn.functional.pad(matrix, (0, -columns % width, 0, -rows % height)).float()
@@ -106,8 +108,9 @@ def update_history(
     margin: float,
     algo: str,
 ) -> None:
-    """Delayed scaling after a pass, in place, tensor by tensor: the window moves on, the scale
-    follows; a tensor that did not occur stays.
+    """Update windows and scales after a pass (delayed scaling), in place, tensor by tensor.
+
+    A tensor that did not occur keeps its history and scale.
     """
     for column in range(scale.numel()):
         current = float(reduced[column]) or float(history[0, column])
