@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_chatflow.checkpoint.integrity import NAME as MANIFEST
 from megatron_chatflow.checkpoint.integrity import read_manifest
-from megatron_chatflow.errors import ChatflowError, CheckpointError
+from megatron_chatflow.errors import CheckpointError
 from megatron_chatflow.serialization.strict_pickle import Known, Maker, StrictUnpickler
 from megatron_chatflow.serialization.torch_file import DTYPES, TENSORS
 from megatron_chatflow.utils.user_files import open_inside
@@ -42,10 +42,10 @@ LARGEST_SMALL_FILE = 1 << 30
 
 @contextmanager
 def refusing(folder: Path) -> Iterator[None]:
-    """Raise ConfigError for whatever a damaged or malicious checkpoint makes its readers raise."""
+    """Raise CheckpointError for whatever a damaged or malicious checkpoint makes its readers raise."""
     try:
         yield
-    except ChatflowError:
+    except CheckpointError:
         raise
     except OSError as error:
         name = Path(error.filename).name if error.filename else "a file"
