@@ -42,7 +42,7 @@ LARGEST_SMALL_FILE = 1 << 30
 
 @contextmanager
 def refusing(folder: Path) -> Iterator[None]:
-    """Raise CheckpointError for whatever a damaged or malicious checkpoint makes its readers raise."""
+    """Raise CheckpointError for whatever a damaged or malicious checkpoint makes readers raise."""
     try:
         yield
     except CheckpointError:

@@ -18,6 +18,7 @@ from megatron_chatflow.config.arguments import (
     positive_int,
 )
 from megatron_chatflow.distributed.launch import read_launch
+from megatron_chatflow.evaluation.eval_model import with_any_length
 from megatron_chatflow.report import console
 from megatron_chatflow.utils.logging import configure_logging
 
@@ -40,10 +41,10 @@ exit codes: 0 generated, 2 the settings or the prompts cannot be used
 
 def main(argv: Sequence[str]) -> int:
     """Continue each prompt and print it."""
-    from megatron_chatflow.evaluation.generate import open_generations, with_any_length
-
     launch = read_launch()
     source, config, args = parse_with_source(parser(), argv, launch.world_size, with_any_length)
+    from megatron_chatflow.evaluation.generate import open_generations
+
     configure_logging(rank=launch.rank, stream="stderr")
     count, tokens, cut_off, longest = 0, 0, 0, None
     with open_generations(

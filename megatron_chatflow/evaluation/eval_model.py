@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_chatflow.checkpoint.run_directory import iteration_of, read_settings, read_state
 from megatron_chatflow.checkpoint.selection import ChosenWeights, choose_weights
 from megatron_chatflow.config import Config, ModelConfig, make_config, resolve_model
+from megatron_chatflow.config.schema import PrecisionSettings
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.utils.user_files import absolute_path
 
@@ -173,3 +174,13 @@ def laid_out_as(reference: Config, config: Config) -> Config:
         validation=config.validation,
         training=training,
     )
+
+
+def with_any_length(config: Config) -> Config:
+    """Return the settings without those that need rows of certain lengths.
+
+    Prompts have any length; FP8 layers need multiples of 8 tokens, and sequence parallelism those
+    of the tensor-parallel size.
+    """
+    parallel = dataclasses.replace(config.parallel, sequence_parallel=False)
+    return dataclasses.replace(config, parallel=parallel, precision=PrecisionSettings())

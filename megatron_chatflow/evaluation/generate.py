@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_chatflow.config import Config, ModelConfig
-from megatron_chatflow.config.schema import PrecisionSettings
 from megatron_chatflow.data.chat.prompts import Prompt, chat_prompt, read_prompts, text_prompt
 from megatron_chatflow.data.chat.templates import (
     CHAT_TEMPLATES,
@@ -19,7 +18,7 @@ from megatron_chatflow.data.chat.templates import (
 from megatron_chatflow.distributed.launch import read_launch
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.evaluation.eval_data import start_token
-from megatron_chatflow.evaluation.eval_model import ModelSource, find_source
+from megatron_chatflow.evaluation.eval_model import ModelSource, find_source, with_any_length
 from megatron_chatflow.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -102,16 +101,6 @@ def generate(
         use_ema=use_ema,
     ) as generations:
         return [generation.full_text for generation in generations]
-
-
-def with_any_length(config: Config) -> Config:
-    """Return the settings without those that need rows of certain lengths.
-
-    Prompts have any length; FP8 layers need multiples of 8 tokens, and sequence parallelism those
-    of the tensor-parallel size.
-    """
-    parallel = replace(config.parallel, sequence_parallel=False)
-    return replace(config, parallel=parallel, precision=PrecisionSettings())
 
 
 @contextlib.contextmanager

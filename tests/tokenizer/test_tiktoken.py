@@ -105,7 +105,7 @@ def test_vocab_size_cuts_the_vocabulary_and_must_fit_it(files):
     ("content", "reason"),
     [
         ("YQ== 0\nYg== 1\n", "it is not JSON"),
-        ("{}", "no list of tokens"),
+        ("{}", "not a list of tokens"),
         (
             json.dumps([{"rank": i, "token_bytes": "YQ=="} for i in range(300)]),
             "repeated or single bytes are missing",

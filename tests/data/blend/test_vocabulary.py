@@ -111,14 +111,13 @@ def test_verify_finds_all_of_them_for_a_size_or_a_tokenizer(write_corpus, capsys
     assert verify_main([clean, "--tokenizer-model", "x"]) == 2
 
 
-MODEL = (
-    "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --micro-batch-size 2"
-)
-MODEL += " --global-batch-size 4 --lr 1e-3"
+MODEL = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --micro-batch-size 2 --lr 1e-3"
+LENGTHS = "--seq-length 8 --global-batch-size 4"
 
 
 def run(name: str, *words: str) -> tuple[int, str, str]:
-    return command(name, *MODEL.split(), *words)
+    model = [] if name == "plan" else MODEL.split()  # plan reads no settings of the model
+    return command(name, *model, *LENGTHS.split(), *words)
 
 
 def test_plan_preflight_and_train_stop_with_one_message(write_corpus, pool: Pool):
