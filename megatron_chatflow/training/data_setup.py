@@ -21,7 +21,7 @@ from megatron_chatflow.curriculum import (
     load_curriculum,
 )
 from megatron_chatflow.data import InstructDataset, Manifest, open_domains, read_manifest
-from megatron_chatflow.errors import ChatflowError, ConfigError
+from megatron_chatflow.errors import ChatflowError, ConfigError, DataError, SampleError
 from megatron_chatflow.tokenizer import TokenBytes, Tokenizer, load_tokenizer
 
 MUCH_LOST = 0.01
@@ -105,7 +105,7 @@ def check_tokens(inputs: Inputs) -> str:
         What was checked, as a note.
 
     Raises:
-        SampleError: such an id was found.
+        DataError: such an id was found.
     """
     checked = total = 0
     for domain in (*inputs.domains.values(), *inputs.held_out.values()):
@@ -115,12 +115,15 @@ def check_tokens(inputs: Inputs) -> str:
             if domain.num_samples
             else np.empty(0, np.int64)
         )
-        domain.read_window(windows)
+        try:
+            domain.read_window(windows)
+        except SampleError as error:  # no run has begun to read it
+            raise DataError(str(error)) from None
         checked, total = checked + len(windows), total + domain.num_samples
     return (
         f"token ids are below {inputs.vocab_size} in the {checked:,} windows of {total:,} "
         f"that were looked at; a run checks every batch, "
-        f"tools/verify_dataset.py --vocab-size {inputs.vocab_size} checks a corpus from end to end"
+        f"chatflow corpus verify --vocab-size {inputs.vocab_size} checks a corpus from end to end"
     )
 
 

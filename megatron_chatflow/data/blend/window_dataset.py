@@ -77,11 +77,10 @@ class WindowDataset(ABC):
         self.seed = options.seed
         self.num_samples = 0
         if not dataset.header.contiguous:
-            raise SampleError(
-                f"corpus {dataset.prefix}: the sequences do not fill {dataset.prefix}.bin "
-                f"from its start to its end in order "
-                "(other token type, other index, or rearranged): run "
-                "megatron_chatflow.data.corpus.verify on it and preprocess it again"
+            raise DataError(
+                f"corpus {dataset.prefix}: the sequences do not fill {dataset.prefix}.bin from its "
+                f"start to its end in order (other token type, other index, or rearranged); see "
+                f"`chatflow corpus verify {dataset.prefix}` and preprocess it again"
             )
 
     def __repr__(self) -> str:
