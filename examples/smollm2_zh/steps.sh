@@ -36,16 +36,17 @@ preprocess() { # input, name of the corpus, further flags
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model out/tokenizer --workers 2 "${@:3}"
 }
 
-settings_for() { # run, curriculum, further flags: sets the array settings, flags of `train`
-    settings=(
+settings_for() { # run, curriculum, further flags of `train`: sets blend and settings
+    blend=( # what `plan` reads, too
         --config out/base/config.yaml --load out/base --finetune --save "$1" --curriculum "$2"
-        --bf16 --seq-length "$length"
-        --micro-batch-size "$batch" --global-batch-size "$batch" --train-iters "$iterations"
-        --split '980,20,0' --reset-attention-mask
-        --lr 4e-4 --min-lr 1.3e-4 --lr-decay-style WSD --lr-wsd-decay-iters "$decay"
-        --lr-wsd-decay-style minus_sqrt --lr-warmup-iters "$warmup"
-        --adam-beta2 0.95 --weight-decay 0.1 --train-new-rows-samples "$first" --no-save-optim
-        --log-interval 5 "${@:3}"
+        --seq-length "$length" --micro-batch-size "$batch" --global-batch-size "$batch"
+        --train-iters "$iterations" --split '980,20,0' --reset-attention-mask
+        --train-new-rows-samples "$first"
+    )
+    settings=(
+        "${blend[@]}" --bf16 --lr 4e-4 --min-lr 1.3e-4 --lr-decay-style WSD
+        --lr-wsd-decay-iters "$decay" --lr-wsd-decay-style minus_sqrt --lr-warmup-iters "$warmup"
+        --adam-beta2 0.95 --weight-decay 0.1 --no-save-optim --log-interval 5 "${@:3}"
     )
 }
 
@@ -57,7 +58,7 @@ compare_with() { # run, original model, language
 train_and_compare() { # language, original model, a prompt in the language, flags of `train`
     settings_for out/run curriculum.yaml "${@:4}"
     step "5. What the curriculum means for these corpora, and the training"
-    python -m megatron_chatflow plan "${settings[@]}" --plot out/plan.png
+    python -m megatron_chatflow plan "${blend[@]}" --plot out/plan.png
     python -m megatron_chatflow train "${settings[@]}"
     python -m megatron_chatflow plot out/run
 
