@@ -53,7 +53,7 @@ def pack(tensors: dict[str, torch.Tensor], *, hybrid: bool) -> torch.Tensor:
         # Transformer Engine would take the state for hybrid and continue with other formats; at a
         # recipe it does not know it stops.
         state["recipe"] = "delayed e4m3"
-    return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+    return _write(state)
 
 
 def read(state: torch.Tensor | None) -> dict[str, Any]:
@@ -83,9 +83,7 @@ def rewrite(state: torch.Tensor | None) -> torch.Tensor | None:
     """
     if not (found := read(state)):
         return state
-    content = io.BytesIO()
-    _Writer(content, protocol=4).dump(found)
-    return torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8)
+    return _write(found)
 
 
 def unpack(state: torch.Tensor | None, length: int) -> dict[str, torch.Tensor] | None:
@@ -136,10 +134,32 @@ _KNOWN = PICKLED_TENSORS | {
 _Pickler: Any = pickle._Pickler  # not in the annotations of pickle
 
 
+def _write(state: dict[str, Any]) -> torch.Tensor:
+    content = io.BytesIO()
+    _Writer(content, protocol=4).dump(state)
+    return torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8)
+
+
 class _Writer(_Pickler):
-    """Writes a `_Recipe` as the object that it replaces."""
+    """Write equal states as equal bytes, and a `_Recipe` as the object that it replaces.
+
+    torch pickles a tensor's storage under its address in memory, with the bytes that other tensors
+    use; its zip format numbers storages, and a clone's storage has the tensor's bytes only.
+    """
 
     dispatch: ClassVar = dict(_Pickler.dispatch)
+
+    def _save_tensor(self, tensor: torch.Tensor) -> None:
+        self.save_reduce(*tensor.clone().__reduce_ex__(self.proto), obj=tensor)
+
+    dispatch[torch.Tensor] = _save_tensor
+
+    def _save_storage(self, storage: torch.storage.TypedStorage) -> None:
+        content = io.BytesIO()
+        torch.save(storage, content)
+        self.save_reduce(torch.storage._load_from_bytes, (content.getvalue(),), obj=storage)
+
+    dispatch[torch.storage.TypedStorage] = _save_storage
 
     def _save_recipe(self, recipe: _Recipe) -> None:
         module, name = recipe.name

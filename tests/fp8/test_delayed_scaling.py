@@ -73,6 +73,13 @@ def test_a_state_is_read_back_unchanged(length: int, hybrid: bool) -> None:
     assert set(found) == set(saved) and all(torch.equal(found[name], saved[name]) for name in saved)
 
 
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_equal_states_have_equal_bytes(hybrid: bool) -> None:
+    packed = extra_state.pack(tensors(5), hybrid=hybrid)
+    assert torch.equal(packed, extra_state.pack(tensors(5), hybrid=hybrid))
+    assert torch.equal(packed, extra_state.rewrite(packed))
+
+
 def test_a_state_fits_a_run_with_another_length_of_history() -> None:
     packed = extra_state.pack(tensors(5), hybrid=True)
     longer, shorter = extra_state.unpack(packed, 8), extra_state.unpack(packed, 2)
