@@ -35,6 +35,8 @@ continued has not been silent."""
 PATIENCE = 5.0
 """Seconds in which the others' reasons are awaited after a collective has failed."""
 _LEFT = b"left"
+_STORE_ERRORS = (RuntimeError, OSError)
+"""What a client of a store that is gone raises; `dist.DistError` is a RuntimeError."""
 _BROKEN = re.compile(
     r"connection (closed|reset|refused)|timed out|timeout|gloo|nccl|broken pipe|socket|recvbytes"
     r"|sendbytes",
@@ -89,7 +91,7 @@ class HeartbeatMonitor:
             value: Any = _LEFT
             self._store.set(f"beat/{self._rank}", value)
             self._linger("closed")
-        except Exception:  # rank 0 is gone, and had no reason to report
+        except _STORE_ERRORS:  # rank 0 is gone, and had no reason to report
             pass
         self._closed.set()
 
@@ -102,7 +104,7 @@ class HeartbeatMonitor:
             return None
         try:
             return self._look_around(reason.split("\n")[0])
-        except Exception:  # the store is gone with rank 0
+        except _STORE_ERRORS:  # the store is gone with rank 0
             return f"{self._names[0]}, which holds the job's store, is gone"
 
     def fail(self, error: BaseException) -> None:
@@ -122,7 +124,7 @@ class HeartbeatMonitor:
             if self._claim(message):
                 _say(message)
             self._linger("left")
-        except Exception:
+        except _STORE_ERRORS:
             _say(message)
         os._exit(1)
 
@@ -153,7 +155,7 @@ class HeartbeatMonitor:
                 if not self._joined and count > self._init_timeout and not self._stop.is_set():
                     self._end(self._who_has_not_joined())
                 self._rounds += 1
-            except Exception:
+            except _STORE_ERRORS:
                 continue  # the store does not answer; the other thread counts for how long
 
     def _guard(self) -> None:
