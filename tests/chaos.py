@@ -42,7 +42,7 @@ from tests.stress import make_parser, markdown, prepare_process
 
 BATCH = 16
 LAYOUT = ["--tensor-model-parallel-size", "2", "--use-distributed-optimizer", "--ema-decay", "0.9"]
-ITERATIONS_PER_FAILURE = 20
+ITERATIONS_PER_FAILURE = 12
 DOWN = 60.0
 """Seconds within which all ranks must exit after one is killed."""
 
