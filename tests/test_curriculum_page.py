@@ -50,6 +50,7 @@ def test_the_file_is_read_as_the_page_says(tmp_path: Path) -> None:
         "at",
         "weights",
         "ramp",
+        "preset",
         "on_exhausted",
         "validation",
     }

@@ -35,7 +35,7 @@ def parser() -> CommandParser:
 def main(argv: Sequence[str]) -> int:
     """Print the plan; returns 0 also when it has warnings, 2 when it cannot be met."""
     config, args = parse(parser(), argv, resolve=lambda config, _: resolve_data(config))
-    from megatron_chatflow.curriculum import check_exhaustion, forecast, share_curve
+    from megatron_chatflow.curriculum import check_exhaustion, forecast, preset_lines, share_curve
     from megatron_chatflow.report.plan_table import plan_table
     from megatron_chatflow.training.data_setup import check_tokens, make_plan, open_inputs
     from megatron_chatflow.training.resume_point import resolve_resume_point
@@ -48,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     checked = check_tokens(inputs)
     outlook = forecast(plan, inputs.epoch_samples)
     sizes = {"num_samples": plan.num_samples, "seq_length": plan.seq_length, "end": outlook.end}
+    for line in preset_lines(plan.preset) if plan.preset else ():
+        console.say(line)
     console.say(plan_table(outlook.stages, outlook.domains, **sizes, warnings=outlook.warnings))
     for note in (*inputs.notes, checked):
         console.say(note)

@@ -19,7 +19,8 @@ from megatron_chatflow.curriculum.parser import (
     parse_curriculum,
 )
 from megatron_chatflow.curriculum.plan import BlendPlan
-from megatron_chatflow.curriculum.schema import Curriculum, Domain, Stage
+from megatron_chatflow.curriculum.presets import keep_expansion, preset_lines
+from megatron_chatflow.curriculum.schema import Curriculum, Domain, Preset, Stage
 
 __all__ = [
     "PLAN_VERSION",
@@ -27,6 +28,7 @@ __all__ = [
     "Curriculum",
     "Domain",
     "DomainForecast",
+    "Preset",
     "RunForecast",
     "Stage",
     "StageForecast",
@@ -34,7 +36,9 @@ __all__ = [
     "check_exhaustion",
     "constant_curriculum",
     "forecast",
+    "keep_expansion",
     "load_curriculum",
     "parse_curriculum",
+    "preset_lines",
     "share_curve",
 ]

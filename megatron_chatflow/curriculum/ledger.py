@@ -12,9 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_chatflow.curriculum.intervals import Segment
+from megatron_chatflow.curriculum.presets import read_preset
 from megatron_chatflow.curriculum.ramps import valid_ramp
 from megatron_chatflow.curriculum.schedule import PlannedStage, RunSizes
-from megatron_chatflow.curriculum.schema import KINDS, MOST_SAMPLES, ON_EXHAUSTED, Domain
+from megatron_chatflow.curriculum.schema import (
+    KINDS,
+    MOST_SAMPLES,
+    ON_EXHAUSTED,
+    Domain,
+    Preset,
+)
 from megatron_chatflow.errors import ChatflowError, ConfigError
 from megatron_chatflow.utils.user_files import load_json, valid_name, visible
 
@@ -36,6 +43,8 @@ class Ledger:
     on_exhausted: str
     domains: Mapping[str, Domain]
     segments: tuple[Segment, ...]
+    preset: Preset | None = None
+    """What the curriculum in force was expanded from, so that a resumed run keeps the expansion."""
 
     def to_json(self) -> str:
         """Return the ledger as JSON, which `read_ledger` reads back."""
@@ -63,6 +72,7 @@ class Ledger:
                 }
                 for segment in self.segments
             ],
+            **({"preset": asdict(self.preset)} if self.preset else {}),
         }
         return json.dumps(content, ensure_ascii=False)
 
@@ -104,7 +114,15 @@ def read_ledger(text: str) -> Ledger:
         )
         _check_domains(domains.values())
         _check_segments(segments, sizes.num_samples, domains, content["on_exhausted"])
-        return Ledger(content["version"], sizes, content["on_exhausted"], domains, segments)
+        preset = content.get("preset")
+        return Ledger(
+            content["version"],
+            sizes,
+            content["on_exhausted"],
+            domains,
+            segments,
+            None if preset is None else read_preset(preset, domains),
+        )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         problem = (
             f"the plan is damaged ({type(error).__name__}: {error}); restore plan.json from "

@@ -20,6 +20,7 @@ from megatron_chatflow.curriculum.checks import (
     parse_position,
     suggestion,
 )
+from megatron_chatflow.curriculum.presets import parse_preset
 from megatron_chatflow.curriculum.ramps import RAMPS, valid_ramp
 from megatron_chatflow.curriculum.schema import (
     CLOCKS,
@@ -67,7 +68,8 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
     """Check a curriculum that is already loaded.
 
     Args:
-        mapping: what the YAML file holds (clock, domains, stages, on_exhausted, validation).
+        mapping: what the YAML file holds (clock, domains, stages or preset, on_exhausted,
+            validation).
         source: what error messages call it, e.g. the file.
         folder: the folder that relative paths of domains are resolved against.
 
@@ -84,7 +86,8 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
             f"a mapping is expected, found {kind_name(mapping)}",
             "write clock, domains and stages",
         )
-    check_keys(mapping, ("clock", "domains", "stages", "on_exhausted", "validation"), "", fail)
+    keys = ("clock", "domains", "stages", "preset", "on_exhausted", "validation")
+    check_keys(mapping, keys, "", fail)
     clock = check_choice(mapping.get("clock", "samples"), CLOCKS, "clock", fail)
     on_exhausted = check_choice(
         mapping.get("on_exhausted", "repeat"), ON_EXHAUSTED, "on_exhausted", fail
@@ -98,7 +101,25 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
         )
         fail("domains", problem, "write at least one as `name: {path: prefix}`")
     domains = {name: _domain(name, entry, Path(folder), fail) for name, entry in entries.items()}
-    written = mapping.get("stages")
+    preset = parse_preset(mapping["preset"], domains, fail) if "preset" in mapping else None
+    if preset and "stages" in mapping:
+        fail(
+            "preset",
+            f"stages are given as well as preset {preset.name!r}, which has stages already",
+            "drop one of the two",
+        )
+    return Curriculum(
+        clock,
+        domains,
+        preset.stages if preset else _stages(mapping.get("stages"), domains, fail),
+        on_exhausted,
+        source,
+        _validation(mapping.get("validation", {}), domains, Path(folder), fail),
+        preset,
+    )
+
+
+def _stages(written: Any, domains: Mapping[str, Domain], fail: Fail) -> tuple[Stage, ...]:
     if not isinstance(written, Sequence) or isinstance(written, str) or not written:
         problem = (
             "no stage is given"
@@ -112,14 +133,7 @@ def parse_curriculum(mapping: Any, *, source: str, folder: str | Path) -> Curric
         stage = _stage(entry, f"stages[{number}]", domains, fail)
         order.check(stage, f"stages[{number}]", fail)
         stages.append(stage)
-    return Curriculum(
-        clock,
-        domains,
-        tuple(stages),
-        on_exhausted,
-        source,
-        _validation(mapping.get("validation", {}), domains, Path(folder), fail),
-    )
+    return tuple(stages)
 
 
 def constant_curriculum(pairs: Iterable[tuple[float, str]]) -> Curriculum:

@@ -21,7 +21,7 @@ from megatron_chatflow.curriculum.schedule import (
     stages_from,
     stages_until,
 )
-from megatron_chatflow.curriculum.schema import MOST_SAMPLES, Curriculum, Domain, Stage
+from megatron_chatflow.curriculum.schema import MOST_SAMPLES, Curriculum, Domain, Preset, Stage
 from megatron_chatflow.errors import ConfigError
 
 _CHUNK = 1 << 16
@@ -47,7 +47,7 @@ class BlendPlan:
         domain_names: the names that the numbers in `locate` stand for: sorted; domains that join
             later follow.
         domains: name -> `Domain`, in that order.
-        on_exhausted: as in the latest curriculum.
+        on_exhausted, preset: as in the latest curriculum.
         segments: tuple of `Segment`.
         version: of the order: `PLAN_VERSION` for a new plan, that of the ledger for one that was
             read.
@@ -89,6 +89,7 @@ class BlendPlan:
         }
         self.domain_names = tuple(self.domains)
         self.on_exhausted = curriculum.on_exhausted
+        self.preset = curriculum.preset
         self.segments = segments
         self._intervals = list(past)
         for i, segment in enumerate(segments):
@@ -112,7 +113,7 @@ class BlendPlan:
     @property
     def curriculum(self) -> Curriculum:
         """The curriculum in force at the end of the run, with its stages in samples."""
-        return _curriculum(self.domains, self.segments[-1].stages, self.on_exhausted)
+        return _curriculum(self.domains, self.segments[-1].stages, self.on_exhausted, self.preset)
 
     @property
     def stages(self) -> list[tuple[str, int]]:
@@ -272,7 +273,9 @@ class BlendPlan:
     def to_json(self) -> str:
         """Return the ledger: all that defines the plan, which `from_json` reads back."""
         sizes = RunSizes(self.num_samples, self.global_batch_size, self.seq_length)
-        return Ledger(self.version, sizes, self.on_exhausted, self.domains, self.segments).to_json()
+        return Ledger(
+            self.version, sizes, self.on_exhausted, self.domains, self.segments, self.preset
+        ).to_json()
 
     @classmethod
     def from_json(cls, text: str) -> BlendPlan:
@@ -283,7 +286,8 @@ class BlendPlan:
                 order the samples differently.
         """
         ledger = read_ledger(text)
-        curriculum = _curriculum(ledger.domains, ledger.segments[-1].stages, ledger.on_exhausted)
+        stages = ledger.segments[-1].stages
+        curriculum = _curriculum(ledger.domains, stages, ledger.on_exhausted, ledger.preset)
         return cls.__new__(cls)._set(
             ledger.domains, curriculum, ledger.sizes, ledger.segments, (), ledger.version
         )
@@ -385,7 +389,10 @@ def _segment(
 
 
 def _curriculum(
-    domains: Mapping[str, Domain], stages: Sequence[PlannedStage], on_exhausted: str
+    domains: Mapping[str, Domain],
+    stages: Sequence[PlannedStage],
+    on_exhausted: str,
+    preset: Preset | None,
 ) -> Curriculum:
     plain = tuple(Stage(stage.name, stage.at, stage.weights, stage.ramp) for stage in stages)
-    return Curriculum("samples", domains, plain, on_exhausted, "plan")
+    return Curriculum("samples", domains, plain, on_exhausted, "plan", preset=preset)

@@ -58,6 +58,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Preset:
+    """A preset as a curriculum file uses it, with the stages that it means there."""
+
+    name: str
+    roles: Mapping[str, str]
+    """Domain by role: source, target, parallel, instruct."""
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
 class Curriculum:
     """The content of a curriculum file, checked: the shares of the domains over the run."""
 
@@ -72,9 +82,11 @@ class Curriculum:
     """What error messages call it: the file it came from."""
     validation: Mapping[str, Domain] = field(default_factory=dict)
     """Named validation sets, read in full and never trained on."""
+    preset: Preset | None = field(default=None, compare=False)
+    """The preset that `stages` was expanded from; None: the file has stages."""
 
     def to_mapping(self) -> dict[str, Any]:
-        """Return the curriculum as plain types, as in a YAML file.
+        """Return the curriculum as plain types, as in a YAML file, with a preset as its stages.
 
         `parse_curriculum` reads it back.
         """

@@ -21,7 +21,7 @@ from megatron_chatflow.checkpoint.run_directory import (
     read_state,
 )
 from megatron_chatflow.config import ResolvedConfig, Schedule
-from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast
+from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast, keep_expansion
 from megatron_chatflow.data import BlendedDataset
 from megatron_chatflow.errors import ConfigError
 from megatron_chatflow.training.batch_schedule import Batches, batch_history, fix_length
@@ -130,9 +130,10 @@ def resolve_resume_point(
         resumed = resume_settings(checkpoint, state, config, inputs.vocab_size)
         config, schedule = resumed.config, resumed.schedule
         notes += resumed.notes
-    wanted = make_plan(config, inputs.curriculum, inputs.epoch_samples)
+    curriculum = keep_expansion(inputs.curriculum, ledger.preset)
+    wanted = make_plan(config, curriculum, inputs.epoch_samples)
     plan = resume_plan(
-        ledger, wanted, consumed, amend=config.data.amend_curriculum, curriculum=inputs.curriculum
+        ledger, wanted, consumed, amend=config.data.amend_curriculum, curriculum=curriculum
     )
     return ResumePoint(
         config=config,
