@@ -13,7 +13,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,41 @@ _DAMAGE = (ChatflowError, OSError)
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The checkpoint of another run directory that a run began with."""
+
+    run: str
+    """The directory, without links."""
+    branch: str
+    """Of the checkpoint."""
+    iteration: int
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path) -> Origin:
+        """The origin of a run that loads `folder`, an iteration's folder of a run directory."""
+        iteration = int(folder.name.removeprefix("iter_"))
+        return cls(
+            str(folder.parent.resolve()), (read_lineage(folder) or UNKNOWN).branch, iteration
+        )
+
+
+@dataclass(frozen=True)
 class Lineage:
     """A branch, and those that it grew from."""
 
     branch: str
     ancestors: tuple[tuple[str, int], ...] = ()
     """(branch, the last iteration that is on the course), oldest first."""
+    parent: Origin | None = None
+    """What the run continues, where that is another directory's: its trunk (--branch-from)."""
+    weights: Origin | None = None
+    """Where the run took its first weights from (--finetune); its branches keep it."""
 
     @classmethod
-    def new(cls) -> Lineage:
-        """The lineage of a run that starts."""
-        return cls(uuid.uuid4().hex[:12])
+    def new(cls, weights: Path | None = None) -> Lineage:
+        """The lineage of a run that starts, from the weights of a checkpoint where it is given."""
+        origin = None if weights is None else Origin.of_checkpoint(weights)
+        return cls(uuid.uuid4().hex[:12], weights=origin)
 
     @classmethod
     def of(cls, value: Any) -> Lineage:
@@ -55,15 +79,25 @@ class Lineage:
         for pair in ancestors:
             if not isinstance(pair, list) or [type(part) for part in pair] != [str, int]:
                 raise CheckpointError("it is not a lineage")
-        return cls(branch, tuple((name, left) for name, left in ancestors))
+        left = tuple((name, iteration) for name, iteration in ancestors)
+        return cls(branch, left, _origin(parts.get("parent")), _origin(parts.get("weights")))
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""
-        return {"branch": self.branch, "ancestors": [list(pair) for pair in self.ancestors]}
+        origins = {"parent": self.parent, "weights": self.weights}
+        return {
+            "branch": self.branch,
+            "ancestors": [list(pair) for pair in self.ancestors],
+            **{name: asdict(origin) for name, origin in origins.items() if origin is not None},
+        }
 
-    def leave(self, iteration: int) -> Lineage:
-        """A new branch that grows from `iteration` of this one."""
-        return Lineage(uuid.uuid4().hex[:12], (*self.ancestors, (self.branch, iteration)))
+    def leave(self, iteration: int, parent: Origin | None = None) -> Lineage:
+        """A new branch that grows from `iteration` of this one.
+
+        `parent` is given where the branch has another run directory.
+        """
+        ancestors = (*self.ancestors, (self.branch, iteration))
+        return Lineage(uuid.uuid4().hex[:12], ancestors, parent or self.parent, self.weights)
 
     def contains(self, other: Lineage | None, iteration: int) -> bool:
         """Whether the checkpoint of `iteration` with the lineage `other` is on this course."""
@@ -72,6 +106,16 @@ class Lineage:
     def has(self, branch: str, iteration: int) -> bool:
         """Whether what `branch` did at `iteration` is on this course."""
         return branch == self.branch or iteration <= dict(self.ancestors).get(branch, -1)
+
+
+def _origin(value: Any) -> Origin | None:
+    if value is None:
+        return None
+    parts = value if isinstance(value, dict) else {}
+    found = [parts.get(name) for name in ("run", "branch", "iteration")]
+    if [type(part) for part in found] != [str, str, int]:
+        raise CheckpointError("it is not a lineage")
+    return Origin(parts["run"], parts["branch"], parts["iteration"])
 
 
 UNKNOWN = Lineage("unknown")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.checkpoint import integrity, lineage
-from megatron_chatflow.checkpoint.lineage import Lineage, listed
+from megatron_chatflow.checkpoint.lineage import Lineage, Origin, listed
 from megatron_chatflow.config import load_values
 from megatron_chatflow.config.schema import ParallelSettings
 from megatron_chatflow.errors import ChatflowError, CheckpointError, ConfigError
@@ -240,7 +240,9 @@ def outdated_on_course(
     return outdated(on_course(run, course, there), most_recent_k, retain_interval)
 
 
-def begin_course(run: Path, checkpoint: Path | None, iteration: int) -> tuple[Lineage, list[str]]:
+def begin_course(
+    run: Path, checkpoint: Path | None, iteration: int, weights: Path | None = None
+) -> tuple[Lineage, list[str]]:
     """Record in a run directory where its run continues, before anything else of it is written.
 
     The pointer is set to what the run continues from. The branch is a new one where the run starts,
@@ -251,13 +253,14 @@ def begin_course(run: Path, checkpoint: Path | None, iteration: int) -> tuple[Li
         run: the directory that the run saves to.
         checkpoint: what it continues from; None where it starts.
         iteration: of `checkpoint`.
+        weights: the checkpoint whose weights a run that starts takes.
 
     Returns:
         The lineage of what the run saves, and what the user should see.
     """
     there = {i: lineage.read_lineage(iteration_folder(run, i)) for i in complete_iterations(run)}
     if checkpoint is None:
-        course = Lineage.new()
+        course = Lineage.new(weights)
     else:
         own = lineage.read_lineage(checkpoint) or lineage.UNKNOWN
         recorded = lineage.read_course(run)
@@ -267,7 +270,7 @@ def begin_course(run: Path, checkpoint: Path | None, iteration: int) -> tuple[Li
         is_latest = is_here and _points_to(run, iteration)
         later = any(i > iteration and course.contains(other, i) for i, other in there.items())
         if own == lineage.UNKNOWN and not begun or not is_latest or later:
-            course = own.leave(iteration)
+            course = own.leave(iteration, None if is_here else Origin.of_checkpoint(checkpoint))
         if is_here and not is_latest:
             write_atomically(run / POINTER, f"{iteration}\n")
     lineage.write_course(run, course)

@@ -47,7 +47,7 @@ READS: dict[str, set[str]] = {
     "submit": _ALL,
     "plan": _BLEND
     | _split(
-        "amend_curriculum load save ckpt_step finetune exit_on_missing_checkpoint "
+        "amend_curriculum load save ckpt_step branch_from finetune exit_on_missing_checkpoint "
         "train_new_rows_samples"
     ),
     "locate": _BLEND,

@@ -87,7 +87,7 @@ _FIELDS = {
         "exit_interval exit_duration_in_mins "
         "override_opt_param_scheduler use_checkpoint_opt_param_scheduler save load "
         "save_interval save_retain_interval most_recent_k async_save exit_on_failed_save "
-        "ckpt_step finetune no_load_optim no_save_optim "
+        "ckpt_step branch_from finetune no_load_optim no_save_optim "
         "exit_on_missing_checkpoint amend_curriculum eval_interval eval_iters "
         "log_level log_interval log_throughput tensorboard_dir tensorboard_log_interval"
     ),
@@ -96,6 +96,15 @@ _FIELDS = {
 
 WEIGHT_DECAY_LENGTH = "weight_decay_incr_samples"
 """Samples over which weight decay moves: the length of the run, so not a separate setting."""
+
+BRANCH_MAY_CHANGE = frozenset(
+    ["min_lr", "lr_decay_style", "lr_decay_samples", "lr_wsd_decay_style", "lr_wsd_decay_samples"]
+) | {WEIGHT_DECAY_LENGTH}
+"""Settings of the schedule that may differ where a branch begins (--branch-from): those of its end.
+Once the branch has a checkpoint, it is resumed by the rules of any run."""
+
+WARMUP = frozenset({"lr_warmup_samples", "lr_warmup_init"})
+"""Settings of the warm-up; a branch that begins after it may change them too."""
 
 AT_RESUME: dict[str, AtResume] = {
     name: kind for kind, names in _FIELDS.items() for name in names.split()

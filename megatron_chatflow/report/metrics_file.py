@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -95,6 +96,15 @@ def prepare_records(
     else:
         os.truncate(path, end)
     return [f"{path}: {note}" for note in notes]
+
+
+def copy_records(source: Path, path: Path) -> None:
+    """Give a branch the file of its trunk, where it has none; `prepare_records` then cuts it."""
+    if path.exists() or not source.exists():
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.copyfile(source, temporary)
+    os.replace(temporary, path)
 
 
 _KEPT, _LATER, _BAD, _HALF = range(4)

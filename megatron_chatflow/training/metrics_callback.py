@@ -19,7 +19,7 @@ from megatron_chatflow.errors import ChatflowError
 from megatron_chatflow.model.forward import SUMS
 from megatron_chatflow.planner.parameters import flops_per_token
 from megatron_chatflow.report import console
-from megatron_chatflow.report.metrics_file import prepare_records
+from megatron_chatflow.report.metrics_file import copy_records, prepare_records
 from megatron_chatflow.report.writers import MetricsWriter, TensorBoardWriter
 from megatron_chatflow.training.batch_schedule import count_iterations
 from megatron_chatflow.training.callbacks import Callback, HeldOutLosses, IterationResult
@@ -79,13 +79,18 @@ class MetricsCallback(Callback):
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            course, notes = begin_course(folder, state.resumed_from, state.iteration)
+            course, notes = begin_course(
+                folder, state.resumed_from, state.iteration, state.initial_weights
+            )
             self._lineage, self._branch = {"lineage": course.plain()}, {"branch": course.branch}
             for note in notes:
                 logger.info(note)
             write_atomically(folder / "config.yaml", to_yaml(state.config))
             write_atomically(folder / "plan.json", state.plan.to_json())
             path = folder / METRICS
+            is_branch = state.config.checkpoint.branch_from is not None
+            if is_branch and state.resumed_from is not None:
+                copy_records(state.resumed_from.parent / METRICS, path)
             for note in prepare_records(
                 path, state.iteration, validated=state.validated, course=course.has
             ):

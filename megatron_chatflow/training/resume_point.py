@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_chatflow.checkpoint.branching import find_branch_checkpoint
 from megatron_chatflow.checkpoint.run_directory import (
     complete_iterations,
     find_intact_checkpoint,
     read_state,
 )
 from megatron_chatflow.config import ResolvedConfig, Schedule
+from megatron_chatflow.config.schema import CheckpointSettings
 from megatron_chatflow.curriculum import BlendPlan, check_exhaustion, forecast, keep_expansion
 from megatron_chatflow.data import BlendedDataset
 from megatron_chatflow.errors import ConfigError
@@ -92,9 +94,7 @@ def resolve_resume_point(
         ConfigError: checkpoint and settings contradict each other.
     """
     where = config.checkpoint
-    checkpoint, notes = (
-        find_intact_checkpoint(where.load, where.ckpt_step, damaged) if where.load else (None, [])
-    )
+    checkpoint, notes = _find_checkpoint(where, damaged)
     _check_folders(config, checkpoint)
     new_rows = new_row_ids(config, inputs.vocab_size)
     if checkpoint is None or where.finetune:
@@ -127,7 +127,13 @@ def resolve_resume_point(
     config = fix_length(config, iteration, consumed)
     schedule = Schedule.of(config)
     if not plan_only:
-        resumed = resume_settings(checkpoint, state, config, inputs.vocab_size)
+        resumed = resume_settings(
+            checkpoint,
+            state,
+            config,
+            inputs.vocab_size,
+            begins_branch=_begins_branch(config, checkpoint),
+        )
         config, schedule = resumed.config, resumed.schedule
         notes += resumed.notes
     curriculum = keep_expansion(inputs.curriculum, ledger.preset)
@@ -149,6 +155,27 @@ def resolve_resume_point(
     )
 
 
+def _find_checkpoint(
+    where: CheckpointSettings, damaged: Mapping[Path, str]
+) -> tuple[Path | None, list[str]]:
+    """Return the checkpoint to load, if there is one, and what the user should see."""
+    if where.load is None:
+        return None, []
+    if where.branch_from is not None:
+        assert where.save is not None, "the settings are checked"
+        trunk, branch = Path(where.load), Path(where.save)
+        return find_branch_checkpoint(trunk, where.branch_from, branch, damaged)
+    return find_intact_checkpoint(where.load, where.ckpt_step, damaged)
+
+
+def _begins_branch(config: ResolvedConfig, checkpoint: Path) -> bool:
+    """Whether the run is a branch that has not saved a checkpoint yet."""
+    where = config.checkpoint
+    return where.branch_from is not None and (
+        os.path.realpath(checkpoint.parent) != os.path.realpath(where.save or "")
+    )
+
+
 def _check_folders(config: ResolvedConfig, checkpoint: Path | None) -> None:
     """Refuse flags that contradict what --load and --save hold."""
     where = config.checkpoint
@@ -163,6 +190,7 @@ def _check_folders(config: ResolvedConfig, checkpoint: Path | None) -> None:
         )
     if (
         where.save
+        and where.branch_from is None
         and not (where.load and os.path.realpath(where.load) == os.path.realpath(where.save))
         and complete_iterations(Path(where.save))
     ):

@@ -11,6 +11,8 @@ from typing import Any
 from megatron_chatflow.config import Config, ResolvedConfig, Schedule, load_values
 from megatron_chatflow.config.resume_policy import (
     AT_RESUME,
+    BRANCH_MAY_CHANGE,
+    WARMUP,
     WEIGHT_DECAY_LENGTH,
     AtResume,
     kind_of,
@@ -118,7 +120,12 @@ def check_finetune(
 
 
 def resume_settings(
-    checkpoint: Path, state: Mapping[str, Any], config: ResolvedConfig, vocab_size: int
+    checkpoint: Path,
+    state: Mapping[str, Any],
+    config: ResolvedConfig,
+    vocab_size: int,
+    *,
+    begins_branch: bool = False,
 ) -> Resumed:
     """Compare the settings of a run with those of the checkpoint that it continues from.
 
@@ -127,6 +134,7 @@ def resume_settings(
         state: its state.json.
         config: this command's settings, resolved, with their length (`fix_length`).
         vocab_size: tokens without padding.
+        begins_branch: whether a branch begins here, whose schedule may end differently.
 
     Raises:
         ConfigError: settings differ that may not, or not without a flag; names every one of them
@@ -136,6 +144,12 @@ def resume_settings(
     saved, here = saved_settings(checkpoint, state), settings_to_save(config, vocab_size, schedule)
     found = _differences(saved, here)
     o = config.optimizer
+    takes_one = o.override_opt_param_scheduler or o.use_checkpoint_opt_param_scheduler
+    branched: list[_Difference] = []
+    if begins_branch and not takes_one:
+        free = _free_in_branch(saved, here, state["consumed_train_samples"])
+        branched = [difference for difference in found if difference.name in free]
+        found = [difference for difference in found if difference.name not in free]
     refused = [AtResume.MODEL, AtResume.POSITIONS]
     if state["optimizer"] and not config.checkpoint.no_load_optim:
         refused.append(AtResume.KIND)
@@ -150,7 +164,7 @@ def resume_settings(
                 f"momentum; "
                 "add --no-load-optim to start without"
             )
-    if not (o.override_opt_param_scheduler or o.use_checkpoint_opt_param_scheduler):
+    if not takes_one:
         refused.append(AtResume.SCHEDULE)
     _refuse({kind: _of_kind(found, kind) for kind in refused})
     scheduled = _of_kind(found, AtResume.SCHEDULE)
@@ -159,7 +173,10 @@ def resume_settings(
             f"changed from iteration {state['iteration'] + 1} on",
             _of_kind(found, AtResume.REPORTED, AtResume.KIND),
             "before",
-        )
+        ),
+        _reported(
+            f"changed by the branch from iteration {state['iteration'] + 1} on", branched, "before"
+        ),
     ]
     if o.override_opt_param_scheduler:
         notes.append(_reported(f"this command's ({OVERRIDE})", scheduled, "in the checkpoint"))
@@ -175,6 +192,15 @@ def resume_settings(
         )
     notes.append(_not_compared(checkpoint, saved, here))
     return Resumed(config, schedule, tuple(note for note in notes if note))
+
+
+def _free_in_branch(
+    saved: Mapping[str, Any], here: Mapping[str, Any], consumed: int
+) -> frozenset[str]:
+    """Return the settings of the schedule that a branch after `consumed` samples may change."""
+    lengths = [values.get("lr_warmup_samples") for values in (saved, here)]
+    is_over = all(length is not None and length < consumed for length in lengths)
+    return BRANCH_MAY_CHANGE | WARMUP if is_over else BRANCH_MAY_CHANGE
 
 
 def check_optimizer_group(group: Mapping[str, Any], config: ResolvedConfig) -> str | None:

@@ -74,6 +74,8 @@ class TrainState:
     """Whether the validation due after the last iteration, or before the first, was made."""
     resumed_from: Path | None
     """The checkpoint that the run continues; None for a new run."""
+    initial_weights: Path | None = None
+    """The checkpoint whose weights a new run started with (--finetune)."""
     exit_reason: str | None = None
     """Why to end before the last iteration: a signal's name or a setting. A callback may set it,
     on every rank alike."""
@@ -160,6 +162,7 @@ def build_train_state(
         only_new_rows=bool(saved and saved.get("only_new_rows")),
         validated=bool(saved and saved.get("validated", True)),
         resumed_from=start.checkpoint if saved is not None else None,
+        initial_weights=start.checkpoint if saved is None else None,
     )
 
 

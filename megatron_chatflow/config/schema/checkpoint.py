@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_chatflow.config.schema.section import Section, path_field
+from megatron_chatflow.config.schema.section import Section, flag_name, path_field
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class CheckpointSettings(Section):
     """
     ckpt_step: int | None = None
     """Load this iteration instead of the latest."""
+    branch_from: int | None = None
+    """Start a branch: continue from this iteration of --load into --save, a new folder, also with
+    another end of the schedule. The same command resumes the branch; --load is never written to.
+    """
     finetune: bool = False
     """Load weights only: iteration, curriculum and optimizer start from scratch."""
     no_load_optim: bool = False
@@ -44,3 +48,22 @@ class CheckpointSettings(Section):
     """Do not save the optimizer state."""
     exit_on_missing_checkpoint: bool = False
     """Fail when --load has no checkpoint, instead of starting from scratch."""
+
+    def validate(self) -> list[str]:
+        """Return what is wrong with this section alone, one message per error."""
+        errors = super().validate()
+        if self.branch_from is None:
+            return errors
+        what = {"load": "the run to branch from", "save": "a new folder for the branch"}
+        errors += [
+            f"branch_from is {self.branch_from} and {name} is missing; give --{name} {text}"
+            for name, text in what.items()
+            if not getattr(self, name)
+        ]
+        errors += [
+            f"{name} contradicts branch_from {self.branch_from}: a branch continues that "
+            f"iteration, with its optimizer state; drop {flag_name(name)} or --branch-from"
+            for name in ("finetune", "ckpt_step", "no_load_optim")
+            if getattr(self, name) not in (None, False)
+        ]
+        return errors
