@@ -128,6 +128,17 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     )
 
 
+def scaling_law_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """Return N of the scaling laws: non-embedding parameters and the output layer.
+
+    The tables of input embeddings and learned positions are left out. A tied embedding is the
+    output layer, so it is counted once. The padding of the vocabulary is left out.
+    """
+    untied = config.model.untie_embeddings_and_output_weights
+    tables = position_parameters(config) + untied * vocab_size * config.model.hidden_size
+    return count_parameters(config, vocab_size) - tables
+
+
 def flops_per_token(config: ModelConfig, vocab_size: int) -> float:
     """Return the floating-point operations of training on one token.
 

@@ -29,16 +29,15 @@ from megatron_chatflow.training.train_state import TrainState
 
 
 class ValidationCallback(Callback):
-    """Validates every --eval-interval iterations, before the first one and at the end of a run."""
+    """Validates every --eval-interval iterations, before the first one and after the last one.
+
+    A validation that is due comes before the checkpoint of its iteration, which records whether it
+    was made. So a run that is killed or stopped meanwhile makes it when it resumes.
+    """
 
     def __init__(self, stop: StopRequest, callbacks: CallbackList) -> None:
         """Validate unless `stop` asks the run to exit; `callbacks` are notified of the losses."""
         self._stop, self._callbacks = stop, callbacks
-        self._first_iteration = 0
-
-    def on_fit_start(self, state: TrainState) -> None:
-        """Note where the run begins."""
-        self._first_iteration = state.iteration
 
     def before_first_iteration(self, state: TrainState) -> None:
         """Take the baseline of a new run, or a validation that the run before did not complete."""
@@ -56,17 +55,14 @@ class ValidationCallback(Callback):
         if state.exit_reason is None and not state.validated:
             self._validate(state)
 
-    def on_fit_end(self, state: TrainState) -> None:
-        """Validate the final weights, unless this was just done or the run exits early."""
-        interval = state.config.validation.eval_interval
-        trained = state.iteration > self._first_iteration
-        if interval and trained and state.exit_reason is None and not self._is_due(state):
-            self._validate(state)
-
     @staticmethod
     def _is_due(state: TrainState) -> bool:
         interval = state.config.validation.eval_interval
-        return bool(interval) and state.iteration % interval == 0
+        if not interval:
+            return False
+        following = state.batches[-1].size_at(state.consumed)
+        is_last = state.consumed + following > state.forecast.total
+        return is_last or state.iteration % interval == 0
 
     def _validate(self, state: TrainState) -> None:
         """Take the held-out losses; a stop request between two domains leaves them incomplete."""
