@@ -64,6 +64,7 @@ class HeartbeatMonitor:
         self._names, self._init_timeout = names, init_timeout
         self._watched = [r for r in range(self._size) if r != rank] if rank == 0 else [0]
         self._joined, self._rounds = False, 0
+        self._seen: dict[int, tuple[bytes, int]] = {}
         self._stop, self._closed = threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=target, name="heartbeat", daemon=True)
@@ -84,15 +85,8 @@ class HeartbeatMonitor:
         """
         if self._stop.is_set():
             return
-        self._stop.set()
-        self._threads[0].join(2 * PATIENCE)
-        try:
-            # torch's annotations leave bytes out.
-            value: Any = _LEFT
-            self._store.set(f"beat/{self._rank}", value)
-            self._linger("closed")
-        except _STORE_ERRORS:  # rank 0 is gone, and had no reason to report
-            pass
+        with contextlib.suppress(*_STORE_ERRORS):  # rank 0 is gone, and had no reason to report
+            self._leave()
         self._closed.set()
 
     def explain(self, error: BaseException) -> str | None:
@@ -123,24 +117,42 @@ class HeartbeatMonitor:
         try:
             if self._claim(message):
                 _say(message)
-            self._linger("left")
+            self._leave()
         except _STORE_ERRORS:
             _say(message)
         os._exit(1)
 
-    def _linger(self, key: str) -> None:
-        """Rank 0 holds the store, where the others still look for the reason: it exits last."""
-        self._store.add(key, 1)
-        end = time.monotonic() + 2 * PATIENCE
-        while self._rank == 0 and time.monotonic() < end and self._store.add(key, 0) < self._size:
+    def _leave(self) -> None:
+        """Stop the heartbeats and write that this rank leaves; rank 0 leaves last.
+
+        Rank 0 holds the store, where the others still look for the reason. It waits, for
+        2 * `PATIENCE` seconds at most, for those whose heartbeat has not stopped.
+        """
+        self._stop.set()
+        if threading.current_thread() is not self._threads[0]:
+            self._threads[0].join(2 * PATIENCE)
+        value: Any = _LEFT  # torch's annotations leave bytes out
+        self._store.set(f"beat/{self._rank}", value)
+        begin = time.monotonic()
+        while self._rank == 0 and (passed := time.monotonic() - begin) < 2 * PATIENCE:
+            beats = self._store.multi_get([f"beat/{rank}" for rank in self._watched])
+            if all(
+                beat == _LEFT or self._silent(rank, beat) + passed >= PATIENCE
+                for rank, beat in zip(self._watched, beats, strict=True)
+            ):
+                break
             time.sleep(0.1)
+
+    def _silent(self, rank: int, beat: bytes) -> float:
+        """Seconds for which `beat` of a watched rank had not changed at the last own heartbeat."""
+        before, times = self._seen.get(rank, (b"", 0))
+        return times * BEAT if beat == before else -2 * PATIENCE
 
     def _limit(self) -> float:
         return SILENT if self._joined else min(SILENT, self._init_timeout)
 
     def _live(self) -> None:
         """The first thread: write heartbeats and read those that are watched."""
-        seen: dict[int, tuple[bytes, int]] = {}
         count, ending = 0, 0
         while not self._stop.wait(BEAT):
             count += 1
@@ -149,7 +161,7 @@ class HeartbeatMonitor:
                 ending += self._store.check(["reason"])
                 if ending > PATIENCE:  # the main thread has not met a failed collective
                     self._end("")
-                gone = [r for r, n in self._unchanged(seen).items() if n > self._limit()]
+                gone = [r for r, n in self._unchanged().items() if n > self._limit()]
                 if gone and not self._stop.is_set():
                     self._end(self._each(gone, f"has given no heartbeat for {self._limit():.0f} s"))
                 if not self._joined and count > self._init_timeout and not self._stop.is_set():
@@ -169,13 +181,13 @@ class HeartbeatMonitor:
                 _say(f"{holder} has not answered {self._names[self._rank]}, for {quiet} s")
                 os._exit(1)
 
-    def _unchanged(self, seen: dict[int, tuple[bytes, int]]) -> dict[int, int]:
+    def _unchanged(self) -> dict[int, int]:
         """{watched rank: for how many beats of this one its own has not changed}."""
         beats = self._store.multi_get([f"beat/{rank}" for rank in self._watched])
         for rank, beat in zip(self._watched, beats, strict=True):
-            before, times = seen.get(rank, (beat, 0))
-            seen[rank] = (beat, 0 if beat in (_LEFT, b"") or beat != before else times + 1)
-        return {rank: times for rank, (_, times) in seen.items()}
+            before, times = self._seen.get(rank, (beat, 0))
+            self._seen[rank] = (beat, 0 if beat in (_LEFT, b"") or beat != before else times + 1)
+        return {rank: times for rank, (_, times) in self._seen.items()}
 
     def _look_around(self, reason: str) -> str:
         """Return who is behind a collective that failed here.
