@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import json
-import os
-import resource
-import shutil
-import time
-import traceback
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_chatflow.config import (
-    CommandParser,
-    ResolvedConfig,
-    make_parser,
-    padded_vocab_size,
-    parse,
-    resolve,
-    total_samples,
-)
+from megatron_chatflow.cli.preflight_checks import check_layers, examine
+from megatron_chatflow.cli.preflight_time import add_step_time, parse_calibration, search
+from megatron_chatflow.config import CommandParser, ResolvedConfig, make_parser, parse, resolve
 from megatron_chatflow.config.arguments import positive_float, positive_int
-from megatron_chatflow.config.schema import PrecisionSettings
-from megatron_chatflow.errors import ChatflowError, ConfigError, messages_of
-from megatron_chatflow.planner.batches import bubble, micro_batches
-from megatron_chatflow.planner.memory import (
-    GIB,
-    RESERVE,
-    checkpoint_bytes,
-    memory_advice,
-    stage_memory,
-)
-from megatron_chatflow.planner.parameters import Layout, layout_of
+from megatron_chatflow.errors import ChatflowError, messages_of
+from megatron_chatflow.planner.accelerators import find_accelerator
+from megatron_chatflow.planner.memory import GIB, RESERVE, memory_advice
 from megatron_chatflow.report import console
 from megatron_chatflow.report.preflight_table import preflight_table
 
 EPILOG = """examples:
   {call} --config examples/llama2_70b_preflight.yaml --world-size 512
-  {call} --config run.yaml --world-size 64 --gpu-memory-gib 141 --json
+  {call} --config run.yaml --world-size 64 --time --accelerator H200-SXM --json
+  {call} --config run.yaml --gpus 64 --search --accelerator H100-SXM --calibrate tokens_per_sec=9e4
 
 exit codes: 0 fits, 1 does not fit into the memory of a GPU, 2 refused: the run would not start
 """
 _EXIT = {"fits": 0, "does not fit": 1, "refused": 2}
-_FP8_DEVICES = {
-    "delayed": "compute capability 8.9 or newer (Ada, Hopper, Blackwell)",
-    "tensorwise": "compute capability 8.9 or newer (Ada, Hopper, Blackwell)",
-    "blockwise": "compute capability 9.0 or newer (Hopper, Blackwell), with CUDA 12.9 or newer",
-    "mxfp8": "compute capability 10 (Blackwell)",
-}
+_GPU_MEMORY_GIB = 80.0
 
 
 def parser() -> CommandParser:
@@ -57,12 +33,13 @@ def parser() -> CommandParser:
     parser = make_parser(
         "chatflow preflight",
         "Check a cluster configuration without the cluster: settings, every rank's model, memory, "
-        "batches and corpora.",
+        "batches and corpora; predict the time of a step; rank layouts.",
         EPILOG,
         command="preflight",
     )
     parser.add_argument(
         "--world-size",
+        "--gpus",
         type=positive_int,
         required=True,
         metavar="N",
@@ -71,275 +48,71 @@ def parser() -> CommandParser:
     parser.add_argument(
         "--gpu-memory-gib",
         type=positive_float,
-        default=80.0,
         metavar="X",
-        help="memory of one GPU in GiB. Default: 80.",
+        help="memory of one GPU in GiB. Default: that of --accelerator, else 80.",
+    )
+    parser.add_argument(
+        "--accelerator", metavar="NAME", help="GPU of the cluster, e.g. H100-SXM or GB200-NVL72"
+    )
+    parser.add_argument(
+        "--time", action="store_true", help="predict the time of a step; needs --accelerator"
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="rank the layouts that fit by predicted step time, in place of checking one layout; "
+        "needs --accelerator",
+    )
+    parser.add_argument(
+        "--calibrate",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="a measured step on this accelerator, in this precision. tokens_per_sec=X of the job, "
+        "and what differed from this configuration: gpus=N, or any setting by its name",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the table"
     )
+    parser.check = _check
     return parser
+
+
+def _check(args: argparse.Namespace) -> Iterator[str]:
+    """Yield what is wrong with the command's own flags."""
+    if args.accelerator is None:
+        for flag in ("time", "search"):
+            if getattr(args, flag):
+                yield f"--{flag} needs the GPU; give --accelerator NAME"
+    if args.calibrate and not (args.time or args.search):
+        yield "--calibrate has no effect without --time or --search; add one of them"
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the table and the verdict; returns 0 (fits), 1 (does not fit) or 2 (refused)."""
     config, args = parse(parser(), argv)
-    result = {"world_size": args.world_size, "gpu_memory_gib": args.gpu_memory_gib, "notes": []}
+    accelerator = find_accelerator(args.accelerator) if args.accelerator else None
+    measured = parse_calibration(args.calibrate) if args.calibrate else None
+    memory = args.gpu_memory_gib or (accelerator.memory_gib if accelerator else _GPU_MEMORY_GIB)
+    result: dict[str, Any] = {
+        "world_size": args.world_size,
+        "gpu_memory_gib": memory,
+        "notes": [],
+    }
     try:
-        resolved = resolve(config, args.world_size)
-        _check_layers(resolved)
+        if args.search and accelerator:
+            verdict, reasons = search(config, accelerator, measured, result)
+        else:
+            resolved = resolve(config, args.world_size)
+            check_layers(resolved)
+            vocab_size, reasons = examine(resolved, args.world_size, result)
+            if args.time and accelerator and vocab_size is not None:
+                add_step_time(config, vocab_size, accelerator, measured, result)
+            verdict, reasons = ("refused", reasons) if reasons else _fit(resolved, result)
     except ChatflowError as error:
         verdict, reasons = "refused", list(messages_of(error))
-    else:
-        reasons = _look(resolved, args.world_size, result)
-        verdict, reasons = ("refused", reasons) if reasons else _fit(resolved, result)
     result |= {"verdict": verdict, "reasons": reasons}
     console.say(json.dumps(result, ensure_ascii=False) if args.json else preflight_table(result))
     return _EXIT[verdict]
-
-
-def _look(config: ResolvedConfig, world_size: int, result: dict[str, Any]) -> list[str]:
-    """Fill in `result`; return the reasons why the run would not start."""
-    layout = layout_of(config, world_size)
-    vocab_size, refusals = _read_data(config, result)
-    result["layout"] = {
-        "tensor": layout.tp,
-        "pipeline": layout.pp,
-        "virtual": layout.vpp,
-        "data": layout.dp,
-        "sequence_parallel": config.parallel.sequence_parallel,
-        "distributed_optimizer": config.parallel.use_distributed_optimizer,
-    }
-    count, t = micro_batches(config, layout), config.training
-    tokens = t.global_batch_size * config.data.seq_length
-    result["batch"] = {
-        "samples": t.global_batch_size,
-        "tokens": tokens,
-        "micro_batches": count,
-        "micro_batch_size": t.micro_batch_size,
-        "bubble": bubble(layout, count),
-    }
-    _note_devices(config, layout, result["notes"])
-    return (
-        refusals
-        if vocab_size is None
-        else refusals + _look_at_model(config, vocab_size, layout, result)
-    )
-
-
-def _look_at_model(
-    config: ResolvedConfig, vocab_size: int, layout: Layout, result: dict[str, Any]
-) -> list[str]:
-    stages = [stage_memory(config, vocab_size, layout, stage) for stage in range(layout.pp)]
-    result["stages"] = [dataclasses.asdict(stage) | {"total": stage.total} for stage in stages]
-    begin = time.perf_counter()
-    try:
-        built = _build(config, vocab_size, layout)
-    except (ValueError, AssertionError, NotImplementedError) as error:
-        if not _raised_by_megatron_core(error):
-            raise
-        return [f"megatron-core does not build the model: {error}"]
-    result["built"] = {"ranks": layout.tp * layout.pp, "seconds": time.perf_counter() - begin}
-    _describe_run(config, vocab_size, result)
-    return [
-        f"the model that was built for stage {stage.stage} has {count:,} parameters on "
-        f"tensor rank {rank}, and the closed form says "
-        f"{stage.parameters:,}: a bug of preflight, please report it"
-        for stage, counts in zip(stages, built, strict=True)
-        for rank, count in enumerate(counts)
-        if count != stage.parameters
-    ]
-
-
-def _raised_by_megatron_core(error: BaseException) -> bool:
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_globals.get("__name__", "").startswith("megatron.core")
-
-
-def _build(config: ResolvedConfig, vocab_size: int, layout: Layout) -> list[list[int]]:
-    """Return the parameters of every pipeline stage's tensor ranks, in one replica.
-
-    The models are built by the code that `train` runs, without FP8: without CUDA its layers would
-    differ from those on the cluster, and have the same parameters.
-    """
-    from megatron_chatflow.distributed.fake_ranks import hide_devices, rehearse
-
-    hide_devices()
-    from megatron_chatflow.distributed.process_groups import hide_engine_warnings
-
-    hide_engine_warnings()
-    from megatron_chatflow.model.gpt import build_model
-
-    plain = dataclasses.replace(config, precision=PrecisionSettings())
-    counts = []
-    for rank in range(layout.tp * layout.pp):
-        with rehearse(rank, layout.tp * layout.pp, config.parallel, config.model.num_layers):
-            chunks = build_model(plain, vocab_size, "local", wrap=False)
-        counts.append(
-            sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-        )
-    return [counts[stage * layout.tp : (stage + 1) * layout.tp] for stage in range(layout.pp)]
-
-
-def _describe_run(config: ResolvedConfig, vocab_size: int, result: dict[str, Any]) -> None:
-    from megatron_chatflow.planner.parameters import count_parameters, flops_per_token
-    from megatron_chatflow.training.batch_schedule import batch_history, count_iterations
-
-    padded, p, c = padded_vocab_size(config, vocab_size), config.precision, config.checkpoint
-    precision = (
-        f"FP8 {p.fp8_format} ({p.fp8_recipe}) and bf16"
-        if p.fp8_format
-        else "bf16"
-        if config.training.bf16
-        else "float32"
-    )
-    result["model"] = {
-        "parameters": count_parameters(config, vocab_size),
-        "vocab_size": vocab_size,
-        "padded_vocab_size": padded,
-        "precision": precision,
-    }
-    samples = (result.get("data") or {}).get("samples", total_samples(config))
-    iterations, tokens = (
-        count_iterations(batch_history(config), samples),
-        samples * config.data.seq_length,
-    )
-    result["run"] = {
-        "iterations": iterations,
-        "samples": samples,
-        "tokens": tokens,
-        "flops": tokens * flops_per_token(config, vocab_size),
-    }
-    size = checkpoint_bytes(config, count_parameters(config, padded))
-    count = -(-iterations // c.save_interval) if c.save_interval else 1
-    result["checkpoint"] = {"bytes": size, "count": count if c.save else 0}
-    _note_disk(c.save, result["checkpoint"], result["notes"])
-
-
-def _read_data(config: ResolvedConfig, result: dict[str, Any]) -> tuple[int | None, list[str]]:
-    """Fill in `data`; return (size of the vocabulary or None, why the corpora cannot be used)."""
-    from megatron_chatflow.curriculum import check_exhaustion, forecast
-    from megatron_chatflow.training.data_setup import check_tokens, make_plan, open_inputs
-
-    if not (config.data.curriculum or config.data.data_path):
-        result["notes"].append(
-            "no corpus was checked: neither --curriculum nor --data-path is given"
-        )
-        return _vocab_size(config, [])
-    try:
-        inputs = open_inputs(config, held_out=bool(config.validation.eval_interval))
-    except ChatflowError as error:
-        return _vocab_size(config, _corpus_errors(config) or [str(error)])
-    result["notes"] += inputs.notes
-    result["notes"].append(_files_note(len(inputs.domains)))
-    try:
-        result["notes"].append(check_tokens(inputs))
-        plan = make_plan(config, inputs.curriculum, inputs.epoch_samples)
-        outlook = forecast(plan, inputs.epoch_samples)
-        result["notes"] += outlook.warnings
-        domains = [
-            {"name": d.name, "samples": d.samples, "epochs": d.epochs} for d in outlook.domains
-        ]
-        result["data"] = {"samples": outlook.end, "domains": domains}
-        check_exhaustion(plan, inputs.epoch_samples)
-    except ChatflowError as error:
-        return inputs.vocab_size, [str(error)]
-    return inputs.vocab_size, []
-
-
-def _vocab_size(config: ResolvedConfig, refusals: list[str]) -> tuple[int | None, list[str]]:
-    """Return the size as given, or the tokenizer's, and the refusals with those found here."""
-    from megatron_chatflow.tokenizer import load_tokenizer
-
-    t = config.tokenizer
-    if t.vocab_size:
-        return t.vocab_size, refusals
-    if not t.tokenizer_type:
-        unknown = (
-            "the size of the vocabulary is not known; give --vocab-size, or --tokenizer-type "
-            "and --tokenizer-model"
-        )
-        return None, [*refusals, unknown]
-    try:
-        tokenizer = load_tokenizer(
-            t.tokenizer_type,
-            tokenizer_model=t.tokenizer_model,
-            vocab_file=t.vocab_file,
-            merge_file=t.merge_file,
-        )
-    except ChatflowError as error:
-        return None, [*refusals, *([] if str(error) in refusals else [str(error)])]
-    return tokenizer.vocab_size, refusals
-
-
-def _corpus_errors(config: ResolvedConfig) -> list[str]:
-    """Return a message per corpus of the curriculum that cannot be opened."""
-    from megatron_chatflow.curriculum import load_curriculum
-    from megatron_chatflow.data import open_domains
-
-    if not config.data.curriculum:
-        return []
-    try:
-        curriculum = load_curriculum(config.data.curriculum)
-    except ChatflowError:
-        return []
-    errors = []
-    for name, domain in curriculum.domains.items():
-        try:
-            open_domains(
-                dataclasses.replace(curriculum, domains={name: domain}),
-                seq_length=config.data.seq_length,
-                seed=0,
-                split=config.data.split,
-            )
-        except ChatflowError as error:
-            errors.append(str(error))
-    return errors
-
-
-def _files_note(corpora: int) -> str:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        f"each process maps {2 * corpora} files of {corpora} corpora and keeps none of them "
-        f"open (limit of open files here: {soft})"
-    )
-
-
-def _note_disk(save: str | None, checkpoint: dict[str, int], notes: list[str]) -> None:
-    if save is None:
-        notes.append("no --save: nothing of the run would be kept")
-        return
-    folder = next(path for path in (Path(save), *Path(save).parents) if os.path.exists(path))
-    free, wanted = shutil.disk_usage(folder).free, checkpoint["count"] * checkpoint["bytes"]
-    if free < wanted:
-        notes.append(
-            f"old checkpoints are not removed: {save} would grow to {wanted / 1e9:,.0f} GB, "
-            f"and {free / 1e9:,.0f} GB are free"
-        )
-
-
-def _check_layers(config: ResolvedConfig) -> None:
-    """Refuse what only a machine with CUDA would refuse."""
-    if config.precision.fp8_format and config.model.transformer_impl == "local":
-        raise ConfigError(
-            f"fp8_format {config.precision.fp8_format} needs Transformer Engine on CUDA, "
-            f"and transformer_impl is local; drop --transformer-impl or "
-            "--fp8-format"
-        )
-
-
-def _note_devices(config: ResolvedConfig, layout: Layout, notes: list[str]) -> None:
-    p = config.precision
-    if p.fp8_format:
-        notes.append(
-            f"fp8_recipe {p.fp8_recipe} needs {_FP8_DEVICES[p.fp8_recipe]} and Transformer "
-            f"Engine on the cluster"
-        )
-    if layout.tp > 8:
-        notes.append(
-            f"TP {layout.tp} is more than the 8 GPUs of a usual node: every layer would "
-            f"wait for the network"
-        )
 
 
 def _fit(config: ResolvedConfig, result: dict[str, Any]) -> tuple[str, list[str]]:

@@ -28,9 +28,9 @@ DEFAULT_FACTOR = 1.10
 """Measured over modeled time without a measurement: the geometric mean over the calibration rows of
 ``benchmarks/step_time.py``, one per system and precision. It is the only fitted number."""
 
-EXPECTED_ERROR = {"calibrated": (0.06, 0.30), "not calibrated": (0.10, 0.26)}
+EXPECTED_ERROR = {"calibrated": (0.07, 0.30), "not calibrated": (0.10, 0.27)}
 """{whether a measured step gave the factor: (mean, worst) relative error of tokens/s}, measured by
-``benchmarks/step_time.py`` on the rows that the factor was not taken from."""
+``benchmarks/step_time.py`` on the rows that the factor was not taken from, rounded up."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,16 @@
-"""What `preflight` prints: a summary, the memory of each pipeline stage, notes, the verdict."""
+"""What `preflight` prints: a summary, step time, memory of each stage, notes, the verdict."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from megatron_chatflow.report.step_time_table import (
+    search_lines,
+    step_time_facts,
+    step_time_lines,
+)
 
 _GIB = 2**30
 _COLUMNS = ("weights", "fp8_weights", "gradients", "optimizer", "activations", "logits", "total")
@@ -14,13 +20,17 @@ def preflight_table(result: Mapping[str, Any]) -> str:
     """Return the result of `preflight` as text.
 
     Args:
-        result: what ``--json`` prints; of the parts `model`, `layout`, `batch`, `run`, `checkpoint`
-            and `data`, those that are known.
+        result: what ``--json`` prints; of the parts `model`, `layout`, `batch`, `run`, `time`,
+            `search`, `checkpoint` and `data`, those that are known.
 
     Returns:
         Lines without a newline at the end; the last ones are the verdict.
     """
     lines = [f"{name:<11} {text}" for name, text in _facts(result)]
+    if result.get("time"):
+        lines += ["", *step_time_lines(result["time"])]
+    if (result.get("search") or {}).get("layouts"):
+        lines += [*search_lines(result["search"]["layouts"]), ""]
     if result.get("stages"):
         lines += ["", *_memory(result["stages"]), ""]
     lines += [f"note: {note}" for note in result["notes"]]
@@ -87,6 +97,8 @@ def _facts(result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
                 f"{run['tokens']:,} tokens, {run['flops']:.3g} FLOPs (model)"
             ),
         )
+    if time := result.get("time"):
+        yield from step_time_facts(time)
     if checkpoint := result.get("checkpoint"):
         kept = (
             (

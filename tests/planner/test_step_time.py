@@ -296,6 +296,5 @@ def test_published_rows_are_predicted_within_15_percent_on_average_in_every_spli
     assert result["default_factor"] == pytest.approx(DEFAULT_FACTOR, abs=0.005)
     every, none = result["splits"]["every row"]["test"], result["not calibrated"]
     for key, measured in (("calibrated", every), ("not calibrated", none)):
-        assert EXPECTED_ERROR[key] == pytest.approx(
-            (measured["mean"], measured["worst"]), abs=0.006
-        )
+        for stated, found in zip(EXPECTED_ERROR[key], list(measured.values())[1:], strict=True):
+            assert found <= stated < found + 0.01
