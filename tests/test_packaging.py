@@ -73,10 +73,11 @@ def test_only_the_package_defines_the_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", megatron_chatflow.__version__)
 
 
-def test_the_wheel_ships_the_mark_of_a_typed_package():
+@pytest.mark.parametrize("name", ["py.typed", "planner/accelerators.yaml"])
+def test_the_wheel_ships_the_files_that_are_not_python(name: str):
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert "py.typed" in data["package-data"]["megatron_chatflow"]
-    assert (ROOT / "megatron_chatflow" / "py.typed").is_file()
+    assert name in data["package-data"]["megatron_chatflow"]
+    assert (ROOT / "megatron_chatflow" / name).is_file()
 
 
 def test_the_installed_command_leads_to_a_function():

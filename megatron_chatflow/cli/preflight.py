@@ -19,8 +19,9 @@ from megatron_chatflow.report.preflight_table import preflight_table
 
 EPILOG = """examples:
   {call} --config examples/llama2_70b_preflight.yaml --world-size 512
-  {call} --config run.yaml --world-size 64 --time --accelerator H200-SXM --json
-  {call} --config run.yaml --gpus 64 --search --accelerator H100-SXM --calibrate tokens_per_sec=9e4
+  {call} --config run.yaml --world-size 64 --gpu-memory-gib 141 --json
+  {call} --config run.yaml --gpus 64 --time --accelerator H200-SXM
+  {call} --config run.yaml --gpus 64 --search --accelerator H200-SXM
 
 exit codes: 0 fits, 1 does not fit into the memory of a GPU, 2 refused: the run would not start
 """
