@@ -1,1 +1,1 @@
-"""Closed forms of what a run needs: parameters, memory, micro-batches, size of a checkpoint."""
+"""Closed forms of what a run needs: parameters, memory, batches, step time, checkpoints."""

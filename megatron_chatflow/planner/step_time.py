@@ -46,16 +46,6 @@ class StepTime:
     """Model FLOPs over the peak of the layers' precision, 0 to 1."""
 
 
-@dataclass(frozen=True)
-class MeasuredStep:
-    """A step that ran."""
-
-    seconds: float
-    flops: float
-    """Of the model, in the step."""
-    world_size: int
-
-
 def predict_step(
     step: StepSettings,
     accelerator: Accelerator,
@@ -90,18 +80,6 @@ def calibration_factor(step: StepSettings, accelerator: Accelerator, seconds: fl
     It holds for other layouts and models on the same accelerator in the same precision.
     """
     return seconds / predict_step(step, accelerator, factor=1).seconds
-
-
-def estimate_hours(flops: float, world_size: int, measured: MeasuredStep) -> float:
-    """Return the hours of a run whose steps do as many operations per second as the measured one.
-
-    Args:
-        flops: of the model, over the run.
-        world_size: processes of the run, each as fast as one of the measured step.
-        measured: a step on the same machine.
-    """
-    rate = measured.flops / measured.seconds / measured.world_size
-    return flops / (rate * world_size) / 3600
 
 
 def _parts(

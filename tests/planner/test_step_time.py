@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +22,7 @@ from megatron_chatflow.planner.step_settings import PRECISIONS, StepSettings, st
 from megatron_chatflow.planner.step_time import (
     DEFAULT_FACTOR,
     EXPECTED_ERROR,
-    MeasuredStep,
     calibration_factor,
-    estimate_hours,
     predict_step,
 )
 from megatron_chatflow.utils.user_files import load_yaml
@@ -228,12 +227,6 @@ def test_a_group_uses_the_ports_of_its_members_in_a_node() -> None:
     assert find_accelerator("gb200-nvl72").group_bandwidth(144, 1) == 900e9
 
 
-def test_a_run_of_as_many_operations_takes_as_long_as_the_measured_steps() -> None:
-    measured = MeasuredStep(seconds=36, flops=1e15, world_size=2)
-    assert estimate_hours(100e15, 2, measured) == pytest.approx(1)
-    assert estimate_hours(100e15, 8, measured) == pytest.approx(0.25)
-
-
 def test_the_operations_are_those_of_log_throughput() -> None:
     config = cast(ResolvedConfig, small(8, LLAMA, bf16=True))
     assert step_settings_of(config, VOCAB, 8).flops_per_token == flops_per_token(config, VOCAB)
@@ -278,6 +271,38 @@ def test_a_70b_step_predicts_the_405b_step_of_the_same_system(tmp_path: Path) ->
     found = benchmark.calibrated(benchmark.split(rows, benchmark.SPLITS["fewest GPUs, newest"]))
     assert [test.model for _, _, test in found] == ["LLAMA3.1_405B"] * 3
     assert all(abs(error) < 0.15 for error, _, _ in found)
+
+
+BF16 = """\
+release,model,system,gpus,precision,gbs,mbs,sequence_length,fsdp,tp,pp,cp,vp,tokens_per_sec_per_gpu
+0,LLAMA3.1_405B,DGX-H100,8192,BF16,2048,1,8192,0,8,16,1,8,1
+0,LLAMA3.1_405B,DGX-H100,16384,BF16,2048,1,8192,0,8,16,1,8,1
+"""
+
+
+def test_llama_3_in_bf16_is_predicted_from_data_sheets_alone(tmp_path: Path) -> None:
+    # "The Llama 3 Herd of Models" (arXiv 2407.21783), table 4: another trainer, in a precision and
+    # at sizes that no calibration row has. TFLOP/s per GPU count causal attention.
+    (tmp_path / "rows.csv").write_text(BF16)
+    rates = []
+    for row in benchmark.read_rows(tmp_path / "rows.csv"):
+        s = row.step
+        causal = s.flops_per_token - 6 * s.num_layers * s.seq_length * s.queries
+        rates.append(predict_step(s, H100).tokens_per_second_per_gpu * causal / 1e12)
+    assert rates == [pytest.approx(430, rel=0.2), pytest.approx(400, rel=0.2)]
+    assert rates[1] / rates[0] == pytest.approx(400 / 430, rel=0.03)
+
+
+def test_the_benchmark_prints_a_table_and_one_json_object(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.csv").write_text(PUBLISHED)
+    assert benchmark.main([str(tmp_path / "rows.csv"), "--rows"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("6 rows, 3 of them calibrate")
+    result = json.loads(lines[-1])
+    assert result["splits"]["every row"]["test"]["rows"] == 6
+    assert result["not calibrated"]["rows"] == 3
 
 
 @pytest.mark.skipif(
