@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": ("convert.main", "convert weights from Hugging Face and back"),
     "doctor": ("doctor.main", "show what this machine can run, and why"),
     "preflight": ("preflight.main", "check a cluster configuration without the cluster"),
+    "sweep": ("sweep.main", "train sizes x lengths x shares x seeds, for `fit`"),
     "submit": ("submit.main", "submit a run as a SLURM job"),
     "completion": ("completion.main", "print the completion script of a shell"),
 }

@@ -40,6 +40,13 @@ class Job:
     """Further flags of sbatch."""
 
 
+def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return (words of a command, words after ``--`` for sbatch)."""
+    words = list(argv)
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
 def render(job: Job) -> str:
     """Return the text of the script.
 
@@ -62,11 +69,11 @@ def render(job: Job) -> str:
         "signal": f"USR1@{job.lead_seconds}",
         "output": f"{job.save.replace('%', '%%')}/slurm-%j.log",
     }
-    lines = [f"#SBATCH --{name}={_sbatch_quote(str(value))}" for name, value in head.items()]
+    lines = [f"#SBATCH --{name}={sbatch_quote(str(value))}" for name, value in head.items()]
     lines += [
         "#SBATCH --open-mode=append",
         "#SBATCH --requeue",
-        *(f"#SBATCH {words}" for words in _flags(job.sbatch)),
+        *(f"#SBATCH {words}" for words in flag_lines(job.sbatch)),
     ]
     srun = ["srun", "--kill-on-bad-exit=0", "--wait=60", f"--cpus-per-task={job.cpus_per_task}"]
     if job.container:
@@ -101,7 +108,7 @@ def _check(job: Job) -> None:
         )
 
 
-def _sbatch_quote(word: str) -> str:
+def sbatch_quote(word: str) -> str:
     """Quote a word of an #SBATCH line: in it a backslash escapes in quotes of either kind.
 
     Older releases of sbatch blank `packjob` and `hetjob` anywhere in such a line; a backslash
@@ -112,13 +119,13 @@ def _sbatch_quote(word: str) -> str:
     return word if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII) else f'"{word}"'
 
 
-def _flags(words: Sequence[str]) -> list[str]:
+def flag_lines(words: Sequence[str]) -> list[str]:
     """Return one line per flag; a word without a leading dash is the value of the previous one."""
     lines: list[list[str]] = []
     for word in words:
         if word.startswith("-") or not lines:
             lines.append([])
-        lines[-1].append(_sbatch_quote(word))
+        lines[-1].append(sbatch_quote(word))
     return [" ".join(line) for line in lines]
 
 

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_chatflow.cli.slurm_script import Job, render
+from megatron_chatflow.cli.slurm_script import Job, render, split_words
 from megatron_chatflow.config import CommandParser, Config, make_parser, parse, resolve
 from megatron_chatflow.config.arguments import non_negative_int, positive_int
 from megatron_chatflow.errors import ConfigError, ErrorCollector
@@ -34,7 +34,7 @@ nothing was written
 
 def main(argv: Sequence[str]) -> int:
     """Check the settings, write the script, and give it to sbatch."""
-    words, sbatch = _split(argv)
+    words, sbatch = split_words(argv)
     config, args = parse(parser(), words, resolve=_checked)
     job = _job(config, args, words, sbatch)
     script = render(job)
@@ -63,13 +63,6 @@ def main(argv: Sequence[str]) -> int:
     console.say(f"script: {path}\nlog:    {job.save}/slurm-{number}.log")
     console.say(f"end it: scancel {number}; save and requeue: scancel --signal=USR1 {number}")
     return 0
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (words of this command, words for sbatch)."""
-    words = list(argv)
-    at = words.index("--") if "--" in words else len(words)
-    return words[:at], words[at + 1 :]
 
 
 def parser() -> CommandParser:
