@@ -60,6 +60,7 @@ def complete_run(out: str, name: str) -> list[str]:
     ].split()
 
 
+@pytest.mark.slow
 def test_repeat_reads_a_domain_again_in_another_order(story: Story) -> None:
     windows = write(story, "repeat")
     code, out, _ = plan(story)
@@ -187,6 +188,7 @@ def test_an_amendment_counts_what_was_read_before_against_what_a_domain_can_give
     story.audit(320, (0, HALVES), (64, mostly), (end, ENGLISH), (160, mostly), (again, ENGLISH))
 
 
+@pytest.mark.slow
 def test_a_domain_that_was_read_more_than_a_new_cap_allows_gives_nothing_more(story: Story) -> None:
     windows = write(story, "repeat")
     story.go("--exit-interval", "10")

@@ -31,11 +31,16 @@ LAYOUTS = {
 }
 
 
-SLOW = {"TP2 with sequence parallelism", "TP2 x PP2", "TP4 over two key heads"}
+FAST = {
+    "TP2 with another padding of the vocabulary",
+    "PP2 by a layout, interleaved",
+    "DP2 with the distributed optimizer and overlap",
+}
+"""Each adds to a plain layout; the others are marked slow."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS]
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in LAYOUTS]
 )
 def test_a_layout_trains_as_one_process_does(
     pool: Pool, sample: Path, reference: Path, name: str
