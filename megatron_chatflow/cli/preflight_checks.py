@@ -251,7 +251,7 @@ def _note_disk(save: str | None, checkpoint: dict[str, int], notes: list[str]) -
         )
 
 
-def check_layers(config: ResolvedConfig) -> None:
+def check_layers(config: Config) -> None:
     """Refuse what only a machine with CUDA would refuse."""
     if config.precision.fp8_format and config.model.transformer_impl == "local":
         raise ConfigError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_chatflow.cli.preflight_checks import find_vocab_size
+from megatron_chatflow.cli.preflight_checks import check_layers, find_vocab_size
 from megatron_chatflow.config import Config, nearest, resolve
 from megatron_chatflow.config.loader import convert
 from megatron_chatflow.config.schema import section_of, sections
@@ -111,6 +111,7 @@ def search(
         ConfigError: the vocabulary or the global batch is unknown, or the measured step cannot be.
     """
     world_size, gpu = result["world_size"], result["gpu_memory_gib"]
+    check_layers(config)
     vocab_size, refusals = find_vocab_size(config, [])
     if vocab_size is None:
         raise ConfigError(refusals[0])
@@ -118,6 +119,8 @@ def search(
     found = search_layouts(config, vocab_size, world_size, accelerator, gpu, factor=factor)
     result["search"] = {
         "accelerator": accelerator.name,
+        "global_batch_size": config.training.global_batch_size,
+        "seq_length": config.data.seq_length,
         "examined": found.examined,
         "layouts": [_row(layout) for layout in found.layouts],
         **_error(measured),

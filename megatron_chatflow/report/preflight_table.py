@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_chatflow.report.step_time_table import (
+    search_facts,
     search_lines,
     step_time_facts,
     step_time_lines,
@@ -30,7 +31,7 @@ def preflight_table(result: Mapping[str, Any]) -> str:
     if result.get("time"):
         lines += ["", *step_time_lines(result["time"])]
     if (result.get("search") or {}).get("layouts"):
-        lines += [*search_lines(result["search"]["layouts"]), ""]
+        lines += ["", *search_lines(result["search"]["layouts"]), ""]
     if result.get("stages"):
         lines += ["", *_memory(result["stages"]), ""]
     lines += [f"note: {note}" for note in result["notes"]]
@@ -40,6 +41,8 @@ def preflight_table(result: Mapping[str, Any]) -> str:
 
 
 def _facts(result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if search := result.get("search"):
+        yield from search_facts(search, result["world_size"], result["gpu_memory_gib"])
     if model := result.get("model"):
         padding = (
             f", padded to {model['padded_vocab_size']:,}"

@@ -23,7 +23,7 @@ _COLUMNS = ("rank", "TP", "PP", "VP", "DP", "MBS", "recompute", "GiB", "s/step",
 
 def step_time_facts(time: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Yield (name, text) of the summary's lines about a predicted step."""
-    hours = f"; {time['run_hours']:,.1f} hours for the run" if "run_hours" in time else ""
+    hours = f"; {_duration(time['run_hours'])} for the run" if "run_hours" in time else ""
     yield (
         "step",
         f"{time['seconds']:.3g} s on {time['accelerator']} (predicted), "
@@ -32,10 +32,19 @@ def step_time_facts(time: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     )
 
 
+def search_facts(
+    search: Mapping[str, Any], world_size: int, gpu_memory_gib: float
+) -> Iterable[tuple[str, str]]:
+    """Yield (name, text) of the summary's lines about a search."""
+    batch, length = search["global_batch_size"], search["seq_length"]
+    yield "cluster", f"{world_size:,} x {search['accelerator']} with {gpu_memory_gib:g} GiB"
+    yield "batch", f"{batch:,} samples, {batch * length:,} tokens, for every layout"
+
+
 def step_time_lines(time: Mapping[str, Any]) -> list[str]:
     """Return the parts of a predicted step as text, without those that take no time."""
     rows = [
-        (_PARTS[name], f"{seconds:.4f}", f"{seconds / time['seconds']:.1%}")
+        (_PARTS[name], f"{seconds:.3g}", f"{seconds / time['seconds']:.1%}")
         for name, seconds in time["parts"].items()
         if seconds
     ]
@@ -62,6 +71,10 @@ def search_lines(layouts: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _duration(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
+
+
 def _row(rank: int, layout: Mapping[str, Any]) -> tuple[str, ...]:
     recompute = layout["recompute_granularity"] or "-"
     if layout["recompute_modules"]:
@@ -75,7 +88,7 @@ def _row(rank: int, layout: Mapping[str, Any]) -> tuple[str, ...]:
         str(layout["data_parallel_size"]),
         str(layout["micro_batch_size"]),
         recompute,
-        f"{layout['memory_gib']:.1f}",
+        f"{layout['memory_gib']:.3g}",
         f"{layout['seconds']:.3g}",
         f"{layout['tokens_per_second']:,.0f}",
         f"{layout['mfu']:.1%}",

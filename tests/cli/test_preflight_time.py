@@ -75,7 +75,10 @@ def test_search_ranks_layouts_and_gives_the_flags_of_the_fastest(run: list[str])
     assert len(layouts) > 20 and result["gpu_memory_gib"] == 80
     assert [one["seconds"] for one in layouts] == sorted(one["seconds"] for one in layouts)
     code, out, _ = command(*words)
-    assert code == 0 and out.splitlines()[1].split()[:5] == ["rank", "TP", "PP", "VP", "DP"]
+    lines = out.splitlines()
+    assert code == 0 and lines[0] == "cluster     8 x H100-SXM with 80 GiB"
+    assert lines[1] == "batch       16 samples, 8,192 tokens, for every layout"
+    assert lines[4].split()[:5] == ["rank", "TP", "PP", "VP", "DP"]
     assert "not run on a GPU" in out and layouts[0]["flags"] in out.splitlines()[-1]
     flags = result_of(*run, "--time", "--accelerator", "H100-SXM", *layouts[0]["flags"].split())
     assert flags["time"]["seconds"] == pytest.approx(layouts[0]["seconds"])
