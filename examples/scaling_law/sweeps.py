@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Write the sweeps of the study: english.yaml, scratch.yaml and continued.yaml.
 
-    python sweeps.py out            # 40 runs
-    python sweeps.py out --short    # the same with shorter runs and one share of replay
+    python sweeps.py out/full            # 40 runs
+    python sweeps.py out/short --short   # 28 shorter runs, one share of replay
 
 Four sizes are trained on English; then the same sizes are trained on Chinese, from scratch and from
-the English weights, over three lengths. Continued training replays English.
+the English weights, over three lengths. Continued training replays some English.
 """
 
 import argparse
@@ -22,10 +22,12 @@ SIZES = {
     "5M": (9, 192, 6, 512, 2e-3),
 }
 """{size: layers, width, heads, width of the feed-forward layer, learning rate}."""
-LENGTHS = {False: [500_000, 1_000_000, 2_000_000], True: [40_000, 80_000, 160_000]}
-"""{short: tokens of the runs on Chinese}."""
-ENGLISH = {False: 1_000_000, True: 80_000}
-"""{short: tokens of the runs on English}."""
+CHINESE = {"full": [150_000, 400_000, 1_000_000], "short": [16_000, 24_000, 36_000]}
+"""Tokens of the runs on Chinese."""
+ENGLISH = {"full": 400_000, "short": 24_000}
+"""Tokens of the runs on English."""
+REPLAY = {"full": [0.1, 0.3], "short": [0.3]}
+"""Shares of English in continued training."""
 
 
 def main() -> None:
@@ -33,16 +35,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="has data/, and gets the files and runs/")
     parser.add_argument("--short", action="store_true", help="shorter runs")
     arguments = parser.parse_args()
-    for name, sweep in sweeps(arguments.folder, short=arguments.short).items():
-        text = yaml.safe_dump(sweep, sort_keys=False)
-        (arguments.folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    folder = arguments.folder.resolve()
+    for name, content in files(folder, "short" if arguments.short else "full").items():
+        (folder / name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
-def sweeps(folder: Path, *, short: bool) -> dict[str, dict[str, Any]]:
-    """The content of the files, by name; `folder` has the runs, too."""
+def files(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
+    """The content of the curriculum and of the sweeps, by name."""
     sizes = {
         name: {
             "num_layers": layers,
@@ -53,24 +55,37 @@ def sweeps(folder: Path, *, short: bool) -> dict[str, dict[str, Any]]:
         }
         for name, (layers, width, heads, inner, rate) in SIZES.items()
     }
-    common = {"base": str(HERE / "run.yaml"), "sizes": sizes, "target": "zh", "keep": ["en"]}
-    replayed = {"replay30": {"zh": 0.7, "en": 0.3}}
-    if not short:
-        replayed = {"replay10": {"zh": 0.9, "en": 0.1}, **replayed}
-    runs = folder.resolve() / "runs"
-    english = {"tokens": [ENGLISH[short]], "shares": {"english": {"en": 1}}}
-    chinese = {"tokens": LENGTHS[short]}
-    name = f"{{size}}-english-{'80k' if short else '1M'}"
+    domains = {
+        name: {
+            "path": f"data/{name}_text_document",
+            "valid": f"data/{name}_test_text_document",
+        }
+        for name in ("en", "zh")
+    }
+    stages = [{"name": "half", "at": 0, "weights": {"en": 1, "zh": 1}}]  # sweeps have their own
+
+    def sweep(name: str, tokens: list[int], shares: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {
+            "base": str(HERE / "run.yaml"),
+            "curriculum": "curriculum.yaml",
+            "runs": f"runs/{name}",
+            "sizes": sizes,
+            "tokens": tokens,
+            "shares": shares,
+            "target": "zh",
+            "keep": ["en"],
+            **more,
+        }
+
+    replay = {
+        f"replay{share:.0%}".rstrip("%"): {"zh": 1 - share, "en": share} for share in REPLAY[kind]
+    }
+    base = f"runs/english/{{size}}-english-{ENGLISH[kind] // 1000}k"
     return {
-        "english": common | {"runs": str(runs / "english")} | english,
-        "scratch": common
-        | {"runs": str(runs / "scratch")}
-        | chinese
-        | {"shares": {"chinese": {"zh": 1}}},
-        "continued": common
-        | {"runs": str(runs / "continued"), "start": str(runs / "english" / name)}
-        | chinese
-        | {"shares": replayed},
+        "curriculum.yaml": {"domains": domains, "stages": stages},
+        "english.yaml": sweep("english", [ENGLISH[kind]], {"english": {"en": 1}}),
+        "scratch.yaml": sweep("scratch", CHINESE[kind], {"chinese": {"zh": 1}}),
+        "continued.yaml": sweep("continued", CHINESE[kind], replay, start=base),
     }
 
 

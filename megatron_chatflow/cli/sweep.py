@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EPILOG = """examples:
   {call} sweep.yaml --dry-run                # runs, tokens, FLOPs; writes nothing
-  {call} sweep.yaml --dry-run --measure      # also hours, after timing some steps of each size
+  {call} sweep.yaml --dry-run --measure      # also hours: times some steps of each size
   {call} sweep.yaml --jobs 2                 # two runs at a time; run it again to continue
   {call} sweep.yaml --slurm --nodes 1 -- --partition=gpu --time=12:00:00
 

@@ -161,7 +161,7 @@ def _group(sweep: Sweep, size: str, share: str, seed: int) -> Iterator[PlannedRu
                 "differ by a global batch"
             )
         seen[end] = tokens
-        if len(sweep.tokens) > 1:
+        if len(sweep.tokens) > 1 and cooled != begun:  # cooldowns may begin at the same iteration
             name = f"{prefix}-trunk-{cooled}"
             leg_settings = {"train_iters": cooled, "lr_decay_style": "constant"}
             leg_settings |= {"eval_interval": None, **begin}
