@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": ("evaluate.main", "measure a checkpoint's loss and bits per byte per domain"),
     "generate": ("generate.main", "generate text with a checkpoint"),
     "plot": ("plot.main", "plot the shares and losses of a run"),
+    "fit": ("fit.main", "fit scaling laws to a table of runs"),
     "compare": ("compare.main", "compare the metrics and checkpoints of two runs bit for bit"),
     "preprocess": ("preprocess.main", "convert text to Megatron's .bin/.idx"),
     "corpus merge": ("corpus.merge_main", "merge the corpora of a folder"),

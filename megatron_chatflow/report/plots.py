@@ -54,7 +54,7 @@ def plot_plan(
     bars.set_yticks(range(len(names)), names)
     bars.set(xlabel="tokens", title="drawn over the run")
     bars.title.set_fontsize(9)
-    _write_png(FigureCanvasAgg(figure), path)
+    write_png(FigureCanvasAgg(figure), path)
 
 
 def plot_run(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -123,10 +123,11 @@ def plot_run(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
     shares.set(xlabel="iteration", ylabel="share (dotted: scheduled)", ylim=(0, None))
     losses.set(xlabel="iteration", ylabel="loss (points: held out)")
     shares.legend(fontsize=8)
-    _write_png(FigureCanvasAgg(figure), path)
+    write_png(FigureCanvasAgg(figure), path)
 
 
-def _write_png(canvas: Any, path: str | Path) -> None:
+def write_png(canvas: Any, path: str | Path) -> None:
+    """Write a figure; raises ConfigError where the path cannot be written."""
     try:
         file = open(path, "wb")  # noqa: SIM115 (closed below)
     except OSError as error:

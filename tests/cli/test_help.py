@@ -32,6 +32,7 @@ TOOLS = {
     "convert_checkpoint.py": "convert",
     "plot_run.py": "plot",
     "compare_runs.py": "compare",
+    "fit_scaling_law.py": "fit",
 }
 
 

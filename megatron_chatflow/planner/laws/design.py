@@ -25,6 +25,7 @@ from megatron_chatflow.planner.laws.forms import (
 )
 from megatron_chatflow.planner.laws.run_table import RunRecord
 from megatron_chatflow.planner.laws.solver import starts
+from megatron_chatflow.report.law_table import short
 
 _SAME = 0.02
 """Logarithms closer than this are one level of a variable: batches round lengths by a percent."""
@@ -102,7 +103,7 @@ def _levels(form: Form, runs: Sequence[RunRecord]) -> Iterator[str]:
             values = np.array([power.variable.log(run) for run in active])
             if values.std() < _THIN:
                 what = f"{term.kind} run" if term.kind else "run"
-                value = f"{power.variable.name} = {short_number(math.exp(values.mean()))}"
+                value = f"{power.variable.name} = {short(math.exp(values.mean()))}"
                 yield (
                     f"every {what} has one {power.variable.what} ({value}), so {power.exponent} "
                     f"and {term.coefficient} cannot be distinguished"
@@ -153,8 +154,8 @@ def _line(runs: Sequence[RunRecord], variables: dict[str, Variable]) -> str | No
                 factor = math.exp(float(logs[y].mean() - slope * logs[x].mean()))
                 if abs(slope - 1) < _SAME:
                     factor = math.exp(float((logs[y] - logs[x]).mean()))
-                    return f"{y} = {short_number(factor)} {x}"
-                return f"{y} = {short_number(factor)} {x}^{slope:.2f}"
+                    return f"{y} = {short(factor)} {x}"
+                return f"{y} = {short(factor)} {x}^{slope:.2f}"
     return None
 
 
@@ -233,7 +234,7 @@ def grid_of_candidates(form: Form, runs: Sequence[RunRecord]) -> list[RunRecord]
     kinds = form.kinds or tuple(dict.fromkeys(run.kind for run in runs))
     existing = {(run.params, run.tokens, run.kind) for run in runs}
     return [
-        RunRecord(f"{short_number(n)} x {short_number(d)}", n, d, None, kind=kind)
+        RunRecord(f"{short(n)} x {short(d)}", n, d, None, kind=kind)
         for kind in kinds
         for n in sizes
         for d in lengths
@@ -269,12 +270,3 @@ def _count(runs: Sequence[RunRecord], variable: Variable) -> int:
 
 def _list(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def short_number(value: float) -> str:
-    """Return a number in short, e.g. 20, 1.3B, 0.25."""
-    value = float(f"{value:.3g}")
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:,.4g}{letter}"
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"

@@ -66,6 +66,8 @@ def read_table(
     path: str | Path,
     columns: Mapping[str, str] = {},
     where: Mapping[str, str] = {},
+    *,
+    with_losses: bool = True,
 ) -> list[RunRecord]:
     """Read a CSV file.
 
@@ -77,19 +79,21 @@ def read_table(
         path: a CSV file with a header.
         columns: {field: column of the file}, for columns of other names.
         where: {column: value}: only these rows are read.
+        with_losses: False for runs that were not done, which have no losses.
 
     Raises:
         ConfigError: the file cannot be read, or columns, rows or values are missing or wrong.
     """
     header, rows = _read_csv(path)
-    source = _sources(path, header, columns)
+    source = _sources(path, header, columns, with_losses)
     rows = _chosen(path, header, rows, where)
     errors, records = ErrorCollector(), []
     for line, row in rows:
         if len(errors.messages) >= _MOST_ERRORS:
             break
         with errors.collect():
-            records.append(_record(f"{path}: line {line}", line, row, source))
+            place = f"{path}: line {line}"
+            records.append(_record(place, line, row, source, with_losses))
     errors.raise_all()
     return records
 
@@ -154,7 +158,9 @@ def _read_csv(path: str | Path) -> tuple[list[str], list[tuple[int, dict[str, st
     return header, rows
 
 
-def _sources(path: str | Path, header: list[str], columns: Mapping[str, str]) -> dict[str, str]:
+def _sources(
+    path: str | Path, header: list[str], columns: Mapping[str, str], with_losses: bool
+) -> dict[str, str]:
     """Return {field: column of the file} of the fields that the file has."""
     known = [f.name for f in fields(RunRecord) if f.name != "mixture"]
     errors = ErrorCollector()
@@ -177,7 +183,7 @@ def _sources(path: str | Path, header: list[str], columns: Mapping[str, str]) ->
     } | dict(columns)
     missing = [] if "params" in source else ["params"]
     missing += [] if {"tokens", "flops"} & set(source) else ["tokens"]
-    missing += [] if {"loss", "bits_per_byte"} & set(source) else ["loss"]
+    missing += ["loss"] if with_losses and not {"loss", "bits_per_byte"} & set(source) else []
     if missing:
         raise ConfigError(
             f"{path}: no column {' and no column '.join(missing)}; name the columns with --columns "
@@ -223,7 +229,9 @@ def _few(names: Sequence[str]) -> str:
     return shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more"
 
 
-def _record(where: str, line: int, row: Mapping[str, str], source: Mapping[str, str]) -> RunRecord:
+def _record(
+    where: str, line: int, row: Mapping[str, str], source: Mapping[str, str], with_losses: bool
+) -> RunRecord:
     errors = ErrorCollector()
     values: dict[str, Any] = {"loss": None}
     mixture: dict[str, float] = {}
@@ -246,7 +254,8 @@ def _record(where: str, line: int, row: Mapping[str, str], source: Mapping[str, 
     for name in ("params", "tokens") if not errors.messages else ():
         if name not in values:
             errors.add(f"{where}: {source.get(name, name)} is empty; fill it in or remove the row")
-    if not errors.messages and values["loss"] is None and "bits_per_byte" not in values:
+    no_loss = values["loss"] is None and "bits_per_byte" not in values
+    if with_losses and no_loss and not errors.messages:
         errors.add(f"{where}: the run has no loss; fill it in or remove the row")
     errors.raise_all()
     values.setdefault("name", f"line {line}")

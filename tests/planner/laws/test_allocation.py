@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import brentq, minimize_scalar
+from scipy.optimize import minimize_scalar, root_scalar
 
 from megatron_chatflow.planner.laws.allocation import (
     PowerLaw,
@@ -71,7 +71,8 @@ def test_the_compute_saved_is_that_of_a_search_for_equal_loss() -> None:
     scratch, continued = law_of(JOINT_LAW), law_of(JOINT_LAW, "continued")
     assert scratch is not None and continued is not None
     goal = continued.best_loss(1e20)
-    equal = np.exp(float(brentq(lambda x: scratch.best_loss(np.exp(x)) - goal, 30, 80)))
+    found = root_scalar(lambda x: scratch.best_loss(np.exp(x)) - goal, bracket=(30, 80))
+    equal = np.exp(found.root)
     assert compute_saved(scratch, continued, 1e20) == pytest.approx(1 - 1e20 / equal, abs=1e-9)
 
 

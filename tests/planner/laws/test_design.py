@@ -13,7 +13,6 @@ from megatron_chatflow.planner.laws.design import (
     check_design,
     grid_of_candidates,
     nominal,
-    short_number,
 )
 from megatron_chatflow.planner.laws.forms import EXTENDED, JOINT, PLAIN, Form, basis_of, losses_of
 from megatron_chatflow.planner.laws.run_table import RunRecord
@@ -28,7 +27,7 @@ def on_line(tokens: float, power: float = 1.0, kind: str = "scratch") -> list[Ru
 
 
 def rounded(runs: list[RunRecord]) -> list[RunRecord]:
-    """The same runs with lengths of whole batches, up to 2% off."""
+    """The same runs with lengths of full batches, up to 2% off."""
     return [replace(r, tokens=round(r.tokens * (1 + 0.02 * (-1) ** i))) for i, r in enumerate(runs)]
 
 
@@ -104,8 +103,3 @@ def test_the_first_proposed_run_is_the_best_single_run_of_a_brute_force_search()
         return float(np.linalg.slogdet(j.T @ j + prior)[1])
 
     assert volume(best.run) == pytest.approx(max(map(volume, candidates)), abs=1e-9)
-
-
-def test_numbers_in_messages_are_short() -> None:
-    numbers = (999_999_999, 20.0, 1.3e12, 0.25, 4500, 123_456_789)
-    assert [short_number(x) for x in numbers] == ["1B", "20", "1.3T", "0.25", "4,500", "123M"]
