@@ -39,6 +39,7 @@ NOT_RUN = {
     r"docker build .*": "needs docker",
     r"srun .*": "needs SLURM",
     r"python examples/gpu_smoke/smoke\.py": "needs a GPU",
+    r".*olmo_ladder\.csv.*": "the table is not in the repository",
     r".* \.\.\.( .*)?": "flags are left out on the page",
 }
 

@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_chatflow.planner.laws.forms import JOINT
+from megatron_chatflow.planner.laws.run_table import write_table
 from tests import pages, sample
+from tests.planner.laws import tables
 
 CASES = [(page, line) for page in pages.PAGES for line in pages.command_lines(page)]
 
@@ -174,6 +177,10 @@ class Walk:
         (folder / "held_out_zh.txt").write_text("\u6587\u4ef6\n" * 200, encoding="utf-8")
         (folder / "prompts.jsonl").write_text(
             '{"prompt": "The file"}\n{"prompt": "A"}\n', encoding="utf-8"
+        )
+        runs = tables.grid(kinds=("scratch", "continued"))
+        write_table(
+            folder / "runs.csv", tables.measured(JOINT, tables.JOINT_LAW, runs, noise=0.003)
         )
         shutil.copytree(folder / "tokenizer-zh", folder / "smollm2-zh-tokenizer")
         (folder / "mistral").mkdir()
