@@ -167,10 +167,14 @@ def _open_data(sweep: Sweep, runs: Sequence[PlannedRun]) -> int:
 
 
 def _check_starts(sweep: Sweep, runs: Sequence[PlannedRun]) -> None:
-    from megatron_chatflow.checkpoint.run_directory import latest_iteration
+    from megatron_chatflow.checkpoint.run_directory import complete_iterations
 
     for run in runs:
-        if run.start is not None and latest_iteration(Path(run.start)) is None:
+        if (
+            run.start is not None
+            and not complete_iterations(sweep.runs / run.name)
+            and not complete_iterations(Path(run.start))
+        ):
             raise ConfigError(
                 f"{sweep.source}: start: {run.start} holds no checkpoint, and {run.name} would "
                 "start with its weights; train it first, or correct the path"

@@ -144,7 +144,7 @@ class SweepRunner:
                 self._table.add(run)
                 self._table.write()
                 self._say(f"{name} finished in {processes.seconds:.0f} s")
-            elif not (self._signals and code in (0, EXIT_PREEMPTED, -signal.SIGTERM)):
+            elif not (self._signals and (code in (0, EXIT_PREEMPTED) or code < 0)):
                 self._outcome.failed[name] = f"code {code}: {processes.reason()}"
                 self._say(f"{name} failed with code {code}: {processes.reason()}")
 

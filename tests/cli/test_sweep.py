@@ -179,6 +179,7 @@ def test_a_second_sweep_in_the_same_folder_is_refused_and_threads_are_divided(
     assert logs and all(f"OMP_NUM_THREADS {cores}\n" in log for log in logs)
 
 
+@pytest.mark.slow
 def test_lengths_are_added_and_changed_settings_refused(
     sample: Path, tmp_path: Path, undisturbed: Path
 ) -> None:

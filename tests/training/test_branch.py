@@ -118,6 +118,7 @@ def test_the_same_command_resumes_a_branch(pool: Pool, sample: Path, trunk: Path
     assert done[0] == 0 and "nothing to do" in done[1]
 
 
+@pytest.mark.slow
 def test_a_branch_that_was_killed_before_its_first_checkpoint_begins_again(
     pool: Pool, sample: Path, trunk: Path
 ) -> None:

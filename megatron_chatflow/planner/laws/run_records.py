@@ -110,7 +110,8 @@ def _last_validation(run: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 def _latest_state(run: Path) -> dict[str, Any]:
     """Return the plain data of the newest checkpoint; empty where there is none."""
     for path in sorted(run.glob("iter_*/state.json"), reverse=True):
-        return load_json(read_text(path))
+        found = load_json(read_text(path))
+        return found if isinstance(found, dict) else {}
     return {}
 
 
