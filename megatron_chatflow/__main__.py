@@ -15,6 +15,7 @@ COMMANDS = {
     "locate": ("locate.main", "show the documents of a sample or an iteration"),
     "evaluate": ("evaluate.main", "measure a checkpoint's loss and bits per byte per domain"),
     "generate": ("generate.main", "generate text with a checkpoint"),
+    "propose": ("propose.main", "propose the shares of a run from a table of smaller runs"),
     "plot": ("plot.main", "plot the shares and losses of a run"),
     "fit": ("fit.main", "fit scaling laws to a table of runs"),
     "compare": ("compare.main", "compare the metrics and checkpoints of two runs bit for bit"),

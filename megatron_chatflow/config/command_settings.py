@@ -51,6 +51,7 @@ READS: dict[str, set[str]] = {
         "train_new_rows_samples"
     ),
     "locate": _BLEND,
+    "propose": _BLEND,
     "evaluate": _WEIGHTS
     | _names(PrecisionSettings)
     | _split(
@@ -87,6 +88,7 @@ _COMMON: dict[str, str] = {
         load ckpt_step""",
     "locate": """curriculum data_path seq_length split tokenizer_type tokenizer_model
         micro_batch_size global_batch_size train_iters train_samples seed""",
+    "propose": "curriculum seq_length global_batch_size train_iters train_samples",
     "evaluate": """load ckpt_step curriculum data_path seq_length split eval_iters micro_batch_size
         global_batch_size bf16 tensor_model_parallel_size pipeline_model_parallel_size
         tokenizer_type tokenizer_model""",
