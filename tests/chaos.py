@@ -81,6 +81,7 @@ class ChaosRun:
         self.instants: Counter[str] = Counter()
         self.down: list[float] = []
         self.launches = 0
+        self.begin, self.seconds = time.monotonic(), 0.0
         self.kept = 0
         self.note = self.story.folder / "instant"
 
@@ -95,6 +96,7 @@ class ChaosRun:
     def count(self, kind: str, where: str) -> None:
         """Record a failure."""
         self.done[kind] += 1
+        self.seconds = time.monotonic() - self.begin
         self.log(f"failure {sum(self.done.values())} of {self.faults}: {kind} {where}", flush=True)
 
     def words(self, run: Path) -> list[str]:
@@ -277,7 +279,8 @@ def run_chaos(folder: Path, faults: int, seed: int, log: Any = print) -> dict[st
         down = max(it.down, default=0.0)
         log(
             (
-                f"{it.launches} launches, {dict(it.done)}; {it.total} samples, each read once; "
+                f"{it.launches} launches, {dict(it.done)} in {it.seconds / 60:.1f} minutes; "
+                f"{it.total} samples, each read once; "
                 f"down after {down:.1f} s at most"
             ),
             flush=True,
@@ -298,6 +301,7 @@ def run_chaos(folder: Path, faults: int, seed: int, log: Any = print) -> dict[st
         "faults": dict(it.done),
         "launches": it.launches,
         "samples": it.total,
+        "minutes": it.seconds / 60,
         "longest_down": down,
         "instants": dict(it.instants),
     }
