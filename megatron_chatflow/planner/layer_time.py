@@ -19,13 +19,13 @@ class Coefficients:
     """What data sheets do not say. None of these is fitted to step times."""
 
     products: float = 0.75
-    """Of the peak, in large products: measured best cases are 70 to 80% (ml-engineering by
-    S. Bekman, "Maximum Achievable Matmul FLOPS", H100 and B200, bf16 and FP8)."""
+    """Of the peak, in large products. Assumed: benchmarks of bf16 products reach about 80% at best
+    ("Maximum Achievable Matmul FLOPS" in Machine Learning Engineering by S. Bekman)."""
     attention: float = 0.5
-    """Of the bf16 peak, in causal attention forward and backward, at head width 128 and
-    thousands of tokens: FlashAttention-3 (arXiv 2407.08608), figures 5 and 6."""
+    """Of the bf16 peak, in causal attention forward and backward. Assumed: at head width 128 and
+    8k tokens FlashAttention-3 (arXiv 2407.08608) has about 65% forward, less backward."""
     memory: float = 0.75
-    """Of the memory's bandwidth, in kernels that move bytes."""
+    """Of the memory's bandwidth, in kernels that move bytes. Assumed, as the rest is."""
     links: float = 0.75
     """Of a link's bandwidth, in collectives on large messages."""
     overlap: float = 0.9
