@@ -121,6 +121,11 @@ class Walk:
 
     def prepare(self, command: str) -> None:
         """Write the files that a command needs and the page does not mention."""
+        if "sweep.yaml" in command:
+            sizes = {"small": {}, "large": {"lr": 5e-4}}
+            content = {"base": "run.yaml", "curriculum": "curriculum.yaml", "runs": "runs/sweep"}
+            content |= {"sizes": sizes, "tokens": [2048, 4096], "shares": {"zh": {"zh": 1}}}
+            (self.folder / "sweep.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
         if "--config run.yaml" in command and not (self.folder / "run.yaml").exists():
             model = yaml.safe_load(
                 (self.folder / "runs/base/config.yaml").read_text(encoding="utf-8")
