@@ -18,7 +18,7 @@ import yaml
 from megatron_chatflow.planner.laws.forms import JOINT
 from megatron_chatflow.planner.laws.run_table import write_table
 from tests import pages, sample
-from tests.planner.laws import tables
+from tests.planner.laws import mixtures, tables
 
 CASES = [(page, line) for page in pages.PAGES for line in pages.command_lines(page)]
 
@@ -187,6 +187,7 @@ class Walk:
         write_table(
             folder / "runs.csv", tables.measured(JOINT, tables.JOINT_LAW, runs, noise=0.003)
         )
+        write_table(folder / "mixtures.csv", mixtures.runs())
         shutil.copytree(folder / "tokenizer-zh", folder / "smollm2-zh-tokenizer")
         (folder / "mistral").mkdir()
         for place in (folder / "mistral", folder):

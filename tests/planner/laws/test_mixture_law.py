@@ -27,6 +27,11 @@ RATES = np.array([0.6, -1.1, 0.1, 0.4])
 FLOOR = 1.7
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_chatflow.planner.laws.mixture_law.DRAWS", 60)
+
+
 def mixtures(count: int, size: int = 4, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).dirichlet(np.ones(size), count)
 
