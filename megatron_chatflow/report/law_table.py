@@ -64,9 +64,10 @@ def _quality(report: Report) -> Iterator[str]:
     )
     left = report["left_out"]
     if "rms" in left:
+        count = f"{left['runs']} run{'s' * (left['runs'] > 1)}"
         yield (
-            f"fitted without the {left['runs']} runs of the largest size, {short(left['params'])}: "
-            f"error on {left['rms']:.2%} rms, {left['worst']:.2%} at most"
+            f"fitted without the largest size ({short(left['params'])}, {count}): error there "
+            f"{left['rms']:.2%} rms, {left['worst']:.2%} at most"
         )
     else:
         yield f"no error on the largest size: {left['why_not']}"

@@ -75,7 +75,7 @@ def test_the_tables_name_the_constants_the_definition_of_n_and_the_files(tmp_pat
         "N is the number of non-embedding + output parameters",
         "do not say whether the learning rate had finished decaying",
         "condition number",
-        "largest size, 5B",
+        "without the largest size (5B, 4 runs): error there",
         "Cook's distance",
         "given away",
         "runs that would determine the constants most",
