@@ -128,6 +128,22 @@ def test_runs_that_were_not_annealed_are_refused(tmp_path: Path) -> None:
     assert code == 2 and "2 runs with 2 mixtures cannot determine the 3 parameters" in err
 
 
+def test_the_laws_of_fit_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_chatflow.planner.laws.mixture_law.DRAWS", 10)
+    table, law = tmp_path / "table.csv", tmp_path / "law.json"
+    write_table(table, mixtures.runs(shares=(0.0, 0.2, 0.5, 0.8, 1.0), noise=0.0))
+    code, out, err = command("fit", table, "--form", "mixture", "--output", law)
+    assert code == 0, err
+    assert "mixture form, 5 runs: L = c + exp(sum_j T_j x_j)" in out and "T zh" in out
+    code, out, err = command("propose", law, "--weights", "zh=1")
+    assert code == 0, err
+    assert shares_of(out)["zh"] > 0.8
+    code, _, err = command("fit", table, "--form", "mixture", "--huber", "1e-3")
+    assert code == 2 and "--form mixture: --huber" in err
+    code, _, err = command("fit", table, "--form", "dcpt")
+    assert code == 2 and "runs of 1 lengths cannot determine B and beta" in err
+
+
 def test_a_damaged_file_of_laws_is_refused(tmp_path: Path, folder: Path) -> None:
     path = tmp_path / "laws.json"
     for text in ("{}", "[1", (folder / "laws.json").read_text()[:-30] + "}"):

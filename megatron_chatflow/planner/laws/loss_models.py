@@ -234,46 +234,60 @@ def write_models(path: str | Path, models: LossModels) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    content = {"format": _FORMAT, **asdict(models)}
-    write_atomically(Path(path), json.dumps(content, ensure_ascii=False, default=_plain))
+    write_atomically(Path(path), json.dumps(to_plain(models), ensure_ascii=False))
+
+
+def to_plain(models: LossModels) -> dict[str, Any]:
+    """Return laws as JSON has them."""
+    text = json.dumps({"format": _FORMAT, **asdict(models)}, default=lambda array: array.tolist())
+    return json.loads(text)
 
 
 def read_models(path: str | Path) -> LossModels:
-    """Read the laws that `write_models` wrote.
+    """Read the laws that `write_models` wrote, or `chatflow fit --form mixture --output`.
 
     Raises:
         ConfigError: the file cannot be read or is not of this kind.
     """
-    advice = "give a file that --save-laws wrote, or a table of runs"
+    advice = (
+        "give a file of --save-laws or of `chatflow fit --form mixture --output`, or a table of "
+        "runs"
+    )
     try:
         content = load_json(read_text(path))
     except ChatflowError as error:
         raise ConfigError(f"{path}: {error}; {advice}") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ConfigError(f"{path}: format: {_FORMAT!r} is expected; {advice}")
+    parts = [content]
+    if isinstance(content, dict) and isinstance(content.get("laws"), list):
+        parts = [law.get("models") if isinstance(law, dict) else None for law in content["laws"]]
+    if not parts or any(not isinstance(p, dict) or p.get("format") != _FORMAT for p in parts):
+        raise ConfigError(f"{path}: it has no laws of mixtures; {advice}")
     try:
-        content = {key: value for key, value in content.items() if key != "format"}
-        build = _dcpt_at if content["form"] == "dcpt" else _mixture_law
-        models = {language: build(entry) for language, entry in content["models"].items()}
-        comparisons = {k: Comparison(**entry) for k, entry in content["comparisons"].items()}
-        return LossModels(
-            **content
-            | {
-                "domains": tuple(content["domains"]),
-                "measured": np.array(content["measured"], float),
-                "notes": tuple(content["notes"]),
-                "models": models,
-                "comparisons": comparisons,
-            }
-        )
+        first, *others = [_models(part) for part in parts]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{path}: it is damaged ({type(error).__name__}: {error}); {advice}"
         ) from None
+    for other in others:
+        if (other.form, other.domains, other.unit) != (first.form, first.domains, first.unit):
+            raise ConfigError(f"{path}: its laws are of several forms, units or domains; {advice}")
+        first = replace(
+            first,
+            models={**first.models, **other.models},
+            comparisons={**first.comparisons, **other.comparisons},
+        )
+    return first
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist()
+def _models(content: Mapping[str, Any]) -> LossModels:
+    fields = {key: value for key, value in content.items() if key != "format"}
+    build = _dcpt_at if content["form"] == "dcpt" else _mixture_law
+    fields["models"] = {language: build(entry) for language, entry in content["models"].items()}
+    fields["comparisons"] = {k: Comparison(**entry) for k, entry in content["comparisons"].items()}
+    fields["domains"] = tuple(content["domains"])
+    fields["measured"] = np.array(content["measured"], float)
+    fields["notes"] = tuple(content["notes"])
+    return LossModels(**fields)
 
 
 def _arrays(entry: Mapping[str, Any], *names: str) -> dict[str, Any]:

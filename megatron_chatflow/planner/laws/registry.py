@@ -70,5 +70,7 @@ FORMS: Mapping[str, FitForm] = {
     "extended": FitForm("E + A/N^alpha + B/(D^beta N^gamma)", _POWERS),
     "joint": FitForm("scratch plain and continued extended, E, A and alpha shared", _POWERS),
     "frozen": FitForm("as joint, with the constants from scratch fixed first", _POWERS),
+    "mixture": FitForm("an exponential of the shares of many domains", "fit_shares:analyze"),
+    "dcpt": FitForm("size, length and the share of the language", "fit_shares:analyze"),
 }
 """{name: form} in the order of the help."""
