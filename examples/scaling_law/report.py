@@ -28,7 +28,7 @@ def main() -> None:
         if name == "fit":
             parts += [image(path) for path in sorted(folder.glob("law*.png"))]
     parts.append(f"<h2>Runs</h2><p>{hours(folder):.2f} hours of training steps in all.</p>")
-    for kind in ("english", "scratch", "continued"):
+    for kind in ("english", "scratch", "continued", "mixtures"):
         parts.append(f"<h3>{kind}</h3>{table(folder / 'runs' / kind / 'runs.csv')}")
     head = f'<!doctype html><meta charset="utf-8"><title>Scaling law</title><style>{STYLE}</style>'
     (folder / "report.html").write_text(head + "\n".join(parts) + "\n", encoding="utf-8")

@@ -19,9 +19,11 @@ cd "$here"
 shared=../smollm2_zh
 tokenizer=../quickstart/tokenizer.model
 if [ "${1:-}" = --short ]; then
-    short=(--short) out=out/short corpora=../quickstart/data held=60000 budgets=(1e12 1e13)
+    short=(--short) out=out/short corpora=../quickstart/data held=60000
+    budgets=(1e12 1e13) shares=(replay30) length=24k
 else
-    short=() out=out/full corpora=$shared/out/corpora held=300000 budgets=(1e14 1e15)
+    short=() out=out/full corpora=$shared/out/corpora held=300000
+    budgets=(1e14 1e15) shares=(replay10 replay30) length=300k
 fi
 jobs=${JOBS:-2}
 mkdir -p "$out/data"
@@ -43,23 +45,27 @@ done
 
 step "2. What will be trained"
 python sweeps.py "$out" "${short[@]}"
-for sweep in english scratch continued; do
+sweeps=(english scratch continued mixtures)
+for sweep in "${sweeps[@]}"; do
     echo "$sweep:"
     chatflow sweep "$out/$sweep.yaml" --dry-run
 done
 
 step "3. English models, then Chinese from scratch and continued"
-for sweep in english scratch continued; do
+for sweep in "${sweeps[@]}"; do
     chatflow sweep "$out/$sweep.yaml" --jobs "$jobs"
 done
 
-step "4. The law of Chinese: scratch and continued jointly"
-tables=("$out/runs/scratch/runs.csv" "$out/runs/continued/runs.csv")
-chatflow fit "${tables[@]}" --where language=zh --flops "${budgets[@]}" --output "$out/law.json" \
-    --plot "$out/law.png" | tee "$out/fit.txt"
+step "4. The law of Chinese, from scratch and continued jointly, for each share of replay"
+for share in "${shares[@]}"; do
+    chatflow fit "$out/runs/scratch/runs.csv" "$out"/runs/continued/*-"$share"-[0-9]* \
+        --where language=zh --flops "${budgets[@]}" --output "$out/law-$share.json" \
+        --plot "$out/law-$share.png"
+done | tee "$out/fit.txt"
 
-step "5. Shares for a longer run"
-chatflow propose "${tables[@]}" --weights zh=0.8,en=0.2 --floors en=0.05 | tee "$out/propose.txt"
+step "5. Shares for a run of this size and length"
+chatflow propose "$out"/runs/continued/900k-*-"$length" "$out"/runs/mixtures/900k-*-"$length" \
+    --weights zh=0.8,en=0.2 --floors en=0.05 | tee "$out/propose.txt"
 
 step "6. Report"
 python report.py "$out"

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Write the sweeps of the study: english.yaml, scratch.yaml and continued.yaml.
+"""Write the sweeps of the study: english, scratch, continued and mixtures (.yaml).
 
-    python sweeps.py out/full            # 40 runs
-    python sweeps.py out/short --short   # 28 shorter runs, one share of replay
+    python sweeps.py out/full            # 42 runs
+    python sweeps.py out/short --short   # 31 shorter runs, one share of replay over all sizes
 
 Four sizes are trained on English; then the same sizes are trained on Chinese, from scratch and from
-the English weights, over three lengths. Continued training replays some English.
+the English weights, over three lengths. Continued training replays some English. One size and
+length has further shares, which a law of mixtures needs.
 """
 
 import argparse
@@ -22,12 +23,16 @@ SIZES = {
     "5M": (9, 192, 6, 512, 2e-3),
 }
 """{size: layers, width, heads, width of the feed-forward layer, learning rate}."""
-CHINESE = {"full": [150_000, 400_000, 1_000_000], "short": [16_000, 24_000, 36_000]}
+CHINESE = {"full": [120_000, 300_000, 800_000], "short": [16_000, 24_000, 36_000]}
 """Tokens of the runs on Chinese."""
-ENGLISH = {"full": 400_000, "short": 24_000}
+ENGLISH = {"full": 300_000, "short": 24_000}
 """Tokens of the runs on English."""
 REPLAY = {"full": [0.1, 0.3], "short": [0.3]}
-"""Shares of English in continued training."""
+"""Shares of English in continued training, for all sizes and lengths."""
+MIXTURES = {"full": [0.0, 0.5], "short": [0.0, 0.1, 0.5]}
+"""Further shares, for one size and length."""
+SIZE, LENGTH = "900k", 1
+"""That size, and the number of that length."""
 
 
 def main() -> None:
@@ -77,16 +82,22 @@ def files(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
             **more,
         }
 
-    replay = {
-        f"replay{share:.0%}".rstrip("%"): {"zh": 1 - share, "en": share} for share in REPLAY[kind]
-    }
     base = f"runs/english/{{size}}-english-{ENGLISH[kind] // 1000}k"
-    return {
-        "curriculum.yaml": {"domains": domains, "stages": stages},
-        "english.yaml": sweep("english", [ENGLISH[kind]], {"english": {"en": 1}}),
-        "scratch.yaml": sweep("scratch", CHINESE[kind], {"chinese": {"zh": 1}}),
-        "continued.yaml": sweep("continued", CHINESE[kind], replay, start=base),
+    one = [CHINESE[kind][LENGTH]]
+    found = {
+        "curriculum": {"domains": domains, "stages": stages},
+        "english": sweep("english", [ENGLISH[kind]], {"english": {"en": 1}}),
+        "scratch": sweep("scratch", CHINESE[kind], {"chinese": {"zh": 1}}),
+        "continued": sweep("continued", CHINESE[kind], replay(REPLAY[kind]), start=base),
+        "mixtures": sweep("mixtures", one, replay(MIXTURES[kind]), start=base)
+        | {"sizes": {SIZE: sizes[SIZE]}},
     }
+    return {f"{name}.yaml": content for name, content in found.items()}
+
+
+def replay(shares: list[float]) -> dict[str, dict[str, float]]:
+    """Weights of the domains, by names such as replay30."""
+    return {f"replay{round(100 * share)}": {"zh": 1 - share, "en": share} for share in shares}
 
 
 if __name__ == "__main__":
