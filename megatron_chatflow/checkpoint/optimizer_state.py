@@ -79,6 +79,22 @@ def ask_for(
             entry.key = have.value + entry.key
 
 
+def initialize_state(optimizer: Any) -> None:
+    """Give an optimizer that has made no step the state from which its first step starts.
+
+    torch's optimizers make it in the first step. A run whose iterations were all skipped so far has
+    none, and its checkpoint could not be loaded.
+    """
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        if inner.state:
+            continue
+        part.init_state_fn(inner, part.config)
+        if isinstance(inner, torch.optim.Adam):
+            for state in inner.state.values():
+                state["step"] = torch.tensor(0.0)
+
+
 def hand_over(loaded: dict[str, Any], optimizer: MegatronOptimizer, have: OptimizerLayout) -> None:
     """Put the groups and the step of a checkpoint where `optimizer` looks for them.
 
@@ -86,6 +102,11 @@ def hand_over(loaded: dict[str, Any], optimizer: MegatronOptimizer, have: Optimi
     """
     want = layout_of(optimizer)
     if have == want:
+        inner = loaded if have == OptimizerLayout.FP32 else loaded["optimizer"]
+        is_torch = isinstance(optimizer.optimizer, torch.optim.Adam)
+        if is_torch and have != OptimizerLayout.DISTRIBUTED:
+            # megatron-core does not write a step of 0.
+            inner["state"].setdefault("common_step", torch.tensor(0.0))
         return
     source, target = (
         loaded if form == OptimizerLayout.FP32 else loaded.setdefault("optimizer", {})
@@ -98,6 +119,8 @@ def hand_over(loaded: dict[str, Any], optimizer: MegatronOptimizer, have: Optimi
     steps = {int(group["step"]) for group in groups if "step" in group}
     if common is not None:
         steps.add(int(common))
+    elif not steps and "betas" in groups[0]:
+        steps.add(0)
     groups = [
         {key: value for key, value in group.items() if key not in ("step", "params")}
         for group in groups

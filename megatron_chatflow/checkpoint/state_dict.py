@@ -67,6 +67,8 @@ def sharded_state(
     """
     if not is_loading:
         gather_weights(model)
+        if optimizer is not None:
+            optimizer_state.initialize_state(optimizer)
     weights = _weights(model)
     fp8 = {main_parameters.FP8_WEIGHTS: main_parameters.has_fp8_weights([*model])}
     state = dict(weights) | ({} if is_loading else {"content_metadata": _metadata() | fp8})
