@@ -18,7 +18,7 @@ EPILOG = """examples:
 
 exit codes: 0 printed, 2 another shell
 """
-_FILES = ("PATH", "FILE", "YAML", "PNG", "PREFIX")
+_FILES = ("PATH", "FILE", "YAML", "PNG", "PREFIX", "TABLE")
 _FOLDERS = ("DIR", "RUN")
 
 
