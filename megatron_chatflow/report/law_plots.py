@@ -71,7 +71,7 @@ def _surface(axes: Any, runs: Mapping[str, np.ndarray], curve: Mapping[str, Any]
         label="best split of compute",
     )
     axes.set(xscale="log", yscale="log", xlabel="N (parameters)", ylabel="D (tokens)")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")
 
 
 def _frontier(
@@ -82,4 +82,4 @@ def _frontier(
     )
     axes.plot(curve["flops"], curve["best_losses"], color=color, label="best split of compute")
     axes.set(xscale="log", yscale="log", xlabel="C = 6 N D (FLOPs)", ylabel="loss")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper right")
