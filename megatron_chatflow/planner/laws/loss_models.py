@@ -257,7 +257,7 @@ def read_models(path: str | Path) -> LossModels:
         content = load_json(read_text(path))
     except ChatflowError as error:
         raise ConfigError(f"{path}: {error}; {advice}") from None
-    parts = [content]
+    parts: list[Any] = [content]
     if isinstance(content, dict) and isinstance(content.get("laws"), list):
         parts = [law.get("models") if isinstance(law, dict) else None for law in content["laws"]]
     if not parts or any(not isinstance(p, dict) or p.get("format") != _FORMAT for p in parts):
