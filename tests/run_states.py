@@ -99,7 +99,8 @@ class RunDirectory(RuleBasedStateMachine):
         """Train some iterations; from an older checkpoint with `back`, killed with `kill`."""
         intact = sorted(i for i, s in self.saved.items() if not s.damaged)
         step = intact[back % len(intact)] if back is not None and intact else None
-        if step is None and self.pointer is not None and not self.candidates():
+        begun = self.pointer is not None or self.saved
+        if step is None and begun and not self.candidates():
             self.refused(version)
             return
         begin = step if step is not None else max(self.candidates(), default=0)
@@ -230,15 +231,12 @@ class RunDirectory(RuleBasedStateMachine):
 
     def candidates(self) -> list[int]:
         """Return the iterations of intact checkpoints on the current course."""
-        if self.pointer is None:
-            return []
         limits = dict(self.course)
+        is_lost = self.pointer is None or self.pointer_damaged  # the newest is taken
         return [
             i
             for i, s in self.saved.items()
-            if not s.damaged
-            and i <= limits.get(s.branch, -1)
-            and (self.pointer_damaged or i <= self.pointer)
+            if not s.damaged and i <= limits.get(s.branch, -1) and (is_lost or i <= self.pointer)
         ]
 
     def history(self, begin: int, stop: int, version: int, skipped: set[int]) -> History:
