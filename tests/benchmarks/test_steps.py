@@ -30,6 +30,7 @@ def run(*words: str, timeout: float = 1200) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_trainer_of_the_benchmarks_takes_steps_and_evaluates() -> None:
     program = """
 import json, math

@@ -148,6 +148,7 @@ def load_mean_and_save(run: Path, target: Path, flags: list[str]) -> None:
         state_dict.save(target, 1, session.model, None, {})
 
 
+@pytest.mark.slow
 def test_the_mean_loads_in_place_of_the_weights_in_any_layout(
     pool: Pool, sample: Path, uninterrupted: Path, reference: Path
 ) -> None:

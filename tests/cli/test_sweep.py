@@ -166,17 +166,19 @@ def test_a_second_sweep_in_the_same_folder_is_refused_and_threads_are_divided(
     sample: Path, tmp_path: Path
 ) -> None:
     path = write_sweep(sample, tmp_path)
-    first = start(path, "--jobs", "1", OMP_NUM_THREADS="7")
-    wait_for(lambda: trainings(tmp_path))
+    first = start(path, "--jobs", "1", OMP_NUM_THREADS="7", STUB_STEP_SECONDS="1")
+
+    def logs() -> list[str]:
+        return [log.read_text() for log in (tmp_path / "runs").glob("*/train.log")]
+
+    wait_for(lambda: any(logs()))
     code, _, err = finish(path)
     assert code == 2 and f"another sweep works in it (process {first.pid})" in err
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=30)
     assert first.returncode == 3
-    logs = [log.read_text() for log in (tmp_path / "runs").glob("*/train.log")]
-    logs = [log for log in logs if log]  # the last one was stopped before it printed
     cores = min(7, len(os.sched_getaffinity(0)))
-    assert logs and all(f"OMP_NUM_THREADS {cores}\n" in log for log in logs)
+    assert all(f"OMP_NUM_THREADS {cores}\n" in log for log in logs() if log)
 
 
 @pytest.mark.slow

@@ -68,7 +68,8 @@ def _direct_logits(
     return run_logits(run, rows, *words, direct=folder)
 
 
-@pytest.mark.parametrize("family", ["llama3", pytest.param("qwen2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
 def test_weights_loaded_in_place_are_those_of_the_checkpoint(
     pool: Pool, folders: Folders, runs: Folders, family: str
 ) -> None:

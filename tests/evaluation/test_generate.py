@@ -199,6 +199,7 @@ def test_generation_stops_at_the_longest_sequence_and_says_so(pool: Pool, refere
     )
 
 
+@pytest.mark.slow
 def test_text_of_the_running_mean_is_that_of_the_model_it_converts_to(
     pool: Pool, averaged: Path, tmp_path: Path
 ) -> None:

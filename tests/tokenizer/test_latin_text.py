@@ -28,7 +28,7 @@ LINES = {
     "CJK": "人人生而自由，在尊严和权利上一律平等。「他们」 𠀀𠀁 か\u3099き\u3099 がぎ",
     "HANGUL": "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다",
 }
-KINDS = ("gpt2", "llama3", "sentencepiece")
+KINDS = ("gpt2", pytest.param("llama3", marks=pytest.mark.slow), "sentencepiece")
 BLOCKS = (
     *((0x20, 0x7F), (0xA0, 0x250), (0x250, 0x300), (0x300, 0x370), (0x1AB0, 0x1ACF)),
     *((0x1D00, 0x1DC0), (0x1DC0, 0x1E00), (0x1E00, 0x1F00), (0x2000, 0x2C00), (0x2C60, 0x2C80)),

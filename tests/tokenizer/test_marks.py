@@ -68,7 +68,7 @@ MIXED = st.lists(
 ).map("".join)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["gpt2", pytest.param("llama3", marks=pytest.mark.slow)])
 def extended(request, bases_of_all_kinds, tmp_path_factory):
     """A vocabulary that was extended for all the scripts, and three readers of it."""
     base = open_kind(bases_of_all_kinds, request.param)

@@ -159,6 +159,7 @@ def test_a_longer_run_with_knots_in_samples_continues(story: Story) -> None:
     story.audit(480, (0, STAGES))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_finished_is_lengthened(story: Story) -> None:
     story.go()
     again = story.launch()[0]

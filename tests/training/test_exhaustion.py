@@ -165,6 +165,7 @@ def test_redistribute_gives_the_share_to_the_others(story: Story) -> None:
     assert served.names.count("zh") == windows and set(served.names[end:]) == {"en"}
 
 
+@pytest.mark.slow
 def test_an_amendment_counts_what_was_read_before_against_what_a_domain_can_give(
     story: Story,
 ) -> None:

@@ -75,14 +75,14 @@ def test_a_checkpoint_before_the_first_step_of_the_optimizer_is_resumed(
     tmp_path: Path,
 ) -> None:
     words = ["--train-iters", "4", "--iterations-to-skip", "1", *more]
-    whole, run = str(tmp_path / "whole"), str(tmp_path / "run")
-    ok(pool.run(resumed[0], train, sample, *words, *resumed[1], "--save", whole))
+    entire, run = str(tmp_path / "entire"), str(tmp_path / "run")
+    ok(pool.run(resumed[0], train, sample, *words, *resumed[1], "--save", entire))
     words += ["--save", run, "--load", run]
     results = pool.run(saved[0], train, sample, *words, *saved[1], "--exit-interval", "1")
     assert {code for code, _, _ in results} <= {0, 3}, results
     out = ok(pool.run(resumed[0], train, sample, *words, *resumed[1]))
     assert "resuming after iteration 1" in out
-    found, wanted = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
+    found, wanted = metrics(tmp_path / "run"), metrics(tmp_path / "entire")
     assert found[0]["lm loss"] is None and len(found) == 4
     assert found == wanted if saved == resumed else largest_difference(found[1:], wanted[1:]) < 1e-6
 

@@ -234,7 +234,7 @@ def test_a_thousand_domains_are_opened_without_open_files(paths):
     assert all(
         domain.read(np.array([0]))["tokens"].shape == (1, SEQ) for domain in domains.values()
     )
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_fingerprints_are_those_of_the_corpora(blend, paths):
