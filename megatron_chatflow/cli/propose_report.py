@@ -54,8 +54,9 @@ def _verdict(found: Comparison) -> str:
         else "the law is better than straight interpolation"
     )
     return (
-        f"{which} inside of the measured range (root mean square error on {found.runs} runs left "
-        f"out: law {found.law:.3g}, interpolation {found.straight:.3g})"
+        f"{which} inside of the measured range, by the {found.runs} left-out runs that are inside "
+        f"of that of the others (root mean square error: law {found.law:.3g}, interpolation "
+        f"{found.straight:.3g})" + ("; too few to rely on" if found.runs < 5 else "")
     )
 
 
