@@ -116,10 +116,11 @@ def missing_shard(folder: Path) -> str | None:
     None; opening the checkpoint reports it.
     """
     try:
-        places = _unpickle(folder).storage_data.values()
-        names = sorted({str(place.relative_path) for place in places})
-        records = read_manifest(folder)
-    except Exception:
+        with refusing(folder):
+            places = _unpickle(folder).storage_data.values()
+            names = sorted({str(place.relative_path) for place in places})
+            records = read_manifest(folder)
+    except CheckpointError:
         return None
     for name in names:
         if not (folder / name).is_file():

@@ -79,3 +79,41 @@ def test_the_float32_parameters_are_asked_for_by_the_name_that_the_checkpoint_ha
         *([] if want == OptimizerLayout.FP32 else ["layer.weight"]),
         *moments,
     }
+
+
+DISTRIBUTED = ["--use-distributed-optimizer"]
+SGD = ["--optimizer", "sgd", "--sgd-momentum", "0.5"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "more"),
+    [
+        ((1, []), (1, []), []),
+        ((2, DISTRIBUTED), (2, DISTRIBUTED), []),
+        pytest.param((1, []), (1, []), ["--bf16"], marks=pytest.mark.slow),
+        pytest.param((1, []), (1, []), SGD, marks=pytest.mark.slow),
+        pytest.param((1, []), (2, DISTRIBUTED), [], marks=pytest.mark.slow),
+        pytest.param((2, DISTRIBUTED), (1, []), [], marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_before_the_first_step_of_the_optimizer_is_resumed(
+    saved: tuple[int, list[str]],
+    resumed: tuple[int, list[str]],
+    more: list[str],
+    pool: Pool,
+    sample: Path,
+    tmp_path: Path,
+) -> None:
+    words = ["--train-iters", "4", "--iterations-to-skip", "1", *more]
+    entire, run = str(tmp_path / "entire"), str(tmp_path / "run")
+    first = pool.run(resumed[0], train, sample, *words, *resumed[1], "--save", entire)
+    assert {code for code, _, _ in first} == {0}, first
+    words += ["--save", run, "--load", run]
+    results = pool.run(saved[0], train, sample, *words, *saved[1], "--exit-interval", "1")
+    assert {code for code, _, _ in results} <= {0, 3}, results
+    last = pool.run(resumed[0], train, sample, *words, *resumed[1])
+    assert {code for code, _, _ in last} == {0}, last
+    assert "resuming after iteration 1" in last[0][1]
+    found, wanted = metrics(tmp_path / "run"), metrics(tmp_path / "entire")
+    assert found[0]["lm loss"] is None and len(found) == 4
+    assert found == wanted if saved == resumed else largest_difference(found[1:], wanted[1:]) < 1e-6

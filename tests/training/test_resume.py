@@ -51,42 +51,6 @@ def test_resuming_gives_the_bits_of_a_run_never_stopped(
     assert texts[0] == texts[1] and len(texts[0]) == 3
 
 
-DISTRIBUTED = ["--use-distributed-optimizer"]
-SGD = ["--optimizer", "sgd", "--sgd-momentum", "0.5"]
-
-
-@pytest.mark.parametrize(
-    ("saved", "resumed", "more"),
-    [
-        ((1, []), (1, []), []),
-        ((2, DISTRIBUTED), (2, DISTRIBUTED), []),
-        pytest.param((1, []), (1, []), ["--bf16"], marks=pytest.mark.slow),
-        pytest.param((1, []), (1, []), SGD, marks=pytest.mark.slow),
-        pytest.param((1, []), (2, DISTRIBUTED), [], marks=pytest.mark.slow),
-        pytest.param((2, DISTRIBUTED), (1, []), [], marks=pytest.mark.slow),
-    ],
-)
-def test_a_checkpoint_before_the_first_step_of_the_optimizer_is_resumed(
-    saved: tuple[int, list[str]],
-    resumed: tuple[int, list[str]],
-    more: list[str],
-    pool: Pool,
-    sample: Path,
-    tmp_path: Path,
-) -> None:
-    words = ["--train-iters", "4", "--iterations-to-skip", "1", *more]
-    entire, run = str(tmp_path / "entire"), str(tmp_path / "run")
-    ok(pool.run(resumed[0], train, sample, *words, *resumed[1], "--save", entire))
-    words += ["--save", run, "--load", run]
-    results = pool.run(saved[0], train, sample, *words, *saved[1], "--exit-interval", "1")
-    assert {code for code, _, _ in results} <= {0, 3}, results
-    out = ok(pool.run(resumed[0], train, sample, *words, *resumed[1]))
-    assert "resuming after iteration 1" in out
-    found, wanted = metrics(tmp_path / "run"), metrics(tmp_path / "entire")
-    assert found[0]["lm loss"] is None and len(found) == 4
-    assert found == wanted if saved == resumed else largest_difference(found[1:], wanted[1:]) < 1e-6
-
-
 def test_bad_lines_of_the_metrics_do_not_stop_a_resume(
     pool: Pool, sample: Path, reference: Path
 ) -> None:
